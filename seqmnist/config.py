@@ -1,0 +1,202 @@
+"""The configuration: frozen, typed, validated, and free of JAX.
+
+The dataclasses below are the only list of fields, defaults and valid values. An experiment
+is a Python file whose `get_config()` starts from the one below and sets what differs; the
+command line overrides single fields; `from_dict` turns the result into a `Config`.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import config_dict
+
+from seqmnist.errors import UserError, nearest
+
+
+def _field(default, *, within: str | None = None, choices: tuple[str, ...] = ()):
+    """A field with its valid values: an interval such as "[0, 1)", or a list of names."""
+    return dataclasses.field(default=default, metadata={"within": within, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they reach the device.
+
+    Attributes:
+      name: the dataset. `auto` is mnist, or mnist_5k where mnist is not to be had.
+      data_dir: where prepared datasets live; None is TFDS's own folder.
+      manual_dir: a folder with the four IDX archives, used instead of downloading.
+      verify_checksums: refuse archives whose SHA-256 is not the registered one.
+      validation_fraction: the share of the training split, its tail in archive order, that
+        is held out for validation.
+      input_mode: `resident` keeps the dataset in device memory; `stream` reads records.
+    """
+
+    name: str = _field("auto", choices=("auto", "mnist", "fashion_mnist", "kmnist", "mnist_5k"))
+    data_dir: str | None = None
+    manual_dir: str | None = None
+    verify_checksums: bool = True
+    validation_fraction: float = _field(0.2, within="[0, 1)")
+    input_mode: str = _field("resident", choices=("resident", "stream"))
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """How an image becomes a sequence, and what reads it.
+
+    Attributes:
+      view: a name in `views.VIEWS`.
+      cell: a name in `cells.CELLS`.
+      hidden_size: H, the units of each layer.
+      num_layers: recurrent layers, one on top of the other.
+    """
+
+    view: str = "rows"
+    cell: str = "simple_rnn"
+    hidden_size: int = _field(64, within="[1, inf)")
+    num_layers: int = _field(1, within="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer: Keras's RMSprop, as the notebook uses it.
+
+    Attributes:
+      name: a name in `optim.OPTIMIZERS`.
+      learning_rate: the step size.
+    """
+
+    name: str = "rmsprop"
+    learning_rate: float = _field(1e-3, within="(0, inf)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long and in which portions.
+
+    Attributes:
+      batch_size: B, examples a step.
+      num_epochs: passes over the training set.
+    """
+
+    batch_size: int = _field(128, within="[1, inf)")
+    num_epochs: int = _field(5, within="[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that determines a run, but for the machine.
+
+    Attributes:
+      seed: the one source of randomness: initialization and epoch order.
+    """
+
+    seed: int = _field(0, within="[0, 4294967295]")
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+
+
+def get_config() -> config_dict.ConfigDict:
+    """Returns the notebook's settings, for an experiment to change and a flag to override."""
+    return _to_config_dict(Config())
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Returns the configuration as plain nested dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def field_names(kind: type = Config, prefix: str = "") -> list[str]:
+    """Returns the dotted names of all fields, e.g. "train" and "train.batch_size"."""
+    names = []
+    for name, hint in typing.get_type_hints(kind).items():
+        names.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            names += field_names(hint, f"{prefix}{name}.")
+    return names
+
+
+def check_field_name(name: str) -> None:
+    """Raises UserError, with the nearest names, unless `name` is a field of Config."""
+    if name not in field_names():
+        raise UserError(f"config.{name} does not exist; nearest: {nearest(name, field_names())}")
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds and validates a configuration from nested mappings.
+
+    Args:
+      values: fields by name; fields left out take their defaults.
+
+    Raises:
+      UserError: a field does not exist, or its value is of the wrong type or out of range.
+    """
+    return _from_dict(Config, values, prefix="")
+
+
+def _to_config_dict(config) -> config_dict.ConfigDict:
+    result = config_dict.ConfigDict()
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            value = _to_config_dict(value)
+        elif value is None:  # ConfigDict needs the type to parse a later value
+            value = config_dict.placeholder(_value_type(hint))
+        result[name] = value
+    return result
+
+
+def _from_dict(kind, values, prefix):
+    if not isinstance(values, Mapping):
+        raise UserError(f"config.{prefix[:-1]} holds fields; it cannot be set to {values!r}")
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            check_field_name(f"{prefix}{name}")
+    given = {}
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
+            continue
+        name, hint, value = prefix + field.name, hints[field.name], values[field.name]
+        if dataclasses.is_dataclass(hint):
+            given[field.name] = _from_dict(hint, value, name + ".")
+        else:
+            given[field.name] = _checked(name, hint, field.metadata, value)
+    return kind(**given)
+
+
+def _value_type(hint) -> type:
+    """The type of a field's values: `str` for both `str` and `str | None`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(option for option in options if option is not types.NoneType)
+
+
+def _checked(name, hint, metadata, value):
+    if value is None and isinstance(hint, types.UnionType):
+        return None
+    kind = _value_type(hint)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:  # not isinstance: a bool is an int to Python, not to a reader
+        raise UserError(f"config.{name} must be of type {kind.__name__}; got {value!r}")
+    within, choices = metadata.get("within"), metadata.get("choices")
+    if within and not _lies_within(value, within):
+        raise UserError(f"config.{name} must lie in {within}; got {value!r}")
+    if choices and value not in choices:
+        raise UserError(
+            f"config.{name}={value!r} does not exist; nearest: {nearest(value, choices)}"
+        )
+    return value
+
+
+def _lies_within(value: float, interval: str) -> bool:
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below and math.isfinite(value)
