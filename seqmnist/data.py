@@ -1,0 +1,127 @@
+"""Batches: which examples a step sees, and how they reach the device.
+
+All examples of a dataset have one numbering: the training archive first, then the test
+archive. A split is a range of it. A batch is first of all its row of numbers, [B] int32,
+where -1 marks padding; resident and streamed input both start from those rows, and so
+visit the same examples in the same order.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmnist import keys
+from seqmnist.errors import UserError
+
+PADDING = -1
+
+
+class Batch(NamedTuple):
+    """Examples on their way through a step.
+
+    Attributes:
+      image: uint8 [B, 28, 28].
+      label: int32 [B].
+      mask: bool [B]; False marks padding.
+    """
+
+    image: jax.Array
+    label: jax.Array
+    mask: jax.Array
+
+
+def make_splits(num_train: int, num_test: int, validation_fraction: float) -> dict[str, range]:
+    """Divides the examples into "train", "validation" and "test".
+
+    Args:
+      num_train: examples in the training archive.
+      num_test: examples in the test archive.
+      validation_fraction: the share of the training archive, its tail, held out: Keras's rule.
+
+    Raises:
+      UserError: nothing is left to train on.
+    """
+    boundary = math.floor(num_train * (1.0 - validation_fraction))
+    if boundary == 0:
+        raise UserError(
+            f"config.data.validation_fraction={validation_fraction} leaves none of the "
+            f"{num_train} training examples to train on; make it smaller"
+        )
+    return {
+        "train": range(0, boundary),
+        "validation": range(boundary, num_train),
+        "test": range(num_train, num_train + num_test),
+    }
+
+
+def epoch_order(seed: jax.Array | int, epoch: jax.Array | int, size: int) -> jax.Array:
+    """Returns the order in which an epoch visits the training set: int32 [size]."""
+    return jax.random.permutation(keys.key(seed, "epoch_order", epoch), size)
+
+
+def num_batches(size: int, batch_size: int) -> int:
+    """Returns how many batches hold `size` examples, the last one padded."""
+    return -(-size // batch_size)
+
+
+def batch_rows(order: jax.Array | np.ndarray, batch_size: int) -> jax.Array:
+    """Cuts a list of example numbers into batches: [N] -> int32 [steps, B], padded."""
+    steps = num_batches(len(order), batch_size)
+    padding = (0, steps * batch_size - len(order))
+    order = jnp.pad(jnp.asarray(order, jnp.int32), padding, constant_values=PADDING)
+    return order.reshape(steps, batch_size)
+
+
+def take(images: jax.Array, labels: jax.Array, row: jax.Array) -> Batch:
+    """Gathers a batch from arrays, on whatever device they are.
+
+    Args:
+      images: uint8 [N, 28, 28].
+      labels: int32 [N].
+      row: int32 [B], example numbers.
+    """
+    mask = row != PADDING
+    numbers = jnp.maximum(row, 0)
+    return Batch(images[numbers], labels[numbers], mask)
+
+
+class Records:
+    """All examples as records, in the numbering of this module, for a streaming reader."""
+
+    def __init__(self, train, test):
+        """Takes two random-access sources of {"image", "label"}."""
+        self._train, self._test = train, test
+
+    def read(self, row: np.ndarray) -> Batch:
+        """Reads a batch: int32 [B] example numbers -> Batch of NumPy arrays."""
+        mask = row != PADDING
+        boundary = len(self._train)
+        examples = [
+            self._train[i] if i < boundary else self._test[i - boundary]
+            for i in np.maximum(row, 0).tolist()
+        ]
+        return Batch(
+            np.stack([example["image"] for example in examples]),
+            np.array([example["label"] for example in examples], np.int32),
+            mask,
+        )
+
+
+def stream(records: Records, rows: jax.Array) -> Iterator[Batch]:
+    """Reads batches ahead of their use, in threads, and places them on the device.
+
+    Args:
+      records: where examples come from.
+      rows: int32 [steps, B], example numbers.
+    """
+    import grain  # here, not above: resident input never needs it
+
+    rows = np.asarray(rows)
+    batches = grain.MapDataset.range(len(rows)).map(lambda i: records.read(rows[i]))
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+    batches = batches.to_iter_dataset(options)
+    return iter(grain.experimental.device_put(batches, jax.devices()[0]))

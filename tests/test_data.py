@@ -1,0 +1,55 @@
+import jax
+import numpy as np
+import pytest
+
+from seqmnist import data
+from seqmnist.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("num_train", "fraction", "train"), [(60000, 0.2, 48000), (4000, 0.2, 3200), (10, 0, 10)]
+)
+def test_validation_is_the_tail_of_the_training_archive(num_train, fraction, train):
+    splits = data.make_splits(num_train, 7, fraction)
+    assert splits["train"] == range(train)
+    assert splits["validation"] == range(train, num_train)
+    assert splits["test"] == range(num_train, num_train + 7)
+
+
+def test_refuses_to_leave_nothing_to_train_on():
+    with pytest.raises(UserError, match="validation_fraction"):
+        data.make_splits(10, 5, 0.95)
+
+
+def test_epoch_order_is_a_permutation_and_a_function_of_seed_and_epoch():
+    orders = [data.epoch_order(seed, epoch, 500) for seed in (0, 1) for epoch in (0, 1)]
+    for order in orders:
+        np.testing.assert_array_equal(np.sort(order), np.arange(500))
+    assert len({bytes(np.asarray(order)) for order in orders}) == 4
+    np.testing.assert_array_equal(orders[3], data.epoch_order(1, 1, 500))
+    np.testing.assert_array_equal(orders[3], jax.jit(data.epoch_order, static_argnums=2)(1, 1, 500))
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 129, 256])
+def test_batches_hold_every_example_once(size):
+    rows = np.asarray(data.batch_rows(np.arange(size), 128))
+    assert rows.shape == (data.num_batches(size, 128), 128)
+    assert rows.dtype == np.int32
+    np.testing.assert_array_equal(rows[rows != data.PADDING], np.arange(size))
+    assert rows.size - size < 128
+
+
+def test_stream_brings_what_take_gathers(digits):
+    images, labels = digits
+    examples = [{"image": i, "label": n} for i, n in zip(images, labels, strict=True)]
+    records = data.Records(examples[:100], examples[100:])
+    rows = data.batch_rows(data.epoch_order(0, 0, 130), 32)
+    batches = list(data.stream(records, rows))
+    assert len(batches) == len(rows) == 5
+    for row, batch in zip(rows, batches, strict=True):
+        expected = data.take(jax.numpy.array(images), jax.numpy.array(labels), row)
+        assert isinstance(batch.image, jax.Array)
+        for got, want in zip(batch, expected, strict=True):
+            assert got.dtype == want.dtype
+            np.testing.assert_array_equal(got, want)
+    assert int(batches[-1].mask.sum()) == 2
