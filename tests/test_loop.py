@@ -1,0 +1,74 @@
+import chex
+import jax
+import numpy as np
+import pytest
+
+from seqmnist import data, loop
+from seqmnist.config import Config
+from seqmnist.metrics import Sums
+from seqmnist.steps import eval_step, init_state, make_system, train_step
+
+CONFIG = Config()
+
+
+def make_loops(digits):
+    images, labels = digits
+    system = make_system(CONFIG)
+    examples = [{"image": i, "label": n} for i, n in zip(images, labels, strict=True)]
+    records = data.Records(examples[:100], examples[100:])
+    return system, {
+        "resident": loop.Resident(system, images, labels),
+        "stream": loop.Streamed(system, records),
+    }
+
+
+def run_epochs(system, one_loop, num_epochs, size=100, batch_size=8):
+    state = init_state(CONFIG, system, 0)
+    for epoch in range(num_epochs):
+        rows = data.batch_rows(data.epoch_order(0, epoch, size), batch_size)
+        *_, progress = one_loop.train(state, rows)
+        state = progress.state
+    return progress
+
+
+def test_resident_equals_streamed_bit_for_bit(digits):
+    system, loops = make_loops(digits)
+    ends = {name: run_epochs(system, one_loop, 3) for name, one_loop in loops.items()}
+    chex.assert_trees_all_equal(ends["resident"], ends["stream"])
+    rows = data.batch_rows(np.arange(100, 130), 8)
+    params = ends["resident"].state.params
+    scores = [one_loop.evaluate(params, rows) for one_loop in loops.values()]
+    chex.assert_trees_all_equal(*scores)
+    assert int(scores[0].count) == 30
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_an_epoch_is_its_steps_one_after_the_other(digits, mode):
+    system, loops = make_loops(digits)
+    progress = run_epochs(system, loops[mode], 1)
+    state, sums = init_state(CONFIG, system, 0), Sums.zeros()
+    images, labels = (jax.numpy.array(x) for x in digits)
+    for row in data.batch_rows(data.epoch_order(0, 0, 100), 8):
+        state, batch_sums = train_step(system, state, data.take(images, labels, row))
+        sums += batch_sums
+    chex.assert_trees_all_close(progress.state, state, atol=1e-5)
+    chex.assert_trees_all_close(progress.sums, sums, rtol=1e-5)
+    assert int(progress.sums.count) == 100
+    assert int(progress.state.step) == progress.step == 13
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_a_whole_run_compiles_once(digits, mode, monkeypatch):
+    chex.clear_trace_counter()
+    monkeypatch.setattr(loop, "train_step", chex.assert_max_traces(train_step, n=1))
+    monkeypatch.setattr(loop, "eval_step", chex.assert_max_traces(eval_step, n=1))
+    system, loops = make_loops(digits)
+    progress = run_epochs(system, loops[mode], 3)
+    for _ in range(2):
+        loops[mode].evaluate(progress.state.params, data.batch_rows(np.arange(130), 8))
+
+
+def test_stretches_cover_an_epoch():
+    stretches = list(loop._stretches(375))
+    assert [i for start, stop in stretches for i in range(start, stop)] == list(range(375))
+    assert len(stretches) < 10
