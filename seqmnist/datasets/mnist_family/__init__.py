@@ -1,0 +1,1 @@
+"""MNIST and its relatives as a TFDS dataset."""

