@@ -1,0 +1,242 @@
+"""The command line, as a user's shell sees it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import MNIST, REPOSITORY
+
+KEYS = ["epoch", "step", "train/loss", "train/accuracy"]
+KEYS += ["validation/loss", "validation/accuracy", "seconds"]
+
+
+def seqmnist(*arguments, cwd=REPOSITORY):
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("XLA_FLAGS")  # one device, as a user has
+    return subprocess.run(
+        [sys.executable, "-m", "seqmnist.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("tensorflow_datasets")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir):
+    """A workdir trained on the 5,000 digits for two epochs, and what was printed."""
+    workdir = tmp_path_factory.mktemp("runs") / "a näme with spaces"
+    config = "--config=experiments/mnist_5k.py"
+    result = seqmnist(
+        f"--workdir={workdir}",
+        config,
+        f"--config.data.data_dir={data_dir}",
+        "--config.train.num_epochs=2",
+    )
+    assert result.returncode == 0, result.stderr
+    return workdir, result.stdout
+
+
+def test_a_run_writes_what_it_promises(trained):
+    workdir, _ = trained
+    config = json.loads((workdir / "config.json").read_text())
+    results = json.loads((workdir / "results.json").read_text())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert config["train"] == {"batch_size": 128, "num_epochs": 2}
+    assert [list(line) for line in lines] == [KEYS, KEYS]
+    assert [(line["epoch"], line["step"]) for line in lines] == [(1, 25), (2, 50)]
+    dataset = {key: results["dataset"][key] for key in ("name", "train", "validation", "test")}
+    assert dataset == {"name": "mnist_5k", "train": 3200, "validation": 800, "test": 1000}
+    assert (results["parameters"], results["epochs"], results["steps"]) == (6602, 2, 50)
+    assert results["validation"]["loss"] == lines[-1]["validation/loss"]
+    assert results["devices"] == ["cpu:0"]
+    assert results["versions"]["jax"]
+    assert 0 < results["seconds"]["train"] < results["seconds"]["total"]
+    assert (workdir / "checkpoints").is_dir()
+    assert 0.3 < results["test"]["accuracy"] < 1
+
+
+def test_a_run_tells_its_story_in_plain_lines(trained):
+    workdir, stdout = trained
+    results = json.loads((workdir / "results.json").read_text())
+    assert "3,200 train, 800 validation, 1,000 test" in stdout
+    assert "Device: cpu:0" in stdout
+    assert "6,602" in stdout
+    assert "\nEpoch 1/2 - 25/25 - " in stdout
+    assert " - val_accuracy: " in stdout
+    assert f"test_accuracy: {results['test']['accuracy']:.4f}" in stdout.splitlines()[-1]
+    assert "\x1b" not in stdout
+    assert "\r" not in stdout
+
+
+def test_evaluate_gives_the_same_score(trained):
+    workdir, stdout = trained
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    result = seqmnist(f"--workdir={workdir}", "--mode=evaluate")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == stdout.splitlines()[-1]
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+
+def test_the_same_seed_gives_the_same_numbers(trained, data_dir, tmp_path):
+    workdir, _ = trained
+    again = tmp_path / "again"
+    result = seqmnist(
+        f"--workdir={again}",
+        "--config=experiments/mnist_5k.py",
+        f"--config.data.data_dir={data_dir}",
+        "--config.train.num_epochs=2",
+        "--config.data.input_mode=stream",
+    )
+    assert result.returncode == 0, result.stderr
+    first, second = (json.loads((w / "results.json").read_text()) for w in (workdir, again))
+    assert first["test"] == second["test"]
+    assert first["validation"] == second["validation"]
+
+
+def test_auto_falls_back_loudly(data_dir, tmp_path, trained):
+    # The proxy is a closed port: no machine reaches the public addresses through it.
+    proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in proxy.items():
+            patch.setenv(name, value)
+        result = seqmnist(
+            f"--workdir={tmp_path}",
+            f"--config.data.data_dir={data_dir}",
+            "--config.train.num_epochs=1",
+        )
+        insisting = seqmnist(
+            f"--workdir={tmp_path / 'mnist'}",
+            "--config=experiments/notebook.py",
+            f"--config.data.data_dir={data_dir}",
+        )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("NOTICE: ") == 2  # before training, and beside the score
+    dataset = json.loads((tmp_path / "results.json").read_text())["dataset"]
+    assert (dataset["name"], dataset["requested"]) == ("mnist_5k", "auto")
+    assert "manual_dir" in dataset["notice"]
+    evaluated = seqmnist(f"--workdir={tmp_path}", "--mode=evaluate")
+    assert "NOTICE: " in evaluated.stdout
+    assert_refused(insisting, "mnist")
+    assert not (tmp_path / "mnist").exists()
+
+
+def assert_refused(result, *words):
+    """One line on standard error that names the thing; exit code 2."""
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+WORKDIR = "--workdir=unused"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--workdir"]),
+        (["--workdir="], ["--workdir"]),
+        ([WORKDIR, "--wrokdir=x"], ["wrokdir"]),
+        ([WORKDIR, "surplus"], ["surplus"]),
+        ([WORKDIR, "--mode=tarin"], ["mode", "train", "evaluate"]),
+        ([WORKDIR, "--mode=evaluate"], ["unused", "train"]),
+        ([WORKDIR, "--config=experiments/none.py"], ["experiments/none.py"]),
+        ([WORKDIR, "--config=README.md"], ["--config"]),
+        ([WORKDIR, "--config.train.num_epoch=1"], ["train.num_epoch", "train.num_epochs"]),
+        ([WORKDIR, "--config.trian.num_epochs=1"], ["trian.num_epochs", "train.num_epochs"]),
+        ([WORKDIR, "--config.seed.x=1"], ["seed"]),
+        ([WORKDIR, "--config.train=3"], ["train"]),
+        ([WORKDIR, "--config.train.num_epochs"], ["train.num_epochs"]),
+        ([WORKDIR, "--config.train.num_epochs=two"], ["train.num_epochs", "two"]),
+        ([WORKDIR, "--config.train.num_epochs=1.5"], ["train.num_epochs", "1.5"]),
+        ([WORKDIR, "--config.train.num_epochs=0"], ["train.num_epochs", "[1, inf)"]),
+        ([WORKDIR, "--config.train.batch_size=-1"], ["train.batch_size", "[1, inf)"]),
+        ([WORKDIR, "--config.optimizer.learning_rate=fast"], ["optimizer.learning_rate", "fast"]),
+        ([WORKDIR, "--config.optimizer.learning_rate=nan"], ["optimizer.learning_rate"]),
+        ([WORKDIR, "--config.optimizer.name=rmsprob"], ["optimizer.name", "rmsprop"]),
+        ([WORKDIR, "--config.model.cell=simple_rn"], ["model.cell", "simple_rnn"]),
+        ([WORKDIR, "--config.model.view=row"], ["model.view", "rows"]),
+        ([WORKDIR, "--config.data.name=minst"], ["data.name", "mnist"]),
+        ([WORKDIR, "--config.data.input_mode=file"], ["data.input_mode", "stream"]),
+        ([WORKDIR, "--config.data.validation_fraction=1"], ["data.validation_fraction"]),
+        ([WORKDIR, "--config.data.manual_dir=nowhere"], ["nowhere"]),
+        (["--workdir=file/run"], ["file/run"]),
+        (["--workdir=file"], ["file"]),
+    ],
+)
+def test_a_mistake_ends_in_one_line(arguments, words, tmp_path):
+    (tmp_path / "file").write_text("here")
+    (tmp_path / "experiments").symlink_to(REPOSITORY / "experiments")
+    (tmp_path / "README.md").write_text("# not Python")
+    before = sorted(tmp_path.iterdir())
+    arguments = (
+        [*arguments, "--config.data.data_dir=data"] if "unused" in str(arguments) else arguments
+    )
+    assert_refused(seqmnist(*arguments, cwd=tmp_path), *words)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_experiment_that_breaks_ends_in_one_line(tmp_path):
+    experiment = tmp_path / "broken.py"
+    experiment.write_text("def get_config():\n  return undefined\n")
+    assert_refused(seqmnist(WORKDIR, f"--config={experiment}", cwd=tmp_path), "undefined")
+    experiment.write_text(
+        "from seqmnist.config import get_config as get\n\ndef get_config():\n"
+        "  config = get()\n  config.train.epochs = 1\n  return config\n"
+    )
+    assert_refused(seqmnist(WORKDIR, f"--config={experiment}", cwd=tmp_path), "train.epochs")
+
+
+def imported(code):
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *code], capture_output=True, text=True, cwd=REPOSITORY
+    )
+    return {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()
+    }
+
+
+def test_help_imports_nothing_heavy():
+    names = imported(["-m", "seqmnist.main", "--helpfull"])
+    assert "seqmnist" in names
+    assert not names & {"tensorflow", "tensorflow_datasets", "jax", "orbax", "matplotlib", "pandas"}
+
+
+def test_the_package_imports_nothing_heavy():
+    names = imported(["-c", "import seqmnist"])
+    assert "seqmnist" in names
+    assert not names & {"tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "pandas"}
+
+
+@pytest.mark.skipif(not MNIST.is_dir(), reason="the full MNIST archives are not on this machine")
+def test_the_notebook_on_full_mnist(tmp_path):
+    result = seqmnist(
+        f"--workdir={tmp_path / 'run'}",
+        "--config=experiments/notebook.py",
+        f"--config.data.manual_dir={MNIST}",
+        f"--config.data.data_dir={tmp_path / 'data'}",
+    )
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    counts = [results["dataset"][name] for name in ("train", "validation", "test")]
+    assert counts == [48000, 12000, 10000]
+    assert (results["parameters"], results["steps"]) == (6602, 1875)
+    assert results["test"]["accuracy"] > 0.87
+    accuracy = [
+        json.loads(line)["train/accuracy"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert np.all(np.diff(accuracy) > 0)
