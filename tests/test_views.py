@@ -1,16 +1,57 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from seqmnist import views
 
-
-def test_rows_are_the_rows_over_255(digits):
-    images = digits[0][:3]
-    sequence = views.rows(jnp.array(images))
-    assert sequence.shape == (3, 28, 28)
-    assert sequence.dtype == jnp.float32
-    np.testing.assert_allclose(sequence[1, 20], images[1, 20] / 255, rtol=2e-7)
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 
 
-def test_views_keep_the_dtype_asked_for(digits):
-    assert views.rows(jnp.array(digits[0]), jnp.bfloat16).dtype == jnp.bfloat16
+def test_normalize_scales_bytes_to_one():
+    x = views.normalize(jnp.array([0, 51, 255], jnp.uint8))
+    assert x.dtype == jnp.float32
+    np.testing.assert_allclose(x, [0, 0.2, 1], atol=1e-7)
+
+
+def as_patches(image, size):
+    steps = []
+    for top in range(0, 28, size):
+        for left in range(0, 28, size):
+            steps.append(image[top : top + size, left : left + size].ravel())
+    return np.array(steps)
+
+
+ORACLES = {
+    "rows": lambda image: [image[t] for t in range(28)],
+    "columns": lambda image: [image[:, t] for t in range(28)],
+    "pixels": lambda image: [[image[t // 28, t % 28]] for t in range(784)],
+    "permuted_pixels": lambda image: [
+        [image.ravel()[t]] for t in np.random.RandomState(92916).permutation(784)
+    ],
+    "patches": lambda image: as_patches(image, 4),
+    "patches_2": lambda image: as_patches(image, 2),
+    "patches_7": lambda image: as_patches(image, 7),
+    "patches_14": lambda image: as_patches(image, 14),
+}
+
+
+@pytest.mark.parametrize("name", views.VIEWS)
+def test_a_view_reads_every_pixel_in_its_order(name):
+    sequence = jax.jit(views.VIEWS[name])(jnp.array(IMAGES))
+    np.testing.assert_array_equal(sequence, [ORACLES[name](image) for image in IMAGES])
+
+
+def test_the_permutation_is_the_published_one():
+    order = views.permutation()
+    np.testing.assert_array_equal(np.sort(order), np.arange(784))
+    assert order[:3].tolist() == [319, 576, 323]
+    published = "96240fe27409981c3ed3e92c20d995f7103a94c2282307bc776923030113be74"
+    assert views.permutation_sha256(order) == published
+    assert published in views.permutation.__doc__
+
+
+@pytest.mark.parametrize("order", [np.arange(783), np.zeros(784, int), np.arange(1, 785)])
+def test_a_permutation_that_is_not_one_is_refused(order):
+    with pytest.raises(ValueError, match="permutation"):
+        views.permuted(jnp.array(IMAGES), order)
