@@ -50,28 +50,68 @@ class ModelConfig:
 
     Attributes:
       view: a name in `views.VIEWS`.
+      reverse: read the sequence from its end.
+      subsample: read every `subsample`-th time step.
       cell: a name in `cells.CELLS`.
-      hidden_size: H, the units of each layer.
+      hidden_size: H, the units of each layer, in each direction.
       num_layers: recurrent layers, one on top of the other.
+      bidirectional: each layer reads in both directions, side by side: 2 H outputs.
+      block: `plain` puts cell on cell; `residual` is what a deep stack of linear recurrences
+        needs, see `model.ResidualBlock`.
+      dropout: the probability with which an output of a layer is zero in training.
+      readout: which outputs of the last layer are read: the `last`, their `mean` or their `max`.
     """
 
     view: str = "rows"
+    reverse: bool = False
+    subsample: int = _field(1, within="[1, 784]")
     cell: str = "simple_rnn"
     hidden_size: int = _field(64, within="[1, inf)")
     num_layers: int = _field(1, within="[1, inf)")
+    bidirectional: bool = False
+    block: str = _field("plain", choices=("plain", "residual"))
+    dropout: float = _field(0.0, within="[0, 1)")
+    readout: str = "last"
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanConfig:
+    """How a recurrence is computed; every way gives the same numbers but for rounding.
+
+    Attributes:
+      method: of linear recurrences: step by step, or in O(log T) `parallel` steps; `auto`
+        decides by device and length.
+      unroll: time steps a loop iteration.
+    """
+
+    method: str = _field("auto", choices=("auto", "sequential", "parallel"))
+    unroll: str = _field("auto", choices=("auto", "1", "2", "4", "7", "14", "28"))
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """The optimizer: Keras's RMSprop, as the notebook uses it.
+    """How gradients become updates.
 
     Attributes:
-      name: a name in `optim.OPTIMIZERS`.
-      learning_rate: the step size.
+      name: a name in `optim.OPTIMIZERS`; rmsprop is Keras's, as the notebook uses it.
+      learning_rate: the step size, at its highest.
+      schedule: the learning rate over a run: `constant`, or a half `cosine` down to zero.
+      warmup_fraction: the share of a run's steps in which the learning rate rises from zero.
+      momentum: of sgd.
+      weight_decay: of adamw, decoupled, for all parameters but biases and RecurrentParams.
+      clip_norm: the largest global norm of a gradient; None does not clip.
+      recurrent_factor: the learning rate of RecurrentParams (the eigenvalues and input
+        normalization of linear recurrences), as a share of the others'.
     """
 
     name: str = "rmsprop"
     learning_rate: float = _field(1e-3, within="(0, inf)")
+    schedule: str = _field("constant", choices=("constant", "cosine"))
+    warmup_fraction: float = _field(0.0, within="[0, 1)")
+    momentum: float = _field(0.9, within="[0, 1)")
+    weight_decay: float = _field(1e-4, within="[0, inf)")
+    clip_norm: float | None = _field(None, within="(0, inf)")
+    recurrent_factor: float = _field(1.0, within="[0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +121,12 @@ class TrainConfig:
     Attributes:
       batch_size: B, examples a step.
       num_epochs: passes over the training set.
+      augment: what happens to training images, a name in `augment.AUGMENTATIONS`.
     """
 
     batch_size: int = _field(128, within="[1, inf)")
     num_epochs: int = _field(5, within="[1, inf)")
+    augment: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +134,13 @@ class Config:
     """Everything that determines a run, but for the machine.
 
     Attributes:
-      seed: the one source of randomness: initialization and epoch order.
+      seed: the one source of randomness: initialization, epoch order, dropout, augmentation.
     """
 
     seed: int = _field(0, within="[0, 4294967295]")
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    scan: ScanConfig = ScanConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
 

@@ -1,23 +1,173 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
+from jax.test_util import check_grads
 
-from seqmnist import cells, scans
+from seqmnist import cells
+from seqmnist.cells import CELLS
+from seqmnist.config import ScanConfig
+
+SCAN = ScanConfig()
+F, H, T, B = 5, 7, 11, 3
+INPUTS = np.random.default_rng(0).normal(size=(T, B, F))
 
 
-def test_simple_rnn_equals_a_float64_loop():
-    cell = cells.SimpleRNN(5, 7, rngs=nnx.Rngs(0))
-    cell.bias[...] = jnp.linspace(-1, 1, 7)
-    x = np.random.default_rng(0).normal(size=(11, 3, 5))
-    _, got = scans.sequential(
-        cell.step, cell.initial_carry(3), cell.project(jnp.array(x, jnp.float32))
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def simple_rnn(p, x):
+    h = np.zeros((B, H))
+    for x_t in x:
+        h = np.tanh(x_t @ p["kernel"] + p["bias"] + h @ p["recurrent_kernel"])
+        yield h
+
+
+def irnn(p, x):
+    h = np.zeros((B, H))
+    for x_t in x:
+        h = np.maximum(0, x_t @ p["kernel"] + p["bias"] + h @ p["recurrent_kernel"])
+        yield h
+
+
+def gru(p, x):
+    w, u = np.split(p["kernel"], 3, axis=1), np.split(p["recurrent_kernel"], 3, axis=1)
+    b, c = np.split(p["bias"], 3), np.split(p["recurrent_bias"], 3)
+    h = np.zeros((B, H))
+    for x_t in x:
+        update, reset = (sigmoid(x_t @ w[i] + b[i] + h @ u[i] + c[i]) for i in (0, 1))
+        candidate = np.tanh(x_t @ w[2] + b[2] + reset * (h @ u[2] + c[2]))
+        h = update * h + (1 - update) * candidate
+        yield h
+
+
+def lstm(p, x):
+    w, u = np.split(p["kernel"], 4, axis=1), np.split(p["recurrent_kernel"], 4, axis=1)
+    b, h, c = np.split(p["bias"], 4), np.zeros((B, H)), np.zeros((B, H))
+    for x_t in x:
+        i, f, g, o = (x_t @ w[k] + h @ u[k] + b[k] for k in range(4))
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        yield h
+
+
+def min_gru(p, x):
+    w, b, h = np.split(p["kernel"], 2, axis=1), np.split(p["bias"], 2), np.zeros((B, H))
+    for x_t in x:
+        z = sigmoid(x_t @ w[0] + b[0])
+        h = (1 - z) * h + z * (x_t @ w[1] + b[1])
+        yield h
+
+
+def lru(p, x):
+    lam = np.exp(-np.exp(p["nu_log"]) + 1j * np.exp(p["theta_log"]))
+    b, c = p["B_re"] + 1j * p["B_im"], p["C_re"] + 1j * p["C_im"]
+    h = np.zeros((B, H), complex)
+    for x_t in x:
+        h = lam * h + np.exp(p["gamma_log"]) * (x_t @ b)
+        yield (h @ c).real + (x_t * p["D"] if "D" in p else 0)
+
+
+ORACLES = {
+    "simple_rnn": simple_rnn, "irnn": irnn, "gru": gru, "lstm": lstm,
+    "min_gru": min_gru, "lru": lru,
+}  # fmt: skip
+
+
+def make(name, input_size=F):
+    """A cell with no parameter at zero, where a mistake could hide."""
+    cell = CELLS[name](input_size, H, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(cell)
+    noise = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: leaf + jnp.array(noise.normal(0, 0.1, leaf.shape), leaf.dtype), params
     )
-    w, u, b = (np.asarray(p, np.float64) for p in (cell.kernel, cell.recurrent_kernel, cell.bias))
-    h = np.zeros((3, 7))
-    for t in range(11):
-        h = np.tanh(x[t] @ w + b + h @ u)
-        np.testing.assert_allclose(got[t], h, atol=1e-5)
+    return nnx.merge(graphdef, params)
+
+
+def pure(cell):
+    params = nnx.to_pure_dict(nnx.state(cell))
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("input_size", [F, H])
+def test_a_cell_equals_a_float64_loop(name, input_size):
+    cell = make(name, input_size)
+    x = np.random.default_rng(2).normal(size=(T, B, input_size))
+    got = cell(jnp.array(x, jnp.float32), SCAN)
+    chex.assert_shape(got, (T, B, H))
+    chex.assert_type(got, jnp.float32)
+    expected = list(ORACLES[name](pure(cell), x))
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    np.testing.assert_allclose(cell.last(jnp.array(x, jnp.float32), SCAN), expected[-1], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_step_is_what_scan_repeats(name):
+    cell = make(name)
+    z = cell.project(jnp.array(INPUTS, jnp.float32))
+    carry, states = cell.initial_carry(B), []
+    for z_t in z:
+        carry, h = cell.step(carry, z_t)
+        states.append(h)
+    np.testing.assert_allclose(cell.scan(cell.initial_carry(B), z, SCAN), states, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("method", ["sequential", "parallel"])
+def test_gradients_equal_finite_differences(name, method):
+    with jax.enable_x64(True):
+        graphdef, params = nnx.split(make(name))
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+
+        @jax.jit
+        def outputs(params, x):
+            return nnx.merge(graphdef, params)(x, ScanConfig(method=method))
+
+        check_grads(outputs, (params, jnp.array(INPUTS)), order=1, modes=["rev"], eps=1e-6)
+
+
+@pytest.mark.parametrize("name", ["min_gru", "lru"])
+@pytest.mark.parametrize("double", [False, True])
+def test_parallel_equals_sequential_over_784_steps(name, double):
+    with jax.enable_x64(double):
+        graphdef, params = nnx.split(make(name, 1))
+        dtype = jnp.float64 if double else jnp.float32
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        x = jnp.array(np.random.default_rng(3).uniform(size=(784, B, 1)), dtype)
+
+        def loss(params, method):
+            outputs = nnx.merge(graphdef, params)(x, ScanConfig(method=method))
+            return jnp.sum(outputs**2) / 784, outputs
+
+        tolerance = 1e-10 if double else 1e-4
+        grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+        (grads, h), (other_grads, other_h) = (grad(params, m) for m in ("sequential", "parallel"))
+        for got, expected in zip(
+            jax.tree.leaves((other_h, other_grads)), jax.tree.leaves((h, grads)), strict=True
+        ):
+            scale = float(jnp.abs(expected).max())
+            np.testing.assert_allclose(got / scale, expected / scale, atol=tolerance)
+
+
+COUNTS = {
+    "simple_rnn": H * (F + H + 1),
+    "irnn": H * (F + H + 1),
+    "gru": 3 * H * (F + H + 2),
+    "lstm": 4 * H * (F + H + 1),
+    "min_gru": 2 * H * (F + 1),
+    "lru": H * (2 * F + 2 * H + 3),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_parameter_counts_are_as_documented(name):
+    cell = CELLS[name](F, H, rngs=nnx.Rngs(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(cell))) == COUNTS[name]
 
 
 def test_simple_rnn_starts_as_keras_does():
@@ -30,7 +180,32 @@ def test_simple_rnn_starts_as_keras_does():
     np.testing.assert_array_equal(cell.bias[...], np.zeros(64))
 
 
-def test_project_takes_any_leading_axes():
-    cell = cells.SimpleRNN(5, 7, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, 3, 5))
+def test_irnn_starts_as_the_identity():
+    cell = cells.IRNN(28, 64, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(cell.recurrent_kernel[...], np.eye(64))
+    np.testing.assert_allclose(np.std(cell.kernel[...]), 1e-3, rtol=0.05)
+
+
+def test_lstm_starts_with_a_forget_bias_of_one():
+    np.testing.assert_array_equal(
+        cells.LSTM(3, 2, rngs=nnx.Rngs(0)).bias[...], [0, 0, 1, 1] + [0] * 4
+    )
+
+
+def test_lru_starts_on_its_ring_with_unit_variance():
+    cell = cells.LRU(1, 2000, rngs=nnx.Rngs(0))
+    modulus = np.exp(-np.exp(cell.nu_log[...]))
+    assert modulus.min() >= 0.9
+    assert modulus.max() <= 0.999
+    # Uniform on the ring: |λ|² is uniform between its bounds.
+    np.testing.assert_allclose(np.mean(modulus**2), (0.9**2 + 0.999**2) / 2, rtol=0.01)
+    # White noise in, unit variance out, in the long run.
+    variance = np.exp(2 * cell.gamma_log[...]) / (1 - modulus**2)
+    np.testing.assert_allclose(variance, 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_project_takes_any_leading_axes(name):
+    cell = make(name)
+    x = jax.random.normal(jax.random.key(0), (2, 3, F))
     np.testing.assert_allclose(cell.project(x)[1], cell.project(x[1]), atol=1e-6)
