@@ -1,23 +1,65 @@
 """Optimizers: configuration -> `optax.GradientTransformation`."""
 
+import jax
 import optax
+from flax import nnx
 
+from seqmnist.cells import RecurrentParam
 from seqmnist.config import OptimizerConfig
 from seqmnist.errors import choose
 
+OPTIMIZERS = {
+    # RMSprop as Keras 3 computes it: decay 0.9, and epsilon 1e-7 inside the root.
+    "rmsprop": lambda config, rate: optax.rmsprop(rate, decay=0.9, eps=1e-7, eps_in_sqrt=True),
+    "adam": lambda config, rate: optax.adam(rate),
+    "adamw": lambda config, rate: optax.adamw(rate, weight_decay=config.weight_decay, mask=_decays),
+    "sgd": lambda config, rate: optax.sgd(rate, momentum=config.momentum),
+}
 
-def rmsprop(learning_rate: float) -> optax.GradientTransformation:
-    """RMSprop as Keras 3 computes it: decay 0.9, and epsilon 1e-7 inside the root."""
-    return optax.rmsprop(learning_rate, decay=0.9, eps=1e-7, eps_in_sqrt=True)
 
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int | None = None
+) -> optax.GradientTransformation:
+    """Builds the optimizer that the configuration names, for an `nnx.State` of parameters.
 
-OPTIMIZERS = {"rmsprop": rmsprop}
-
-
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Builds the optimizer that the configuration names.
+    Args:
+      config: the configuration.
+      num_steps: the length of the run, which schedules need.
 
     Raises:
       UserError: there is no optimizer of that name.
     """
-    return choose(OPTIMIZERS, config.name, "optimizer.name")(config.learning_rate)
+    rate = make_schedule(config, num_steps)
+    parts = [choose(OPTIMIZERS, config.name, "optimizer.name")(config, rate)]
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.recurrent_factor != 1:
+        parts.append(optax.masked(optax.scale(config.recurrent_factor), _is_recurrent))
+    return optax.chain(*parts) if parts[1:] else parts[0]
+
+
+def make_schedule(config: OptimizerConfig, num_steps: int | None) -> optax.ScalarOrSchedule:
+    """Returns the learning rate as a function of the step, or a number where it is constant."""
+    peak = config.learning_rate
+    if config.schedule == "constant" and not config.warmup_fraction:
+        return peak
+    warmup = round(config.warmup_fraction * num_steps)
+    schedule = optax.constant_schedule(peak)
+    if config.schedule == "cosine":
+        schedule = optax.cosine_decay_schedule(peak, num_steps - warmup)
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    return optax.join_schedules([rise, schedule], [warmup]) if warmup else schedule
+
+
+def _is_recurrent(params):
+    return _map_variables(lambda variable: isinstance(variable, RecurrentParam), params)
+
+
+def _decays(params):
+    return _map_variables(
+        lambda variable: not isinstance(variable, RecurrentParam) and variable.ndim > 1, params
+    )
+
+
+def _map_variables(function, params):
+    return jax.tree.map(function, params, is_leaf=lambda x: isinstance(x, nnx.Variable))

@@ -1,11 +1,15 @@
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from seqmnist import cells
 from seqmnist.config import OptimizerConfig
 from seqmnist.errors import UserError
-from seqmnist.optim import make_optimizer
+from seqmnist.optim import OPTIMIZERS, make_optimizer, make_schedule
 
 
 def test_rmsprop_follows_its_formula_in_float64():
@@ -21,6 +25,75 @@ def test_rmsprop_follows_its_formula_in_float64():
         velocity = 0.9 * velocity + 0.1 * gradient**2
         expected -= 0.01 * gradient / np.sqrt(velocity + 1e-7)
     np.testing.assert_allclose(params, expected, atol=1e-5)
+
+
+def updates_of(config, params, grads, num_steps=None):
+    optimizer = make_optimizer(config, num_steps)
+    return optimizer.update(grads, optimizer.init(params), params)[0]
+
+
+def lru_params():
+    params = nnx.state(cells.LRU(3, 4, rngs=nnx.Rngs(0)))
+    return params, jax.tree.map(jnp.ones_like, params)
+
+
+def test_recurrent_parameters_take_smaller_steps():
+    params, grads = lru_params()
+    whole = updates_of(OptimizerConfig(name="sgd"), params, grads)
+    part = updates_of(OptimizerConfig(name="sgd", recurrent_factor=0.25), params, grads)
+    for name in ("nu_log", "theta_log", "gamma_log", "B_re", "B_im"):
+        chex.assert_trees_all_close(part[name][...], 0.25 * whole[name][...])
+    for name in ("C_re", "C_im"):
+        chex.assert_trees_all_equal(part[name][...], whole[name][...])
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax's Adam is not strict
+def test_only_kernels_outside_the_recurrence_decay():
+    params, grads = lru_params()
+    config = OptimizerConfig(name="adamw", weight_decay=0.5, learning_rate=0.1)
+    still = jax.tree.map(jnp.zeros_like, grads)
+    updates = updates_of(config, params, still)
+    for name in ("nu_log", "theta_log", "gamma_log", "B_re", "B_im"):
+        assert not updates[name][...].any()
+    chex.assert_trees_all_close(updates["C_re"][...], -0.05 * params["C_re"][...], rtol=1e-6)
+    bias = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    ones = jax.tree.map(jnp.ones_like, bias)
+    updates = updates_of(config, ones, jax.tree.map(jnp.zeros_like, bias))
+    assert not updates["bias"][...].any()
+    assert updates["kernel"][...].all()
+
+
+def test_clipping_bounds_the_global_norm():
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(4)}
+    grads = {"a": jnp.full(3, 30.0), "b": jnp.full(4, -40.0)}
+    config = OptimizerConfig(name="sgd", momentum=0.0, learning_rate=1.0, clip_norm=2.0)
+    updates = updates_of(config, params, grads)
+    np.testing.assert_allclose(optax.tree.norm(updates), 2.0, rtol=1e-6)
+    np.testing.assert_allclose(updates["a"] / updates["b"][:3], -0.75, rtol=1e-6)
+
+
+def test_schedules_rise_and_fall():
+    def rates(**fields):
+        schedule = make_schedule(OptimizerConfig(learning_rate=0.1, **fields), num_steps=100)
+        return [float(schedule(step)) for step in (0, 5, 10, 55, 100)]
+
+    assert make_schedule(OptimizerConfig(learning_rate=0.1), num_steps=None) == 0.1
+    warm = rates(warmup_fraction=0.1)
+    np.testing.assert_allclose(warm, [0, 0.05, 0.1, 0.1, 0.1], atol=1e-7)
+    cosine = rates(schedule="cosine", warmup_fraction=0.1)
+    np.testing.assert_allclose(cosine, [0, 0.05, 0.1, 0.05, 0], atol=1e-7)
+    np.testing.assert_allclose(rates(schedule="cosine")[0], 0.1)
+
+
+@jax.numpy_dtype_promotion("standard")  # Optax's Adam is not strict
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_goes_downhill(name):
+    params, optimizer = jnp.ones(3), make_optimizer(OptimizerConfig(name=name))
+    state = optimizer.init(params)
+    for _ in range(10):
+        updates, state = optimizer.update(2 * params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert jnp.all(params < 1)
 
 
 def test_an_unknown_optimizer_is_refused():

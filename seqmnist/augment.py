@@ -1,0 +1,52 @@
+"""Augmentation: random distortions of training images, on the device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.ndimage import map_coordinates
+
+
+def none(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns the images as they are."""
+    del key
+    return images
+
+
+def affine(
+    images: jax.Array,
+    key: jax.Array,
+    degrees: float = 12.0,
+    shift: float = 2.0,
+    stretch: float = 0.12,
+    shear: float = 0.15,
+) -> jax.Array:
+    """Rotates, shifts, stretches and shears each image a little, by its own random amounts.
+
+    Every amount is uniform between minus and plus its limit; pixels are interpolated
+    bilinearly, and zero outside.
+
+    Args:
+      images: uint8 [B, 28, 28].
+      key: of the randomness.
+      degrees, shift, stretch, shear: the limits, in degrees, pixels and shares.
+
+    Returns:
+      uint8 [B, 28, 28].
+    """
+    amounts = jax.random.uniform(key, (len(images), 6), minval=-1, maxval=1)
+    limits = jnp.array([jnp.deg2rad(degrees), shift, shift, stretch, stretch, shear])
+    return jax.vmap(_affine_one)(images, amounts * limits.reshape(1, -1))
+
+
+def _affine_one(image, amounts):
+    angle, down, right, tall, wide, shear = amounts
+    rotation = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
+    distortion = jnp.array([[1 + tall, shear], [0.0, 1 + wide]])
+    centre = (image.shape[0] - 1) / 2
+    grid = jnp.array(np.indices(image.shape).reshape(2, -1) - centre, jnp.float32)
+    source = rotation @ distortion @ grid + centre + jnp.stack([down, right]).reshape(2, 1)
+    values = map_coordinates(image.astype(jnp.float32), list(source), order=1)
+    return jnp.round(values).astype(image.dtype).reshape(image.shape)
+
+
+AUGMENTATIONS = {"none": none, "affine": affine}

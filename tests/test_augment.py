@@ -1,0 +1,43 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.ndimage import affine_transform
+
+from seqmnist import augment
+
+KEY = jax.random.key(0)
+
+
+def blob():
+    image = np.zeros((28, 28), np.uint8)
+    image[8:20, 12:16] = 200
+    return image
+
+
+def test_no_distortion_is_the_identity(digits):
+    images = jnp.array(digits[0][:5])
+    still = augment.affine(images, KEY, degrees=0, shift=0, stretch=0, shear=0)
+    chex.assert_trees_all_equal(still, images, augment.none(images, KEY))
+
+
+def test_each_image_is_distorted_as_scipy_does():
+    amounts = np.array([0.2, 1.5, -0.75, 0.1, -0.05, 0.12])
+    got = augment._affine_one(jnp.array(blob()), jnp.array(amounts, jnp.float32))
+    angle, down, right, tall, wide, shear = amounts
+    rotation = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    matrix = np.array(rotation) @ [[1 + tall, shear], [0, 1 + wide]]
+    offset = 13.5 + np.array([down, right]) - matrix @ [13.5, 13.5]
+    expected = affine_transform(blob().astype(float), matrix, offset, order=1, mode="constant")
+    inside = (slice(2, -2),) * 2
+    np.testing.assert_allclose(got[inside], expected[inside], atol=1)
+
+
+def test_every_image_moves_its_own_way_and_keeps_its_ink():
+    images = jnp.array(np.stack([blob()] * 50))
+    moved = jax.jit(augment.affine)(images, KEY)
+    assert moved.dtype == jnp.uint8
+    assert len({bytes(np.asarray(image)) for image in moved}) == 50
+    ink = np.asarray(moved, float).sum((1, 2)) / blob().sum()
+    assert 0.75 < ink.min() < 1 < ink.max() < 1.35
+    np.testing.assert_allclose(ink.mean(), 1, atol=0.05)
