@@ -41,9 +41,9 @@ class Display:
         model = config.model
         self.say(f"Data: {dataset.name}: {counts} examples, from {dataset.directory}")
         self.say(f"Device: {devices}")
-        self.say(
-            f"Model: {model.view} → {model.num_layers} × {model.cell}({model.hidden_size}) → logits"
-        )
+        both_ways = "bidirectional " if model.bidirectional else ""
+        cells = f"{model.num_layers} × {both_ways}{model.cell}({model.hidden_size})"
+        self.say(f"Model: {model.view} → {cells} → {model.readout} → logits")
         self._parameter_table(params)
 
     def _parameter_table(self, params):

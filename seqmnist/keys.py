@@ -2,7 +2,7 @@
 
 import jax
 
-PURPOSES = ("params", "epoch_order")
+PURPOSES = ("params", "epoch_order", "dropout", "augment")
 
 
 def key(seed: jax.Array | int, purpose: str, counter: jax.Array | int = 0) -> jax.Array:

@@ -1,19 +1,81 @@
-"""The classifier: view, cells over time, readout."""
+"""The classifier: view, cells over time, readout.
 
-import itertools
+Shapes: B batch, T time steps, F features a step, H hidden units, W outputs of a layer (H, or
+2 H where it is bidirectional), C classes.
+"""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from seqmnist import scans
-from seqmnist.cells import CELLS
-from seqmnist.config import ModelConfig
-from seqmnist.errors import choose
-from seqmnist.views import VIEWS
+from seqmnist.cells import CELLS, Cell
+from seqmnist.config import ModelConfig, ScanConfig
+from seqmnist.errors import UserError, choose
+from seqmnist.views import VIEWS, normalize
 
 IMAGE_SHAPE = (28, 28)
 NUM_CLASSES = 10
+
+_glorot = nnx.initializers.glorot_uniform()
+
+
+class Bidirectional(nnx.Module):
+    """Two cells that read in opposite directions: [T, B, F] -> [T, B, 2 H].
+
+    Attributes:
+      forward: reads from the first time step to the last.
+      backward: reads from the last to the first; its outputs stand at the time steps that
+        they have just read.
+    """
+
+    def __init__(self, forward: Cell, backward: Cell):
+        self.forward, self.backward = forward, backward
+
+    def __call__(self, x: jax.Array, scan: ScanConfig) -> jax.Array:
+        """Returns the outputs of all time steps, [T, B, 2 H]."""
+        backward = self.backward(x[::-1], scan)[::-1]
+        return jnp.concatenate([self.forward(x, scan), backward], axis=-1)
+
+    def last(self, x: jax.Array, scan: ScanConfig) -> jax.Array:
+        """Returns what each cell gives when it has read everything, [B, 2 H]."""
+        return jnp.concatenate(
+            [self.forward.last(x, scan), self.backward.last(x[::-1], scan)], axis=-1
+        )
+
+
+class ResidualBlock(nnx.Module):
+    """A cell between a normalization and a gate, beside a way around: [T, B, W] -> [T, B, W].
+
+    y = x + v_1 σ(v_2), v = gelu(cell(norm(x))) V + b; W (2 W + 4) parameters beside the cell's.
+
+    Source: A. Orvieto et al., arXiv 2303.06349, figure 1, with S5's gate (arXiv 2208.04933).
+
+    Attributes:
+      norm: layer normalization of x.
+      layer: the cell, or two that read in opposite directions.
+      gate: V and b, W -> 2 W.
+    """
+
+    def __init__(self, layer: Cell | Bidirectional, width: int, *, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.layer = layer
+        self.gate = nnx.Linear(width, 2 * width, kernel_init=_glorot, rngs=rngs)
+
+    def __call__(self, x: jax.Array, scan: ScanConfig) -> jax.Array:
+        """Returns the outputs of all time steps, [T, B, W]."""
+        v, gate = jnp.split(self.gate(jax.nn.gelu(self.layer(self.norm(x), scan))), 2, axis=-1)
+        return x + v * jax.nn.sigmoid(gate)
+
+    def last(self, x: jax.Array, scan: ScanConfig) -> jax.Array:
+        """Returns the output of the last time step, [B, W]."""
+        return self(x, scan)[-1]
+
+
+READOUTS = {
+    "last": lambda layer, x, scan: layer.last(x, scan),
+    "mean": lambda layer, x, scan: layer(x, scan).mean(0),
+    "max": lambda layer, x, scan: layer(x, scan).max(0),
+}
 
 
 class SequenceClassifier(nnx.Module):
@@ -22,26 +84,73 @@ class SequenceClassifier(nnx.Module):
     It computes in the dtype of its parameters.
 
     Attributes:
-      layers: the cells, first to last.
-      readout: H -> C, on the last state of the last layer.
+      encoder: F -> W, before residual blocks; else None.
+      layers: first to last, each [T, B, F or W] -> [T, B, W].
+      readout: W -> C, on what `ModelConfig.readout` takes from the last layer.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        self.view = choose(VIEWS, config.view, "model.view")
-        cell = choose(CELLS, config.cell, "model.cell")
-        images = jax.ShapeDtypeStruct((1, *IMAGE_SHAPE), jnp.uint8)
-        input_size = jax.eval_shape(self.view, images).shape[-1]
-        sizes = [input_size] + [config.hidden_size] * config.num_layers
-        self.layers = nnx.List([cell(*pair, rngs=rngs) for pair in itertools.pairwise(sizes)])
-        self.readout = nnx.Linear(
-            sizes[-1], NUM_CLASSES, kernel_init=nnx.initializers.glorot_uniform(), rngs=rngs
-        )
+    def __init__(self, config: ModelConfig, scan: ScanConfig, *, rngs: nnx.Rngs):
+        """Draws the parameters.
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Returns logits [B, C] for images uint8 [B, 28, 28]."""
-        x = self.view(images, dtype=self.readout.kernel.dtype)
-        x = jnp.swapaxes(x, 0, 1)  # time first: what a scan runs over
-        for layer in self.layers:
-            carry = layer.initial_carry(x.shape[1])
-            _, x = scans.sequential(layer.step, carry, layer.project(x))
-        return self.readout(x[-1])
+        Raises:
+          UserError: the configuration names a view, cell or readout that does not exist, or
+            leaves less than two time steps.
+        """
+        self.config, self.scan = config, scan
+        cell = choose(CELLS, config.cell, "model.cell")
+        choose(READOUTS, config.readout, "model.readout")
+        num_steps, size = self.sequence_shape(config)
+        if num_steps < 2:
+            raise UserError(
+                f"config.model.subsample={config.subsample} leaves {num_steps} time step of "
+                f"config.model.view={config.view}; make it smaller"
+            )
+        width = config.hidden_size * (2 if config.bidirectional else 1)
+        has_blocks = config.block == "residual"
+        encode = nnx.Linear(size, width, kernel_init=_glorot, rngs=rngs) if has_blocks else None
+        self.encoder = encode
+        size = width if has_blocks else size
+        self.layers = nnx.List([])
+        for _ in range(config.num_layers):
+            layer = cell(size, config.hidden_size, rngs=rngs)
+            if config.bidirectional:
+                layer = Bidirectional(layer, cell(size, config.hidden_size, rngs=rngs))
+            if has_blocks:
+                layer = ResidualBlock(layer, width, rngs=rngs)
+            self.layers.append(layer)
+            size = width
+        self.readout = nnx.Linear(width, NUM_CLASSES, kernel_init=_glorot, rngs=rngs)
+
+    @staticmethod
+    def sequence_shape(config: ModelConfig) -> tuple[int, int]:
+        """Returns (T, F) of what the configured view gives."""
+        images = jax.ShapeDtypeStruct((1, *IMAGE_SHAPE), jnp.uint8)
+        return jax.eval_shape(lambda x: _sequence(config, x, jnp.float32), images).shape[::2]
+
+    def __call__(self, images: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Classifies images.
+
+        Args:
+          images: uint8 [B, 28, 28].
+          dropout_key: of the dropout, in training; None does not drop out.
+
+        Returns:
+          Logits [B, C].
+        """
+        drop_out = nnx.Dropout(self.config.dropout, deterministic=dropout_key is None)
+        x = _sequence(self.config, images, self.readout.kernel.dtype)
+        if self.encoder is not None:
+            x = self.encoder(x)
+        *lower, top = self.layers
+        rngs = None if dropout_key is None else nnx.Rngs(dropout_key)
+        for layer in lower:
+            x = drop_out(layer(x, self.scan), rngs=rngs)
+        read = READOUTS[self.config.readout]
+        return self.readout(drop_out(read(top, x, self.scan), rngs=rngs))
+
+
+def _sequence(config, images, dtype):
+    """Images uint8 [B, 28, 28] -> the sequence that is read, time first: [T, B, F]."""
+    view = choose(VIEWS, config.view, "model.view")
+    x = jnp.swapaxes(view(normalize(images, dtype)), 0, 1)[:: config.subsample]
+    return x[::-1] if config.reverse else x

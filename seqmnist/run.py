@@ -15,7 +15,9 @@ from seqmnist.datasets import sources
 from seqmnist.display import Display
 from seqmnist.errors import UserError
 from seqmnist.loop import Loop, Resident, Streamed
+from seqmnist.model import SequenceClassifier
 from seqmnist.steps import System, init_state, make_system
+from seqmnist.views import permutation, permutation_sha256
 
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -33,10 +35,12 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """
     began = time.monotonic()
     display = Display()
-    system = make_system(config)
+    make_system(config, num_steps=1)  # what names nothing is refused before data is fetched
     _check_workdir(workdir)
     dataset = _prepare(config, display)
     splits = _splits(config, dataset)
+    steps_per_epoch = data.num_batches(len(splits["train"]), config.train.batch_size)
+    system = make_system(config, config.train.num_epochs * steps_per_epoch)
     loop = _make_loop(config, system, dataset)
     rows = _evaluation_rows(config, splits)
     state = jax.jit(lambda: init_state(config, system, config.seed))()
@@ -73,6 +77,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     checkpoint.save(workdir, state)
     results = {
         "dataset": _describe(dataset, splits),
+        "sequence": _describe_sequence(config.model),
         "parameters": num_parameters,
         "epochs": config.train.num_epochs,
         "steps": int(state.step),
@@ -103,7 +108,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     Raises:
       UserError: the workdir holds no usable checkpoint, or the data cannot be had.
     """
-    system = make_system(config)
+    system = make_system(config, num_steps=1)
     like = jax.eval_shape(lambda: init_state(config, system, config.seed))
     display = Display()
     state = checkpoint.restore(workdir, like)
@@ -178,3 +183,11 @@ def _describe(dataset, splits):
         "fingerprint": dataset.fingerprint,
         **{name: len(split) for name, split in splits.items()},
     }
+
+
+def _describe_sequence(model):
+    num_steps, num_features = SequenceClassifier.sequence_shape(model)
+    description = {"view": model.view, "time_steps": num_steps, "features": num_features}
+    if model.view == "permuted_pixels":
+        description["permutation_sha256"] = permutation_sha256(permutation())
+    return description

@@ -1,5 +1,6 @@
 """One step of training and of evaluation: pure functions, no jit, no I/O."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +9,10 @@ import optax
 from flax import nnx
 
 from seqmnist import keys
+from seqmnist.augment import AUGMENTATIONS
 from seqmnist.config import Config
 from seqmnist.data import Batch
+from seqmnist.errors import choose
 from seqmnist.metrics import Sums, classification_sums
 from seqmnist.model import SequenceClassifier
 from seqmnist.optim import make_optimizer
@@ -22,11 +25,13 @@ class TrainState(NamedTuple):
       params: the model's parameters, an `nnx.State`.
       opt_state: the optimizer's state.
       step: int32, updates taken so far.
+      seed: uint32, the source of all the run's randomness; it stays.
     """
 
     params: Any
     opt_state: optax.OptState
     step: jax.Array
+    seed: jax.Array
 
 
 class System(NamedTuple):
@@ -35,24 +40,34 @@ class System(NamedTuple):
     Attributes:
       graphdef: the model without its parameters.
       optimizer: the gradient transformation.
+      augment: (images, key) -> images, for training.
     """
 
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
+    augment: Callable[[jax.Array, jax.Array], jax.Array]
 
-    def apply(self, params: Any, images: jax.Array) -> jax.Array:
-        """Returns logits [B, C] for images uint8 [B, 28, 28]."""
-        return nnx.merge(self.graphdef, params)(images)
+    def apply(
+        self, params: Any, images: jax.Array, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Returns logits [B, C] for images uint8 [B, 28, 28]; without a key, no dropout."""
+        return nnx.merge(self.graphdef, params)(images, dropout_key)
 
 
-def make_system(config: Config) -> System:
+def make_system(config: Config, num_steps: int | None = None) -> System:
     """Builds the fixed half of a run; allocates nothing.
 
+    Args:
+      config: the configuration.
+      num_steps: the length of the run, which learning-rate schedules need.
+
     Raises:
-      UserError: the configuration names a view, cell or optimizer that does not exist.
+      UserError: the configuration names a view, cell, optimizer… that does not exist.
     """
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: _make_model(config, seed=0)))
-    return System(graphdef, make_optimizer(config.optimizer))
+    optimizer = make_optimizer(config.optimizer, num_steps)
+    augment = choose(AUGMENTATIONS, config.train.augment, "train.augment")
+    return System(graphdef, optimizer, augment)
 
 
 def init_state(config: Config, system: System, seed: jax.Array) -> TrainState:
@@ -64,7 +79,8 @@ def init_state(config: Config, system: System, seed: jax.Array) -> TrainState:
       seed: an integer scalar.
     """
     params = nnx.state(_make_model(config, seed))
-    return TrainState(params, system.optimizer.init(params), jnp.zeros((), jnp.int32))
+    opt_state = system.optimizer.init(params)
+    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.uint32))
 
 
 def train_step(system: System, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
@@ -79,14 +95,18 @@ def train_step(system: System, state: TrainState, batch: Batch) -> tuple[TrainSt
       The state after the update, and the sums of the batch before it.
     """
 
+    images = system.augment(batch.image, keys.key(state.seed, "augment", state.step))
+    dropout_key = keys.key(state.seed, "dropout", state.step)
+
     def mean_loss(params):
-        sums = classification_sums(system.apply(params, batch.image), batch.label, batch.mask)
+        logits = system.apply(params, images, dropout_key)
+        sums = classification_sums(logits, batch.label, batch.mask)
         return sums.loss / sums.count.astype(sums.loss.dtype), sums
 
     grads, sums = jax.grad(mean_loss, has_aux=True)(state.params)
     updates, opt_state = system.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state, state.step + 1), sums
+    return TrainState(params, opt_state, state.step + 1, state.seed), sums
 
 
 def eval_step(system: System, params: Any, batch: Batch) -> Sums:
@@ -95,4 +115,6 @@ def eval_step(system: System, params: Any, batch: Batch) -> Sums:
 
 
 def _make_model(config: Config, seed: jax.Array | int) -> SequenceClassifier:
-    return SequenceClassifier(config.model, rngs=nnx.Rngs(params=keys.key(seed, "params")))
+    return SequenceClassifier(
+        config.model, config.scan, rngs=nnx.Rngs(params=keys.key(seed, "params"))
+    )

@@ -5,29 +5,60 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqmnist.config import Config, ModelConfig
+from seqmnist import cells
+from seqmnist.cells import CELLS
+from seqmnist.config import Config, ModelConfig, ScanConfig
+from seqmnist.data import Batch
 from seqmnist.errors import UserError
-from seqmnist.model import SequenceClassifier
-from seqmnist.steps import init_state, make_system
+from seqmnist.model import READOUTS, Bidirectional, SequenceClassifier
+from seqmnist.steps import init_state, make_system, train_step
+from seqmnist.views import VIEWS
+
+SCAN = ScanConfig()
+
+
+def make(**fields):
+    config = ModelConfig(**{"hidden_size": 6, **fields})
+    return SequenceClassifier(config, SCAN, rngs=nnx.Rngs(0))
 
 
 def count(config):
-    model = nnx.eval_shape(lambda: SequenceClassifier(config, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: SequenceClassifier(config, SCAN, rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
 
 
-def test_the_notebook_has_6602_parameters():
-    assert count(ModelConfig()) == 6602
+H = 64
 
 
-def test_a_second_layer_reads_the_first():
-    assert count(ModelConfig(num_layers=2)) == 6602 + 64 * (64 + 64 + 1)
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        ({}, 6602),
+        ({"num_layers": 2}, 6602 + H * (H + H + 1)),
+        ({"bidirectional": True}, 2 * 5952 + 2 * H * 10 + 10),
+        (
+            {"bidirectional": True, "num_layers": 2},
+            2 * 5952 + 2 * H * (2 * H + H + 1) + 2 * H * 10 + 10,
+        ),
+        (
+            {"block": "residual", "num_layers": 3},
+            (28 + 1) * H + 3 * (H * (2 * H + 1) + H * (2 * H + 4)) + 650,
+        ),
+    ],
+)
+def test_parameter_counts_are_as_documented(fields, parameters):
+    assert count(ModelConfig(**fields)) == parameters
 
 
-@pytest.mark.parametrize("field", ["view", "cell"])
+@pytest.mark.parametrize("field", ["view", "cell", "readout"])
 def test_an_unknown_name_is_refused_with_the_choices(field):
     with pytest.raises(UserError, match=f"config.model.{field}='nothing'.*choose one of"):
         make_system(Config(model=ModelConfig(**{field: "nothing"})))
+
+
+def test_a_sequence_of_one_step_is_refused():
+    with pytest.raises(UserError, match="subsample=28"):
+        make_system(Config(model=ModelConfig(subsample=28)))
 
 
 class LogitsTest(chex.TestCase):
@@ -56,3 +87,111 @@ def test_it_computes_in_the_dtype_of_its_parameters():
         params = init_state(Config(), system, 0).params
         double = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
         assert system.apply(double, jnp.zeros((1, 28, 28), jnp.uint8)).dtype == jnp.float64
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_bidirectional_equals_two_passes(name):
+    forward, backward = (CELLS[name](5, 4, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    x = jax.random.normal(jax.random.key(0), (9, 2, 5))
+    both = Bidirectional(forward, backward)
+    there, back = forward(x, SCAN), backward(jnp.flip(x, 0), SCAN)
+    chex.assert_trees_all_close(both(x, SCAN)[..., :4], there, atol=1e-6)
+    chex.assert_trees_all_close(both(x, SCAN)[..., 4:], jnp.flip(back, 0), atol=1e-6)
+    last = jnp.concatenate([there[-1], back[-1]], axis=-1)
+    chex.assert_trees_all_close(both.last(x, SCAN), last, atol=1e-6)
+
+
+def test_reversal_and_subsampling_act_on_the_sequence(digits):
+    images = jnp.array(digits[0][:4])
+    plain, backwards = make(), make(reverse=True)
+    chex.assert_trees_all_close(backwards(images), plain(images[:, ::-1]), atol=1e-6)
+    third = make(subsample=3, reverse=True)
+    assert third.sequence_shape(third.config) == (10, 28)
+    h = third.layers[0].initial_carry(4)
+    for t in range(27, -1, -3):
+        _, h = third.layers[0].step(h, third.layers[0].project(images[:, t] / 255))
+    chex.assert_trees_all_close(third(images), third.readout(h), atol=1e-5)
+
+
+@pytest.mark.parametrize("block", ["plain", "residual"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_readouts_read_all_outputs_of_the_top_layer(block, bidirectional, digits):
+    images = jnp.array(digits[0][:4])
+    logits = {}
+    for readout in READOUTS:
+        model = make(readout=readout, block=block, bidirectional=bidirectional, cell="gru")
+        x = jnp.swapaxes(images / 255, 0, 1)
+        if block == "residual":
+            x = model.encoder(x)
+        (layer,) = model.layers
+        h = layer(x, SCAN)
+        expected = {"last": layer.last(x, SCAN), "mean": h.sum(0) / 28, "max": h.max(0)}[readout]
+        logits[readout] = model(images)
+        chex.assert_trees_all_close(logits[readout], model.readout(expected), atol=1e-5)
+    assert not np.allclose(logits["last"], logits["mean"])
+
+
+def test_a_residual_block_is_its_formula():
+    model = make(block="residual", cell="lru", readout="mean")
+    (block,) = model.layers
+    x = np.random.default_rng(0).normal(size=(7, 2, 6)).astype(np.float32)
+    normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    v = jax.nn.gelu(block.layer(jnp.array(normed), SCAN)) @ block.gate.kernel[...]
+    expected = x + v[..., :6] * jax.nn.sigmoid(v[..., 6:])
+    np.testing.assert_allclose(block(jnp.array(x), SCAN), expected, atol=1e-4)
+
+
+def test_dropout_is_random_in_training_and_absent_otherwise(digits):
+    images = jnp.array(digits[0][:8])
+    model, still = make(dropout=0.5, num_layers=2), make(num_layers=2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    chex.assert_trees_all_equal(model(images), still(images), still(images, keys[0]))
+    chex.assert_trees_all_equal(model(images, keys[0]), model(images, keys[0]))
+    assert not np.allclose(model(images, keys[0]), model(images, keys[1]))
+    assert not np.allclose(model(images, keys[0]), model(images))
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("view", VIEWS)
+def test_every_cell_learns_from_every_view(cell, view, digits):
+    images, labels = digits
+    config = Config(model=ModelConfig(cell=cell, view=view, hidden_size=8))
+    system = make_system(config)
+    batch = Batch(jnp.array(images[:4]), jnp.array(labels[:4]), jnp.ones(4, bool))
+    state = jax.jit(lambda: init_state(config, system, 0))()
+    after, sums = jax.jit(train_step, static_argnums=0)(system, state, batch)
+    assert np.isfinite(sums.loss)
+    for path, (old, new) in jax.tree_util.tree_leaves_with_path(
+        jax.tree.map(lambda *pair: pair, state.params, after.params),
+        is_leaf=lambda x: isinstance(x, tuple),
+    ):
+        assert np.isfinite(new).all(), path
+        assert not np.array_equal(old, new), path
+
+
+class Leaky(cells.Cell):
+    """h_t = (h_{t-1} + x_t W) / 2."""
+
+    def __init__(self, input_size, hidden_size, *, rngs):
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (input_size, hidden_size)))
+
+    def project(self, x):
+        return x @ self.kernel[...]
+
+    def initial_carry(self, batch_size):
+        return jnp.zeros((batch_size, self.kernel.shape[1]), self.kernel.dtype)
+
+    def step(self, carry, z):
+        return ((carry + z) / 2,) * 2
+
+
+def test_a_new_cell_needs_nothing_but_a_table_entry(monkeypatch, digits):
+    monkeypatch.setitem(CELLS, "leaky", Leaky)
+    config = Config(model=ModelConfig(cell="leaky", num_layers=2, bidirectional=True))
+    system = make_system(config)
+    batch = Batch(*(jnp.array(x) for x in digits), jnp.ones(130, bool))
+    state, losses = init_state(config, system, 0), []
+    for _ in range(20):
+        state, sums = jax.jit(train_step, static_argnums=0)(system, state, batch)
+        losses.append(sums.means()["loss"])
+    assert losses[-1] < losses[0] / 2
