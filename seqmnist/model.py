@@ -11,9 +11,8 @@ from flax import nnx
 from seqmnist.cells import CELLS, Cell
 from seqmnist.config import ModelConfig, ScanConfig
 from seqmnist.errors import UserError, choose
-from seqmnist.views import VIEWS, normalize
+from seqmnist.views import sequence, sequence_shape
 
-IMAGE_SHAPE = (28, 28)
 NUM_CLASSES = 10
 
 _glorot = nnx.initializers.glorot_uniform()
@@ -99,7 +98,7 @@ class SequenceClassifier(nnx.Module):
         self.config, self.scan = config, scan
         cell = choose(CELLS, config.cell, "model.cell")
         choose(READOUTS, config.readout, "model.readout")
-        num_steps, size = self.sequence_shape(config)
+        num_steps, size = sequence_shape(config)
         if num_steps < 2:
             raise UserError(
                 f"config.model.subsample={config.subsample} leaves {num_steps} time step of "
@@ -121,12 +120,6 @@ class SequenceClassifier(nnx.Module):
             size = width
         self.readout = nnx.Linear(width, NUM_CLASSES, kernel_init=_glorot, rngs=rngs)
 
-    @staticmethod
-    def sequence_shape(config: ModelConfig) -> tuple[int, int]:
-        """Returns (T, F) of what the configured view gives."""
-        images = jax.ShapeDtypeStruct((1, *IMAGE_SHAPE), jnp.uint8)
-        return jax.eval_shape(lambda x: _sequence(config, x, jnp.float32), images).shape[::2]
-
     def __call__(self, images: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
         """Classifies images.
 
@@ -138,7 +131,8 @@ class SequenceClassifier(nnx.Module):
           Logits [B, C].
         """
         drop_out = nnx.Dropout(self.config.dropout, deterministic=dropout_key is None)
-        x = _sequence(self.config, images, self.readout.kernel.dtype)
+        x = sequence(self.config, images, self.readout.kernel.dtype)
+        x = jnp.swapaxes(x, 0, 1)  # time first: what a scan runs over
         if self.encoder is not None:
             x = self.encoder(x)
         *lower, top = self.layers
@@ -147,10 +141,3 @@ class SequenceClassifier(nnx.Module):
             x = drop_out(layer(x, self.scan), rngs=rngs)
         read = READOUTS[self.config.readout]
         return self.readout(drop_out(read(top, x, self.scan), rngs=rngs))
-
-
-def _sequence(config, images, dtype):
-    """Images uint8 [B, 28, 28] -> the sequence that is read, time first: [T, B, F]."""
-    view = choose(VIEWS, config.view, "model.view")
-    x = jnp.swapaxes(view(normalize(images, dtype)), 0, 1)[:: config.subsample]
-    return x[::-1] if config.reverse else x

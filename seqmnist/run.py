@@ -15,9 +15,8 @@ from seqmnist.datasets import sources
 from seqmnist.display import Display
 from seqmnist.errors import UserError
 from seqmnist.loop import Loop, Resident, Streamed
-from seqmnist.model import SequenceClassifier
 from seqmnist.steps import System, init_state, make_system
-from seqmnist.views import permutation, permutation_sha256
+from seqmnist.views import permutation, permutation_sha256, sequence_shape
 
 
 def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
@@ -186,7 +185,7 @@ def _describe(dataset, splits):
 
 
 def _describe_sequence(model):
-    num_steps, num_features = SequenceClassifier.sequence_shape(model)
+    num_steps, num_features = sequence_shape(model)
     description = {"view": model.view, "time_steps": num_steps, "features": num_features}
     if model.view == "permuted_pixels":
         description["permutation_sha256"] = permutation_sha256(permutation())

@@ -11,6 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqmnist.config import ModelConfig
+from seqmnist.errors import choose
+
 PERMUTATION_SEED = 92916
 
 
@@ -95,3 +98,28 @@ VIEWS = {
     "patches_7": functools.partial(patches, size=7),
     "patches_14": functools.partial(patches, size=14),
 }
+
+
+def sequence(config: ModelConfig, images: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """Returns what the configured network reads.
+
+    Args:
+      config: says which view, in which direction, and how many of its time steps.
+      images: uint8 [B, 28, 28].
+      dtype: of the result.
+
+    Returns:
+      [B, T, F].
+
+    Raises:
+      UserError: there is no view of that name.
+    """
+    view = choose(VIEWS, config.view, "model.view")
+    x = view(normalize(images, dtype))[:, :: config.subsample]
+    return x[:, ::-1] if config.reverse else x
+
+
+def sequence_shape(config: ModelConfig) -> tuple[int, int]:
+    """Returns (T, F) of what `sequence` returns."""
+    images = jax.ShapeDtypeStruct((1, 28, 28), jnp.uint8)
+    return jax.eval_shape(lambda images: sequence(config, images), images).shape[1:]

@@ -12,7 +12,7 @@ from seqmnist.data import Batch
 from seqmnist.errors import UserError
 from seqmnist.model import READOUTS, Bidirectional, SequenceClassifier
 from seqmnist.steps import init_state, make_system, train_step
-from seqmnist.views import VIEWS
+from seqmnist.views import VIEWS, sequence_shape
 
 SCAN = ScanConfig()
 
@@ -106,7 +106,7 @@ def test_reversal_and_subsampling_act_on_the_sequence(digits):
     plain, backwards = make(), make(reverse=True)
     chex.assert_trees_all_close(backwards(images), plain(images[:, ::-1]), atol=1e-6)
     third = make(subsample=3, reverse=True)
-    assert third.sequence_shape(third.config) == (10, 28)
+    assert sequence_shape(third.config) == (10, 28)
     h = third.layers[0].initial_carry(4)
     for t in range(27, -1, -3):
         _, h = third.layers[0].step(h, third.layers[0].project(images[:, t] / 255))

@@ -1,0 +1,148 @@
+"""Against Keras and PyTorch themselves: values and gradients from copied weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from seqmnist import interop
+from seqmnist.cells import CELLS
+from seqmnist.config import Config, ModelConfig, ScanConfig
+from seqmnist.errors import UserError
+from seqmnist.steps import init_state, make_system
+from seqmnist.views import sequence
+
+ARCHITECTURES = [
+    ModelConfig(),
+    ModelConfig(cell="irnn", hidden_size=9, view="columns"),
+    ModelConfig(cell="gru", hidden_size=9, num_layers=2, view="patches_7"),
+    ModelConfig(cell="lstm", hidden_size=9, bidirectional=True, num_layers=2, reverse=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def relaxed():
+    """Keras does not compute under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def noisy_params(config, seed):
+    """Parameters of which none is zero, where a mistake could hide."""
+    params = init_state(config, make_system(config), seed).params
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: leaf + jnp.array(rng.normal(0, 0.1, leaf.shape), leaf.dtype), params
+    )
+
+
+@pytest.mark.parametrize("model", ARCHITECTURES, ids=lambda model: model.cell)
+def test_keras_gives_the_same_logits_and_gradients(model, digits):
+    config = Config(model=model)
+    system, params = make_system(config), noisy_params(config, 0)
+    images = jnp.array(digits[0][:16])
+    labels = jnp.array(digits[1][:16])
+    their_model = interop.build_keras(model)
+    their_model.set_weights(interop.to_keras(model, params))
+    x = sequence(model, images)
+
+    def mean_loss(logits):
+        return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(16), labels])
+
+    def our_loss(params):
+        return mean_loss(system.apply(params, images))
+
+    def their_loss(weights):
+        logits, _ = their_model.stateless_call(weights, other, x)
+        return mean_loss(logits)
+
+    np.testing.assert_allclose(system.apply(params, images), their_model(x), atol=1e-5)
+    other = [variable.value for variable in their_model.non_trainable_variables]
+    weights = [variable.value for variable in their_model.trainable_variables]
+    theirs = jax.grad(their_loss)(weights)
+    ours = interop.to_keras(model, jax.grad(our_loss)(params))
+    for our_gradient, their_gradient in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(our_gradient, their_gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ARCHITECTURES, ids=lambda model: model.cell)
+def test_weights_survive_the_way_there_and_back(model):
+    config = Config(model=model)
+    params, other = noisy_params(config, 0), noisy_params(config, 1)
+    their_model = interop.build_keras(model)
+    their_model.set_weights(interop.to_keras(model, params))
+    interop.from_keras(model, other, their_model.get_weights())
+    for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert their_model.count_params() == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"cell": "lru"}, "cell=lru"),
+        ({"cell": "min_gru"}, "cell=min_gru"),
+        ({"readout": "mean"}, "readout=mean"),
+        ({"block": "residual"}, "block=residual"),
+        ({"dropout": 0.1}, "dropout=0.1"),
+    ],
+)
+def test_what_keras_cannot_hold_is_refused(fields, word):
+    with pytest.raises(UserError, match=word):
+        interop.build_keras(ModelConfig(**fields))
+    with pytest.raises(UserError, match=word):
+        interop.to_keras(ModelConfig(**fields), None)
+
+
+def test_weights_of_another_architecture_are_refused_and_change_nothing():
+    params = noisy_params(Config(), 0)
+    before = interop.to_keras(ModelConfig(), params)
+    for weights in (before[:-1], [*before, before[0]], [before[0].T, *before[1:]]):
+        with pytest.raises(UserError, match="Keras's"):
+            interop.from_keras(ModelConfig(), params, weights)
+    for one, two in zip(before, interop.to_keras(ModelConfig(), params), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+TORCH_ORDER = {"simple_rnn": [0], "gru": [1, 0, 2], "lstm": [0, 1, 2, 3]}
+TORCH_LAYERS = {"simple_rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
+
+
+@pytest.mark.parametrize("name", TORCH_ORDER)
+def test_pytorch_gives_the_same_states_and_gradients(name):
+    torch = pytest.importorskip("torch")
+    hidden, order = 7, TORCH_ORDER[name]
+    cell = CELLS[name](5, hidden, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(cell)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: leaf + jnp.array(rng.normal(0, 0.1, leaf.shape), leaf.dtype), params
+    )
+    x = rng.normal(size=(11, 3, 5)).astype(np.float32)
+    cotangent = rng.normal(size=(11, 3, hidden)).astype(np.float32)
+
+    def reorder(array):  # gates side by side, ours -> PyTorch's; kernels transposed
+        gates = np.split(np.asarray(array), len(order), axis=-1)
+        return np.concatenate([gates[i] for i in order], axis=-1).T
+
+    layer = getattr(torch.nn, TORCH_LAYERS[name])(5, hidden)
+    names = {"weight_ih_l0": "kernel", "weight_hh_l0": "recurrent_kernel", "bias_ih_l0": "bias"}
+    if name == "gru":
+        names["bias_hh_l0"] = "recurrent_bias"
+    with torch.no_grad():
+        layer.bias_hh_l0.zero_()
+        for theirs, ours in names.items():
+            getattr(layer, theirs).copy_(torch.tensor(reorder(params[ours][...])))
+    their_h, _ = layer(torch.tensor(x))
+    (their_h * torch.tensor(cotangent)).sum().backward()
+
+    def inner(params):
+        h = nnx.merge(graphdef, params)(jnp.array(x), ScanConfig())
+        return jnp.sum(h * cotangent), h
+
+    grads, our_h = jax.grad(inner, has_aux=True)(params)
+    np.testing.assert_allclose(our_h, their_h.detach().numpy(), atol=1e-5)
+    for theirs, ours in names.items():
+        gradient = getattr(layer, theirs).grad.numpy()
+        np.testing.assert_allclose(reorder(grads[ours][...]), gradient, atol=1e-5, rtol=1e-5)
