@@ -65,13 +65,13 @@ class Resident:
             def body(sums, row):
                 return sums + eval_step(system, params, data.take(*arrays, row)), None
 
-            return lax.scan(body, Sums.zeros(), rows)[0]
+            return lax.scan(body, _no_sums(params), rows)[0]
 
         self._train, self._evaluate = train, evaluate
 
     def train(self, state: TrainState, rows: jax.Array) -> Iterator[Progress]:
         """See `Loop`."""
-        sums = Sums.zeros()
+        sums = _no_sums(state.params)
         for start, stop in _stretches(len(rows)):
             state, sums = self._train(state, sums, self._arrays, rows, start, stop)
             yield Progress(state, jax.block_until_ready(sums), stop)
@@ -101,7 +101,7 @@ class Streamed:
 
     def train(self, state: TrainState, rows: jax.Array) -> Iterator[Progress]:
         """See `Loop`."""
-        sums = Sums.zeros()
+        sums = _no_sums(state.params)
         batches = data.stream(self._records, rows)
         for start, stop in _stretches(len(rows)):
             for _ in range(start, stop):
@@ -110,10 +110,14 @@ class Streamed:
 
     def evaluate(self, params, rows: jax.Array) -> Sums:
         """See `Loop`."""
-        sums = Sums.zeros()
+        sums = _no_sums(params)
         for batch in data.stream(self._records, rows):
             sums = self._evaluate(params, sums, batch)
         return sums
+
+
+def _no_sums(params):
+    return Sums.zeros(jax.tree.leaves(params)[0].dtype)
 
 
 def _stretches(num_steps: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,1 @@
+"""Programs for people: `python -m tools.NAME --help`."""
