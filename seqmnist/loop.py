@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from seqmnist import data
+from seqmnist import data, sharding
 from seqmnist.metrics import Sums
 from seqmnist.steps import System, TrainState, eval_step, train_step
 
@@ -47,12 +47,21 @@ class Loop(Protocol):
 class Resident:
     """A loop over a dataset that lives in device memory as bytes."""
 
-    def __init__(self, system: System, images: np.ndarray, labels: np.ndarray):
-        """Takes all examples: uint8 [N, 28, 28] and int32 [N]."""
+    def __init__(
+        self,
+        system: System,
+        images: np.ndarray,
+        labels: np.ndarray,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        """Takes all examples, uint8 [N, 28, 28] and int32 [N].
+
+        With a mesh, the loop trains S members: states, rows and sums gain a leading axis S,
+        which is spread over the mesh; rows of an evaluation are common to all members.
+        """
         self._arrays = jax.device_put((images, labels))
 
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def train(state, sums, arrays, rows, start, stop):
+        def train(state, sums, rows, arrays, start, stop):
             def body(i, carry):
                 state, sums = carry
                 state, batch_sums = train_step(system, state, data.take(*arrays, rows[i]))
@@ -60,20 +69,24 @@ class Resident:
 
             return lax.fori_loop(start, stop, body, (state, sums))
 
-        @jax.jit
         def evaluate(params, arrays, rows):
             def body(sums, row):
                 return sums + eval_step(system, params, data.take(*arrays, row)), None
 
             return lax.scan(body, _no_sums(params), rows)[0]
 
-        self._train, self._evaluate = train, evaluate
+        if mesh:
+            self._arrays = sharding.spread(mesh, self._arrays)
+            train = sharding.over_members(train, mesh, num_shared=3)
+            evaluate = sharding.over_members(evaluate, mesh, num_shared=2)
+        self._train = jax.jit(train, donate_argnums=(0, 1))
+        self._evaluate = jax.jit(evaluate)
 
     def train(self, state: TrainState, rows: jax.Array) -> Iterator[Progress]:
         """See `Loop`."""
-        sums = _no_sums(state.params)
-        for start, stop in _stretches(len(rows)):
-            state, sums = self._train(state, sums, self._arrays, rows, start, stop)
+        sums = _no_sums(state.params, state.step.shape)
+        for start, stop in _stretches(rows.shape[-2]):
+            state, sums = self._train(state, sums, rows, self._arrays, start, stop)
             yield Progress(state, jax.block_until_ready(sums), stop)
 
     def evaluate(self, params, rows: jax.Array) -> Sums:
@@ -116,8 +129,8 @@ class Streamed:
         return sums
 
 
-def _no_sums(params):
-    return Sums.zeros(jax.tree.leaves(params)[0].dtype)
+def _no_sums(params, shape=()):
+    return Sums.zeros(jax.tree.leaves(params)[0].dtype, shape)
 
 
 def _stretches(num_steps: int) -> Iterator[tuple[int, int]]:

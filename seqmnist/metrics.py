@@ -4,11 +4,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 
 class Sums(NamedTuple):
     """Running totals over examples; they add over batches, devices and hosts.
+
+    Of S members together, each field is [S].
 
     Attributes:
       loss: float, the summed cross-entropy in nats.
@@ -21,17 +24,17 @@ class Sums(NamedTuple):
     count: jax.Array
 
     @classmethod
-    def zeros(cls, dtype=jnp.float32) -> "Sums":
-        """Returns the totals over no example."""
-        return cls(jnp.zeros((), dtype), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    def zeros(cls, dtype=jnp.float32, shape: tuple[int, ...] = ()) -> "Sums":
+        """Returns the totals over no example, of one run or of `shape` runs."""
+        return cls(*(jnp.zeros(shape, kind) for kind in (dtype, jnp.int32, jnp.int32)))
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def means(self) -> dict[str, float]:
-        """Returns {"loss", "accuracy"} over all examples counted, as Python floats."""
-        loss, correct, count = (x.item() for x in self)
-        return {"loss": loss / count, "accuracy": correct / count}
+    def means(self) -> dict[str, float | list[float]]:
+        """Returns {"loss", "accuracy"} over all examples counted: floats, or lists of S."""
+        loss, correct, count = (np.asarray(x, np.float64) for x in self)
+        return {"loss": (loss / count).tolist(), "accuracy": (correct / count).tolist()}
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
