@@ -52,7 +52,7 @@ def test_a_run_writes_what_it_promises(trained):
     config = json.loads((workdir / "config.json").read_text())
     results = json.loads((workdir / "results.json").read_text())
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert config["train"] == {"batch_size": 128, "num_epochs": 2}
+    assert config["train"] == {"batch_size": 128, "num_epochs": 2, "augment": "none"}
     assert [list(line) for line in lines] == [KEYS, KEYS]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 25), (2, 50)]
     dataset = {key: results["dataset"][key] for key in ("name", "train", "validation", "test")}

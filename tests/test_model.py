@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -158,8 +160,14 @@ def test_every_cell_learns_from_every_view(cell, view, digits):
     config = Config(model=ModelConfig(cell=cell, view=view, hidden_size=8))
     system = make_system(config)
     batch = Batch(jnp.array(images[:4]), jnp.array(labels[:4]), jnp.ones(4, bool))
-    state = jax.jit(lambda: init_state(config, system, 0))()
-    after, sums = jax.jit(train_step, static_argnums=0)(system, state, batch)
+    quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+    @functools.partial(jax.jit, compiler_options=quickly)
+    def init_and_step(batch):
+        state = init_state(config, system, 0)
+        return state, *train_step(system, state, batch)
+
+    state, after, sums = init_and_step(batch)
     assert np.isfinite(sums.loss)
     for path, (old, new) in jax.tree_util.tree_leaves_with_path(
         jax.tree.map(lambda *pair: pair, state.params, after.params),
