@@ -1,0 +1,93 @@
+"""The network, its training and its optimizer, against Keras itself, step for step."""
+
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+from conftest import REPOSITORY
+
+from seqmnist.config import OptimizerConfig
+from seqmnist.optim import make_optimizer
+from tools import keras_parity, seed_distribution
+
+
+class Toy(NamedTuple):
+    """A dataset of ten classes of noisy images, as `sources.Prepared` gives one."""
+
+    name: str = "toy"
+
+    def num_examples(self, split):
+        return {"train": 1600, "test": 200}[split]
+
+    def arrays(self, split):
+        rng = np.random.default_rng(len(split))
+        labels = rng.integers(0, 10, self.num_examples(split), dtype=np.int32)
+        images = rng.integers(0, 50, (len(labels), 28, 28), dtype=np.uint8)
+        images[np.arange(len(labels)), :, labels] = 255
+        return images, labels
+
+
+@pytest.fixture
+def as_keras_likes_it():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.usefixtures("as_keras_likes_it")
+@pytest.mark.parametrize("softmax", [False, True])
+def test_training_equals_keras_in_float32(softmax):
+    figures = keras_parity.compare(Toy(), softmax=softmax)
+    assert figures["steps"] == 10
+    assert figures["initial_logits"] <= 1e-6
+    assert figures["first_gradients"] <= 1e-6
+    assert figures["loss_all_steps"] <= 1e-5
+    assert figures["ours_in_keras"]["accuracy"] == pytest.approx(figures["ours"]["accuracy"])
+    assert figures["ours_in_keras"]["loss"] == pytest.approx(figures["ours"]["loss"], abs=1e-5)
+
+
+def test_training_equals_keras_in_float64(tmp_path):
+    command = [sys.executable, "-m", "tools.keras_parity", "--float64", "--data_name=mnist_5k"]
+    command += [f"--data_dir={tmp_path}", f"--json={tmp_path / 'figures.json'}"]
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("JAX_NUMPY")}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["dtype"], figures["steps"]) == ("float64", 25)
+    assert figures["loss_all_steps"] <= 1e-12
+    assert figures["parameters_relative"] <= 1e-12
+
+
+@pytest.mark.usefixtures("as_keras_likes_it")
+def test_rmsprop_equals_keras_over_200_steps():
+    rng = np.random.default_rng(0)
+    shapes = [(5, 7), (7,)]
+    ours = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    theirs = [keras.Variable(value) for value in ours]
+    reference = keras.optimizers.RMSprop()
+    reference.build(theirs)
+    optimizer = make_optimizer(OptimizerConfig(), num_steps=200)
+    state = optimizer.init(ours)
+    update = jax.jit(optimizer.update)
+    for scale in np.logspace(-6, 2, 200):  # from below the epsilon to far above it
+        grads = [jnp.asarray(scale * rng.normal(size=shape), jnp.float32) for shape in shapes]
+        updates, state = update(grads, state, ours)
+        ours = optax.apply_updates(ours, updates)
+        reference.apply(grads, theirs)
+    for value, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(value, np.asarray(other), rtol=1e-5, atol=1e-6)
+
+
+def test_the_summary_of_two_samples():
+    same = seed_distribution.summarize([0.1, 0.2, 0.3, 0.4], [0.15, 0.25, 0.35], notebook=0.3)
+    assert same["ours"]["mean"] == pytest.approx(0.25)
+    assert same["ours"]["notebook_percentile"] == pytest.approx(62.5)
+    assert same["p_value"] > 0.5
+    other = seed_distribution.summarize([0.1] * 9 + [0.2], [0.8] * 9 + [0.9], notebook=0.3)
+    assert other["p_value"] < 0.01
