@@ -60,7 +60,10 @@ class Cell(nnx.Module):
 
     def states(self, x: jax.Array, config: ScanConfig) -> jax.Array:
         """Reads a whole sequence from the first state: [T, B, F] -> h [T, B, H]."""
-        return self.scan(self.initial_carry(x.shape[1]), self.project(x), config)
+        with jax.named_scope("project"):
+            z = self.project(x)
+        with jax.named_scope("recurrence"):
+            return self.scan(self.initial_carry(x.shape[1]), z, config)
 
     def __call__(self, x: jax.Array, config: ScanConfig) -> jax.Array:
         """Returns the outputs of all time steps: [T, B, F] -> [T, B, H]."""

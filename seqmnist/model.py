@@ -140,4 +140,6 @@ class SequenceClassifier(nnx.Module):
         for layer in lower:
             x = drop_out(layer(x, self.scan), rngs=rngs)
         read = READOUTS[self.config.readout]
-        return self.readout(drop_out(read(top, x, self.scan), rngs=rngs))
+        x = drop_out(read(top, x, self.scan), rngs=rngs)
+        with jax.named_scope("readout"):
+            return self.readout(x)

@@ -100,12 +100,14 @@ def train_step(system: System, state: TrainState, batch: Batch) -> tuple[TrainSt
 
     def mean_loss(params):
         logits = system.apply(params, images, dropout_key)
-        sums = classification_sums(logits, batch.label, batch.mask)
-        return sums.loss / sums.count.astype(sums.loss.dtype), sums
+        with jax.named_scope("loss"):
+            sums = classification_sums(logits, batch.label, batch.mask)
+            return sums.loss / sums.count.astype(sums.loss.dtype), sums
 
     grads, sums = jax.grad(mean_loss, has_aux=True)(state.params)
-    updates, opt_state = system.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    with jax.named_scope("optimizer"):
+        updates, opt_state = system.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1, state.seed), sums
 
 
