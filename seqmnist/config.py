@@ -7,6 +7,7 @@ command line overrides single fields; `from_dict` turns the result into a `Confi
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -17,9 +18,12 @@ from ml_collections import config_dict
 from seqmnist.errors import UserError, nearest
 
 
-def _field(default, *, within: str | None = None, choices: tuple[str, ...] = ()):
-    """A field with its valid values: an interval such as "[0, 1)", or a list of names."""
-    return dataclasses.field(default=default, metadata={"within": within, "choices": choices})
+def _field(
+    default, *, within: str | None = None, choices: tuple[str, ...] = (), form: str | None = None
+):
+    """A field with its valid values: an interval such as "[0, 1)", or names, or a form."""
+    metadata = {"within": within, "choices": choices, "form": form}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +134,18 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    """What is measured on the way; changes no result.
+
+    Attributes:
+      steps: START:STOP, the steps of the run, counted from 0, of which a profiler's trace is
+        written to the workdir; None is none.
+    """
+
+    steps: str | None = _field(None, form="START:STOP")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that determines a run, but for the machine.
 
@@ -143,6 +159,7 @@ class Config:
     scan: ScanConfig = ScanConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    profile: ProfileConfig = ProfileConfig()
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -228,13 +245,15 @@ def _checked(name, hint, metadata, value):
         value = float(value)
     if type(value) is not kind:  # not isinstance: a bool is an int to Python, not to a reader
         raise UserError(f"config.{name} must be of type {kind.__name__}; got {value!r}")
-    within, choices = metadata.get("within"), metadata.get("choices")
+    within, choices, form = (metadata.get(key) for key in ("within", "choices", "form"))
     if within and not _lies_within(value, within):
         raise UserError(f"config.{name} must lie in {within}; got {value!r}")
     if choices and value not in choices:
         raise UserError(
             f"config.{name}={value!r} does not exist; nearest: {nearest(value, choices)}"
         )
+    if form and not re.fullmatch(re.sub("[A-Z]+", "[0-9]+", form), value):
+        raise UserError(f"config.{name} must be {form}, in whole numbers; got {value!r}")
     return value
 
 

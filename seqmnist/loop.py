@@ -8,7 +8,7 @@ parameters, bit for bit.
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, Protocol
 
 import jax
@@ -37,8 +37,13 @@ class Progress(NamedTuple):
 class Loop(Protocol):
     """What runs epochs; `rows` are example numbers, int32 [steps, B], as `data` makes them."""
 
-    def train(self, state: TrainState, rows: jax.Array) -> Iterator[Progress]:
-        """Takes a step for each row; donates `state`; reports about twice a second."""
+    def train(
+        self, state: TrainState, rows: jax.Array, breaks: Collection[int] = ()
+    ) -> Iterator[Progress]:
+        """Takes a step for each row; donates `state`.
+
+        Reports about twice a second, and when `step` is one of `breaks`.
+        """
 
     def evaluate(self, params, rows: jax.Array) -> Sums:
         """Returns the sums over all examples of `rows`."""
@@ -82,10 +87,12 @@ class Resident:
         self._train = jax.jit(train, donate_argnums=(0, 1))
         self._evaluate = jax.jit(evaluate)
 
-    def train(self, state: TrainState, rows: jax.Array) -> Iterator[Progress]:
+    def train(
+        self, state: TrainState, rows: jax.Array, breaks: Collection[int] = ()
+    ) -> Iterator[Progress]:
         """See `Loop`."""
         sums = _no_sums(state.params, state.step.shape)
-        for start, stop in _stretches(rows.shape[-2]):
+        for start, stop in _stretches(rows.shape[-2], breaks):
             state, sums = self._train(state, sums, rows, self._arrays, start, stop)
             yield Progress(state, jax.block_until_ready(sums), stop)
 
@@ -112,11 +119,13 @@ class Streamed:
 
         self._train, self._evaluate = train, evaluate
 
-    def train(self, state: TrainState, rows: jax.Array) -> Iterator[Progress]:
+    def train(
+        self, state: TrainState, rows: jax.Array, breaks: Collection[int] = ()
+    ) -> Iterator[Progress]:
         """See `Loop`."""
         sums = _no_sums(state.params)
         batches = data.stream(self._records, rows)
-        for start, stop in _stretches(len(rows)):
+        for start, stop in _stretches(len(rows), breaks):
             for _ in range(start, stop):
                 state, sums = self._train(state, sums, next(batches))
             yield Progress(state, jax.block_until_ready(sums), stop)
@@ -133,16 +142,17 @@ def _no_sums(params, shape=()):
     return Sums.zeros(jax.tree.leaves(params)[0].dtype, shape)
 
 
-def _stretches(num_steps: int) -> Iterator[tuple[int, int]]:
+def _stretches(num_steps: int, breaks: Collection[int] = ()) -> Iterator[tuple[int, int]]:
     """Cuts an epoch into stretches (start, stop), each as long as fits in half a second.
 
-    A short epoch is a few calls that double in length; a long one can show its progress and
-    answer a signal.
+    No stretch goes beyond one of `breaks`. A short epoch is a few calls that double in length; a
+    long one can show its progress and answer a signal.
     """
     start, size = 0, 8
     while start < num_steps:
         began = time.monotonic()
-        stop = min(start + size, num_steps)
+        ends = [step for step in (*breaks, num_steps) if step > start]
+        stop = min(start + size, *ends)
         yield start, stop
         size = 2 * size if time.monotonic() - began < 0.25 else max(1, size // 2)
         start = stop

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from seqmnist import checkpoint, data, records
+from seqmnist import checkpoint, data, profiling, records
 from seqmnist import config as config_lib
 from seqmnist.config import Config
 from seqmnist.datasets import sources
@@ -40,6 +40,7 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     splits = _splits(config, dataset)
     steps_per_epoch = data.num_batches(len(splits["train"]), config.train.batch_size)
     system = make_system(config, config.train.num_epochs * steps_per_epoch)
+    profile = profiling.Profile(config, workdir, config.train.num_epochs * steps_per_epoch)
     loop = _make_loop(config, system, dataset)
     rows = _evaluation_rows(config, splits)
     state = jax.jit(lambda: init_state(config, system, config.seed))()
@@ -56,7 +57,9 @@ def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
         order = data.epoch_order(config.seed, epoch, len(splits["train"]))
         epoch_rows = data.batch_rows(order, config.train.batch_size)
         with display.epoch(title, len(epoch_rows)) as update:
-            for progress in loop.train(state, epoch_rows):
+            first = epoch * steps_per_epoch
+            progresses = loop.train(state, epoch_rows, profile.breaks(first))
+            for progress in profile.follow(progresses, first, steps_per_epoch):
                 update(progress.step, progress.sums.means())
         state = progress.state
         means = {"train": progress.sums.means(), "validation": {"loss": None, "accuracy": None}}

@@ -1,0 +1,175 @@
+"""Profiles: a trace of some steps of a run, and what a step costs by XLA's own account.
+
+A profiled run has in its workdir, under `profile/`, what `jax.profiler` writes, and
+`step.json`: the steps, the cost of one, the device's rates, and the scope of every operation.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmnist import data, records
+from seqmnist.config import Config
+from seqmnist.errors import UserError
+from seqmnist.steps import init_state, make_system, train_step
+from seqmnist.views import sequence_shape
+
+DIRECTORY, SUMMARY = "profile", "step.json"
+MARKER = "train"
+SCOPES = ("project", "recurrence", "readout", "loss", "optimizer")
+
+
+class Profile:
+    """Traces the steps that `ProfileConfig.steps` names, and no others.
+
+    Evaluations that lie between those steps are in the trace, outside of its step markers.
+    """
+
+    def __init__(self, config: Config, workdir: pathlib.Path, num_steps: int):
+        """Takes the length of the run, in steps.
+
+        Raises:
+          UserError: the run has no such steps.
+        """
+        self._config, self._directory = config, workdir / DIRECTORY
+        self._start, self._stop = -1, -1
+        if config.profile.steps is not None:
+            self._start, self._stop = map(int, config.profile.steps.split(":"))
+            if not self._start < self._stop <= num_steps:
+                raise UserError(
+                    f"config.profile.steps={config.profile.steps} must be START:STOP with START < "
+                    f"STOP <= {num_steps}, the steps of this run"
+                )
+
+    def breaks(self, first: int) -> tuple[int, int]:
+        """Returns where the epoch that begins with step `first` must pause for this profile."""
+        return self._start - first, self._stop - first
+
+    def follow(self, progresses: Iterator[Any], first: int, num_steps: int) -> Iterator[Any]:
+        """Passes on an epoch's progress, and starts and stops the trace on the way.
+
+        Args:
+          progresses: what a `loop.Loop` reports, with these `breaks`.
+          first: the epoch's first step.
+          num_steps: the epoch's steps.
+        """
+        step = first
+        while step < first + num_steps:
+            if step == self._start:
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # it would slow down what it watches
+                jax.profiler.start_trace(self._directory, profiler_options=options)
+            with jax.profiler.StepTraceAnnotation(MARKER, step_num=step):
+                progress = next(progresses)
+            step = first + progress.step
+            if step == self._stop:
+                jax.profiler.stop_trace()
+                self._write_summary()
+            yield progress
+
+    def _write_summary(self):
+        modules = [
+            module.to_string()
+            for executable in jax.devices()[0].client.live_executables()
+            for module in executable.hlo_modules()
+        ]
+        summary = {
+            "steps": [self._start, self._stop],
+            **step_cost(self._config),
+            **rates(),
+            "scopes": scopes(modules),
+        }
+        records.write_json(self._directory / SUMMARY, summary)
+
+
+def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
+    """Finds the scope of every operation of compiled modules.
+
+    Args:
+      modules: the texts of optimized HLO modules.
+
+    Returns:
+      {module: {operation: one of `SCOPES`, or "other"}}, without loops and calls, which only
+      contain others.
+    """
+    result = {}
+    for text in modules:
+        name = re.match(r"HloModule ([^,\s]+)", text)[1]
+        result.setdefault(name, {})
+        for operation, rest in re.findall(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$", text, re.M):
+            if not re.search(r"[\])}] (while|call|conditional)\(", rest):
+                path = re.search(r'op_name="([^"]*)"', rest)
+                found = re.findall(rf"\b({'|'.join(SCOPES)})\b", path[1]) if path else []
+                result[name][operation] = found[-1] if found else "other"
+    return result
+
+
+def compile_step(config: Config) -> jax.stages.Compiled:
+    """Compiles one training step of one batch, from shapes alone."""
+    system = make_system(config, num_steps=1)
+    state = jax.eval_shape(lambda: init_state(config, system, config.seed))
+    size = config.train.batch_size
+    batch = data.Batch(
+        jax.ShapeDtypeStruct((size, 28, 28), np.uint8),
+        jax.ShapeDtypeStruct((size,), np.int32),
+        jax.ShapeDtypeStruct((size,), np.bool_),
+    )
+    return jax.jit(functools.partial(train_step, system)).lower(state, batch).compile()
+
+
+def step_cost(config: Config) -> dict[str, float]:
+    """Counts what one training step does, by XLA's cost analysis.
+
+    XLA counts the body of a loop once, whatever its length. So a step is compiled twice, with
+    one and with two time steps a loop iteration, and the difference stands for all others.
+
+    Returns:
+      flops; bytes, read and written by all operations, in whichever memory; temporary_bytes,
+      the largest sum of what is kept between them.
+    """
+
+    def unrolled(unroll):
+        scan = dataclasses.replace(config.scan, unroll=unroll)
+        return compile_step(dataclasses.replace(config, scan=scan))
+
+    once, twice = unrolled("1"), unrolled("2")
+    num_time_steps = sequence_shape(config.model)[0]
+
+    def count(key):
+        one, two = (compiled.cost_analysis()[key] for compiled in (once, twice))
+        return one + (num_time_steps - 1) * (two - one)
+
+    return {
+        "flops": count("flops"),
+        "bytes": count("bytes accessed"),
+        "temporary_bytes": once.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def rates() -> dict[str, float]:
+    """Measures the device: float32 FLOP/s of a large matrix product, bytes/s of a large copy."""
+    size = 2048
+    a = jnp.ones((size, size))
+    large = jnp.ones(2**26)
+    product = best_seconds(jax.jit(jnp.matmul), a, a)
+    copy = best_seconds(jax.jit(lambda x: x + 1), large)
+    return {"flops_per_second": 2 * size**3 / product, "bytes_per_second": 8 * large.size / copy}
+
+
+def best_seconds(function: Callable, *arguments: Any) -> float:
+    """Returns the least time of ten calls, after one that compiles."""
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - began)
+    return min(times)
