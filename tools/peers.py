@@ -1,0 +1,177 @@
+"""The programs that `tools.benchmark` times: ours, Keras and PyTorch, each in its own process.
+
+`python -m tools.peers NAME` answers requests, a line of JSON each, from standard input;
+`python -m tools.peers NAME --job=FILE.npz` does the notebook's whole job and ends.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+
+import numpy as np
+
+
+class Ours:
+    """This project, with its dataset in device memory."""
+
+    def __init__(self, case, file):
+        from seqmnist.config import Config, ModelConfig, TrainConfig
+        from seqmnist.loop import Resident
+        from seqmnist.steps import init_state, make_system
+
+        model = ModelConfig(
+            view=case["view"],
+            cell=case["cell"],
+            hidden_size=case["hidden_size"],
+            subsample=case.get("subsample", 1),
+        )
+        self.config = Config(model=model, train=TrainConfig(batch_size=case["batch_size"]))
+        images, labels = zip(*(_load(file, split) for split in ("train", "test")), strict=True)
+        self.num_train, self.num_test = map(len, labels)
+        system = make_system(self.config, 1)
+        self.loop = Resident(system, np.concatenate(images), np.concatenate(labels))
+        self.state = init_state(self.config, system, 0)
+
+    def train(self, num_steps):
+        from seqmnist import data
+
+        order = data.epoch_order(0, 0, self.num_train)
+        rows = data.batch_rows(order, self.config.train.batch_size)[:num_steps]
+        *_, progress = self.loop.train(self.state, rows)
+        self.state = progress.state
+        progress.sums.means()
+
+    def evaluate(self):
+        from seqmnist import data
+
+        rows = np.arange(self.num_train, self.num_train + self.num_test)
+        rows = data.batch_rows(rows, self.config.train.batch_size)
+        self.loop.evaluate(self.state.params, rows).means()
+
+    def cost(self):
+        from seqmnist import profiling
+
+        return profiling.step_cost(self.config) | profiling.rates()
+
+
+class Keras:
+    """Keras 3 on JAX, compiled, as the notebook uses it."""
+
+    def __init__(self, case, file):
+        os.environ["KERAS_BACKEND"] = "jax"
+        import keras
+
+        layer = {"simple_rnn": "SimpleRNN", "gru": "GRU", "lstm": "LSTM"}[case["cell"]]
+        (self.x, self.y), self.test = (_sequences(file, split, case) for split in _SPLITS)
+        self.batch_size = case["batch_size"]
+        self.model = keras.Sequential(
+            [
+                keras.Input(self.x.shape[1:]),
+                getattr(keras.layers, layer)(case["hidden_size"]),
+                keras.layers.Dense(10, activation="softmax"),
+            ]
+        )
+        self.model.compile("rmsprop", "sparse_categorical_crossentropy", ["accuracy"])
+
+    def train(self, num_steps):
+        size = num_steps * self.batch_size
+        self.model.fit(self.x[:size], self.y[:size], self.batch_size, verbose=0)
+
+    def evaluate(self):
+        return self.model.evaluate(*self.test, self.batch_size, verbose=0)
+
+    def job(self):
+        self.model.fit(self.x, self.y, self.batch_size, 5, validation_split=0.2, verbose=0)
+        return self.evaluate()
+
+
+class Torch:
+    """PyTorch, eager, with its default number of threads."""
+
+    def __init__(self, case, file):
+        import torch
+
+        self.torch = torch
+        layer = {"simple_rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}[case["cell"]]
+        (self.x, self.y), self.test = (
+            tuple(map(torch.from_numpy, _sequences(file, split, case))) for split in _SPLITS
+        )
+        self.batch_size = case["batch_size"]
+        hidden_size = case["hidden_size"]
+        self.rnn = getattr(torch.nn, layer)(self.x.shape[2], hidden_size, batch_first=True)
+        self.dense = torch.nn.Linear(hidden_size, 10)
+        parameters = [*self.rnn.parameters(), *self.dense.parameters()]
+        self.optimizer = torch.optim.RMSprop(parameters, lr=1e-3, alpha=0.9, eps=1e-7)
+
+    def _sums(self, x, y):
+        logits = self.dense(self.rnn(x)[0][:, -1])
+        return self.torch.nn.functional.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
+
+    def train(self, num_steps, size=None):
+        rows = self.torch.randperm(size or len(self.x)).split(self.batch_size)[:num_steps]
+        correct = 0
+        for row in rows:
+            self.optimizer.zero_grad()
+            loss, hits = self._sums(self.x[row], self.y[row])
+            loss.backward()
+            self.optimizer.step()
+            correct += hits
+        return float(correct)
+
+    def evaluate(self, examples=None):
+        x, y = examples or self.test
+        with self.torch.no_grad():
+            batches = zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
+            hits = sum(self._sums(*batch)[1] for batch in batches)
+        return float(hits) / len(x)
+
+    def job(self):
+        boundary = int(0.8 * len(self.x))
+        for _ in range(5):
+            self.train(None, boundary)
+            self.evaluate((self.x[boundary:], self.y[boundary:]))
+        return self.evaluate()
+
+
+PEERS = {"ours": Ours, "keras": Keras, "torch": Torch}
+NOTEBOOK = {"view": "rows", "cell": "simple_rnn", "hidden_size": 64, "batch_size": 128}
+_SPLITS = ("train", "test")
+
+
+def _load(file, split):
+    with np.load(file) as arrays:
+        return arrays[f"{split}_images"], arrays[f"{split}_labels"]
+
+
+def _sequences(file, split, case):
+    images, labels = _load(file, split)
+    shape = {"rows": (28, 28), "pixels": (784, 1)}[case["view"]]
+    return (images / np.float32(255)).reshape(-1, *shape), labels.astype(np.int64)
+
+
+def _serve(name):
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print; answers stay clean
+    peer = None
+    for line in sys.stdin:
+        request, *arguments = json.loads(line)
+        began = time.perf_counter()
+        answer = None
+        if request == "make":
+            peer = PEERS[name](*arguments)
+        else:
+            answer = getattr(peer, request)(*arguments)
+        figures = {
+            "seconds": time.perf_counter() - began,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "answer": answer,
+        }
+        print(json.dumps(figures), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        print(PEERS[sys.argv[1]](NOTEBOOK, sys.argv[2].removeprefix("--job=")).job())
+    else:
+        _serve(sys.argv[1])
