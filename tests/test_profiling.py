@@ -14,9 +14,13 @@ from tools import trace_summary
 
 @pytest.mark.parametrize("steps", ["3", "5:3", "0:14", "3:3"])
 def test_impossible_steps_are_refused(steps, tmp_path):
+    def make():
+        return profiling.Profile(
+            config_lib.from_dict({"profile": {"steps": steps}}), tmp_path, num_steps=13
+        )
+
     with pytest.raises(UserError, match=r"config\.profile\.steps.*START:STOP"):
-        config = config_lib.from_dict({"profile": {"steps": steps}})
-        profiling.Profile(config, tmp_path, 13)
+        make()
 
 
 def test_stretches_pause_at_breaks():

@@ -55,7 +55,6 @@ class Worker:
             [sys.executable, "-m", "tools.peers", name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
         )
         self.ask("make", case, str(file))

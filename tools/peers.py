@@ -73,14 +73,14 @@ class Keras:
                 keras.layers.Dense(10, activation="softmax"),
             ]
         )
-        self.model.compile("rmsprop", "sparse_categorical_crossentropy", ["accuracy"])
+        self.model.compile("rmsprop", "sparse_categorical_crossentropy", metrics=["accuracy"])
 
     def train(self, num_steps):
         size = num_steps * self.batch_size
         self.model.fit(self.x[:size], self.y[:size], self.batch_size, verbose=0)
 
     def evaluate(self):
-        return self.model.evaluate(*self.test, self.batch_size, verbose=0)
+        return [float(x) for x in self.model.evaluate(*self.test, self.batch_size, verbose=0)]
 
     def job(self):
         self.model.fit(self.x, self.y, self.batch_size, 5, validation_split=0.2, verbose=0)
