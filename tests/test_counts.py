@@ -1,0 +1,66 @@
+"""What a run costs, counted and not timed: compilations, transfers, FLOPs, memory."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from seqmnist import data, profiling
+from seqmnist.config import Config, ModelConfig
+from seqmnist.loop import Resident
+from seqmnist.steps import init_state, make_system
+
+
+@pytest.fixture
+def compilations():
+    """The list of compilations so far; grows while a test runs."""
+    events = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_only_the_first_epoch_compiles(digits, compilations):
+    system = make_system(Config())
+    resident = Resident(system, *digits)
+    state, counts = init_state(Config(), system, 0), []
+    held_out = data.batch_rows(np.arange(100, 130), 8)
+    for epoch in range(4):
+        before = len(compilations)
+        rows = data.batch_rows(data.epoch_order(0, epoch, 100), 8)
+        *_, progress = resident.train(state, rows)
+        state = progress.state
+        resident.evaluate(state.params, held_out).means()
+        counts.append(len(compilations) - before)
+    assert counts[0] > 0
+    assert counts[2:] == [0, 0]
+
+
+def test_evaluation_moves_nothing_to_the_device(digits):
+    system = make_system(Config())
+    resident = Resident(system, *digits)
+    params = init_state(Config(), system, 0).params
+    rows = data.batch_rows(np.arange(130), 8)
+    with jax.transfer_guard("disallow"):
+        jax.block_until_ready(resident.evaluate(params, rows))
+
+
+@pytest.mark.parametrize(("cell", "num_gates"), [("simple_rnn", 1), ("gru", 3), ("lstm", 4)])
+def test_a_step_costs_its_matrix_products(cell, num_gates):
+    config = dataclasses.replace(Config(), model=ModelConfig(cell=cell))
+    cost = profiling.step_cost(config)
+    steps, batch, features, hidden, classes = 28, 128, 28, 64, 10
+    width = num_gates * hidden
+    # Two products with W (z and dW: images need no gradient), three with U (r, dr U^T and dU).
+    products = 2 * steps * batch * width * (2 * features + 3 * hidden)
+    products += 3 * 2 * batch * hidden * classes
+    # The elementwise work is some ten operations a gate and time step.
+    assert products < cost["flops"] < 1.1 * products
+    # What the backward pass needs, and its cotangents: a few [T, B, K·H].
+    assert cost["temporary_bytes"] < 8 * 4 * steps * batch * width
