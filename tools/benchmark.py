@@ -34,7 +34,7 @@ CELLS = ("simple_rnn", "gru", "lstm")
 # A case, and the steps of a timed stretch: an epoch of rows, a few steps of pixels.
 CASES = {
     f"{cell} {view}": ({**NOTEBOOK, "cell": cell, "view": view, "hidden_size": size}, num_steps)
-    for view, size, num_steps in (("rows", 64, 375), ("pixels", 128, 4))
+    for view, size, num_steps in (("rows", 64, 375), ("pixels", 128, 8))
     for cell in CELLS
 }
 GROWTH = {
@@ -112,14 +112,17 @@ def job(names, file, repeats, prepared):
     }
 
 
-def growth(file, repeats, num_steps=2):
+def growth(file, repeats, num_steps=6):
     """Times a training step of ours as one size grows: {"T": {size: seconds}, …}."""
     result = {}
     for what, cases in GROWTH.items():
         result[what] = {}
         for size, case in cases:
-            figures = time_in_turns(["ours"], case, ["train", num_steps], file, repeats)
-            result[what][size] = figures["ours"]["seconds"] / num_steps
+            with contextlib.closing(Worker("ours", case, file)) as worker:
+                worker.ask("train", num_steps)
+                worker.ask("steps", num_steps)
+                seconds = [worker.ask("steps", num_steps)["seconds"] for _ in range(repeats)]
+            result[what][size] = statistics.median(seconds) / num_steps
     return result
 
 

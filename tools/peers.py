@@ -38,8 +38,12 @@ class Ours:
         from seqmnist import data
 
         order = data.epoch_order(0, 0, self.num_train)
-        rows = data.batch_rows(order, self.config.train.batch_size)[:num_steps]
-        *_, progress = self.loop.train(self.state, rows)
+        self.rows = data.batch_rows(order, self.config.train.batch_size)
+        self.steps(num_steps)
+
+    def steps(self, num_steps):
+        """As `train`, without drawing an epoch's order, which takes as long as some steps."""
+        *_, progress = self.loop.train(self.state, self.rows[:num_steps])
         self.state = progress.state
         progress.sums.means()
 
