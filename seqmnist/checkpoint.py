@@ -1,45 +1,210 @@
-"""Checkpoints: a `TrainState` in a workdir, saved and restored whole by Orbax."""
+"""Checkpoints: all that a run needs to go on, saved and restored whole by Orbax.
 
+A checkpoint is a step of `DIR/checkpoints`: the `TrainState`, the sums of the epoch so far, and,
+as JSON, the epochs that are done and a SHA-256 of everything, so that damage is noticed wherever
+it is.
+"""
+
+import hashlib
+import json
 import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 
+from seqmnist import sharding
+from seqmnist.config import CheckpointConfig
 from seqmnist.errors import UserError
+from seqmnist.metrics import Sums
 from seqmnist.steps import TrainState
 
-DIRECTORY = "checkpoints"
+DIRECTORY, DAMAGED = "checkpoints", "damaged"
 
 
-def save(workdir: pathlib.Path, state: TrainState) -> None:
-    """Saves the state under its step, replacing what that step held."""
-    import orbax.checkpoint as ocp  # here, not above: it takes long to import
+class Saved(NamedTuple):
+    """What a checkpoint holds.
 
-    with ocp.CheckpointManager(workdir / DIRECTORY) as manager:
-        manager.save(int(state.step), args=ocp.args.StandardSave(state), force=True)
+    Attributes:
+      state: after `step` steps.
+      sums: of the epoch so far.
+      step: steps of the run that are done.
+      history: a record for each epoch that is done, as in `metrics.jsonl`.
+      fingerprint: of the dataset.
+      seconds: spent on training so far.
+    """
+
+    state: TrainState
+    sums: Sums
+    step: int
+    history: list[dict[str, Any]]
+    fingerprint: str
+    seconds: float
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, for the run that writes them; close it to finish writing."""
+
+    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
+        """Opens them; the folder is made where it does not exist."""
+        self._workdir, self._config = workdir, config
+        self._manager = _manager(workdir, config)
+
+    def save(self, saved: Saved) -> None:
+        """Saves in the background; a step that is saved already stays as it is."""
+        import orbax.checkpoint as ocp  # here, not above: it takes long to import
+
+        if saved.step in self._manager.all_steps():
+            return
+        arrays, facts = _split(saved)
+        facts["sha256"] = _digest(arrays, facts)
+        accuracy = saved.history[-1]["validation/accuracy"] if saved.history else None
+        mean = _mean(accuracy)
+        self._manager.save(
+            saved.step,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts)
+            ),
+            metrics=None if mean is None else {"accuracy": mean},
+            force=True,
+        )
+
+    def restore(self, like: Saved, say: Callable[[str], None]) -> Saved | None:
+        """Restores the newest checkpoint that is whole; damaged ones are set aside.
+
+        Args:
+          like: what it holds, or its shapes, dtypes and shardings.
+          say: is told of each damaged one.
+
+        Returns:
+          None where nothing has been saved yet.
+
+        Raises:
+          UserError: all are damaged.
+        """
+        found = None
+        for step, saved, reason in _newest_first(self._manager, like):
+            if saved:
+                return saved
+            found = self._workdir / DAMAGED / str(step)
+            if jax.process_index() == 0:
+                say(f"checkpoints/{step} is damaged ({reason}); set aside as {DAMAGED}/{step}")
+                found.parent.mkdir(exist_ok=True)
+                (self._workdir / DIRECTORY / str(step)).rename(_unused(found))
+        self._manager.close()
+        self._manager = _manager(self._workdir, self._config)
+        if found:
+            raise UserError(
+                f"no checkpoint of {self._workdir} is whole; train from the start with --overwrite"
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits until all is written."""
+        self._manager.close()
+
+
+def check(workdir: pathlib.Path) -> None:
+    """Sees to it that a workdir may hold checkpoints, before anything else is done.
+
+    Raises:
+      UserError: it does not.
+    """
+    if not (workdir / DIRECTORY).is_dir():
+        raise UserError(f"{workdir / DIRECTORY} does not exist; train with this --workdir first")
 
 
 def restore(workdir: pathlib.Path, like: TrainState) -> TrainState:
-    """Restores the newest state.
+    """Restores the newest state that is whole, and writes nothing.
 
     Args:
-      workdir: where `save` put it.
+      workdir: where a run has written.
       like: a state, or its shapes and dtypes, of the same structure.
 
     Raises:
-      UserError: there is none, or it is damaged or of another structure.
+      UserError: there is none, or all are damaged or of another structure.
     """
+    check(workdir)
+    directory = workdir / DIRECTORY
+    dtype = jax.tree.leaves(like.params)[0].dtype
+    sums = jax.eval_shape(lambda: Sums.zeros(dtype, like.step.shape))
+    reason = "it is empty"
+    manager = _manager(workdir, None)
+    try:
+        for step, saved, why in _newest_first(manager, Saved(like, sums, 0, [], "", 0.0)):
+            if saved:
+                return saved.state
+            reason = f"{step}: {why}"
+    finally:
+        manager.close()
+    raise UserError(f"{directory} holds no usable checkpoint ({reason}); train again")
+
+
+def _manager(workdir, config):
+    """A manager that writes as configured, or one that only reads."""
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import checkpoint_managers as policies
+
+    if config is None:
+        options = ocp.CheckpointManagerOptions(read_only=True)
+    else:
+        keep = [policies.LatestN(config.keep)]
+        if config.keep_best:
+            best = policies.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
+            keep.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+        )
+    return ocp.CheckpointManager(workdir / DIRECTORY, options=options)
+
+
+def _newest_first(manager, like) -> Iterator[tuple[int, Saved | None, str]]:
+    """Yields (step, what it holds, "") or (step, None, what is wrong with it)."""
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            yield step, _read(manager, step, like), ""
+        except Exception as error:  # whatever the layers below make of damaged files
+            yield step, None, str(error).partition("\n")[0][:200] or type(error).__name__
+
+
+def _read(manager, step, like):
     import orbax.checkpoint as ocp
 
-    directory = workdir / DIRECTORY
-    if not directory.is_dir():
-        raise UserError(f"{directory} does not exist; train with this --workdir first")
-    like = jax.eval_shape(lambda: like)
-    with ocp.CheckpointManager(directory) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise UserError(f"{directory} holds no checkpoint; train with this --workdir first")
-        try:
-            return manager.restore(step, args=ocp.args.StandardRestore(like))
-        except Exception as error:
-            reason = str(error).partition("\n")[0]
-            raise UserError(f"{directory / str(step)} cannot be restored ({reason})") from error
+    arrays, _ = _split(like)
+    read = manager.restore(
+        step,
+        args=ocp.args.Composite(
+            arrays=ocp.args.StandardRestore(arrays), facts=ocp.args.JsonRestore()
+        ),
+    )
+    facts = dict(read.facts)
+    sha256 = facts.pop("sha256")
+    if _digest(read.arrays, facts) != sha256 or facts["step"] != step:
+        raise ValueError("its content has changed since it was written")
+    return Saved(*read.arrays, **facts)
+
+
+def _split(saved):
+    """Arrays on one side, facts for JSON on the other."""
+    facts = saved._asdict()
+    return (facts.pop("state"), facts.pop("sums")), facts
+
+
+def _digest(arrays, facts):
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for leaf in jax.tree.leaves(sharding.gather(arrays)):
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
+
+
+def _mean(accuracy):
+    return sum(accuracy) / len(accuracy) if isinstance(accuracy, list) else accuracy
+
+
+def _unused(path):
+    candidates = (path.with_name(f"{path.name}{suffix}") for suffix in ("", *_SUFFIXES))
+    return next(candidate for candidate in candidates if not candidate.exists())
+
+
+_SUFFIXES = tuple(f".{i}" for i in range(1, 1000))

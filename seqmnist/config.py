@@ -134,6 +134,50 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MembersConfig:
+    """How many networks one program trains; see `members`.
+
+    Attributes:
+      num: independent runs of each setting, of the seeds seed, seed + 1, …
+      sweep: settings, as JSON: {"optimizer.learning_rate": [0.001, 0.01], …} is a grid; a list of
+        objects with one value a field is a list. See `members.SWEEPABLE` for the fields.
+    """
+
+    num: int = _field(1, within="[1, inf)")
+    sweep: str = "{}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the work spreads over devices; changes results by rounding only.
+
+    Attributes:
+      member: devices over which members spread; 0 is as many as divide them.
+      data: devices over which each batch is split; 0 decides by device and batch size.
+    """
+
+    member: int = _field(0, within="[0, inf)")
+    data: int = _field(0, within="[0, inf)")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of a run is saved; it is always saved at the end and when stopped.
+
+    Attributes:
+      every_epochs: save after every so many epochs; 0 does not.
+      every_steps: save after every so many steps of the run; 0 does not.
+      keep: how many of the newest checkpoints are kept.
+      keep_best: keep, besides, the one with the highest validation accuracy.
+    """
+
+    every_epochs: int = _field(1, within="[0, inf)")
+    every_steps: int = _field(0, within="[0, inf)")
+    keep: int = _field(3, within="[1, inf)")
+    keep_best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class ProfileConfig:
     """What is measured on the way; changes no result.
 
@@ -159,7 +203,17 @@ class Config:
     scan: ScanConfig = ScanConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
+    members: MembersConfig = MembersConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     profile: ProfileConfig = ProfileConfig()
+
+
+# What a resumed run may change: how it is done, but not what comes out. The dataset is compared
+# by its content.
+NEUTRAL = ("data.name", "data.data_dir", "data.manual_dir", "data.verify_checksums")
+NEUTRAL += ("data.input_mode", "mesh.member", "mesh.data", "profile.steps")
+NEUTRAL += tuple(f"checkpoint.{field.name}" for field in dataclasses.fields(CheckpointConfig))
 
 
 def get_config() -> config_dict.ConfigDict:
@@ -170,6 +224,36 @@ def get_config() -> config_dict.ConfigDict:
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as plain nested dicts, ready for JSON."""
     return dataclasses.asdict(config)
+
+
+def check_resumable(before: Config, after: Config) -> None:
+    """Sees to it that a run that one configuration began can go on with another.
+
+    Raises:
+      UserError: they differ in what changes the result; the message names each field and both
+        values.
+    """
+    old, new = _flatten(to_dict(before)), _flatten(to_dict(after))
+    differing = [name for name in new if old[name] != new[name] and name not in NEUTRAL]
+    epochs = "train.num_epochs"
+    fixed_rate = after.optimizer.schedule == "constant" and not after.optimizer.warmup_fraction
+    if epochs in differing and old[epochs] < new[epochs] and fixed_rate:
+        differing.remove(epochs)
+    if differing:
+        changes = ", ".join(f"config.{name}: {old[name]!r} → {new[name]!r}" for name in differing)
+        hint = "" if fixed_rate else "; the schedule of the learning rate fixes the epochs"
+        raise UserError(
+            f"--workdir holds a run with other settings ({changes}{hint}); choose another "
+            "--workdir, or start this one afresh with --overwrite"
+        )
+
+
+def _flatten(values, prefix=""):
+    flat = {}
+    for name, value in values.items():
+        is_group = isinstance(value, dict)
+        flat |= _flatten(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
+    return flat
 
 
 def field_names(kind: type = Config, prefix: str = "") -> list[str]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmnist import keys
+from seqmnist import keys, sharding
 from seqmnist.errors import UserError
 
 PADDING = -1
@@ -97,31 +97,43 @@ class Records:
         self._train, self._test = train, test
 
     def read(self, row: np.ndarray) -> Batch:
-        """Reads a batch: int32 [B] example numbers -> Batch of NumPy arrays."""
-        mask = row != PADDING
-        boundary = len(self._train)
-        examples = [
-            self._train[i] if i < boundary else self._test[i - boundary]
-            for i in np.maximum(row, 0).tolist()
-        ]
-        return Batch(
-            np.stack([example["image"] for example in examples]),
-            np.array([example["label"] for example in examples], np.int32),
-            mask,
-        )
+        """Reads a batch: int32 [B] example numbers -> Batch of NumPy arrays.
+
+        Raises:
+          UserError: a record is damaged.
+        """
+        numbers = np.maximum(row, 0)
+        is_train = numbers < len(self._train)
+        images, labels = np.zeros((len(row), 28, 28), np.uint8), np.zeros(len(row), np.int32)
+        for source, where, first in (
+            (self._train, np.flatnonzero(is_train), 0),
+            (self._test, np.flatnonzero(~is_train), len(self._train)),
+        ):
+            try:
+                examples = source.__getitems__((numbers[where] - first).tolist())
+                for i, example in zip(where, examples, strict=True):
+                    images[i], labels[i] = example["image"], example["label"]
+            except Exception as error:  # whatever the layers below make of damaged files
+                reason = str(error).partition("\n")[0]
+                raise UserError(
+                    f"the dataset holds damaged records ({reason}); delete its folder and run again"
+                ) from error
+        return Batch(images, labels, row != PADDING)
 
 
-def stream(records: Records, rows: jax.Array) -> Iterator[Batch]:
-    """Reads batches ahead of their use, in threads, and places them on the device.
+def stream(records: Records, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Iterator[Batch]:
+    """Reads batches ahead of their use, in threads, and places them on devices.
 
     Args:
       records: where examples come from.
       rows: int32 [steps, B], example numbers.
+      mesh: where batches are split; a process reads the part of its own devices alone.
     """
     import grain  # here, not above: resident input never needs it
 
     rows = np.asarray(rows)
+    rows = rows[:, sharding.local_columns(mesh, rows.shape[1])]
     batches = grain.MapDataset.range(len(rows)).map(lambda i: records.read(rows[i]))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-    batches = batches.to_iter_dataset(options)
-    return iter(grain.experimental.device_put(batches, jax.devices()[0]))
+    for batch in batches.to_iter_dataset(options):
+        yield sharding.spread_local(mesh, batch)

@@ -6,21 +6,26 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from seqmnist import members
 from seqmnist.config import Config
 from seqmnist.datasets.sources import Prepared
 
 
 class Display:
-    """Tells the story of a run on standard output."""
+    """Tells the story of a run on standard output; of several processes, the first one does."""
 
     def __init__(self):
-        self._console = Console(highlight=False, soft_wrap=True)
+        is_quiet = jax.process_index() != 0
+        self._console = Console(highlight=False, soft_wrap=True, quiet=is_quiet)
+        if not self._console.is_terminal:
+            self._console.width = 120
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prints a line."""
@@ -31,19 +36,40 @@ class Display:
         self.say(f"NOTICE: {text}", style="bold black on yellow")
 
     def setup(
-        self, config: Config, dataset: Prepared, splits: Mapping[str, range], params: Any
+        self,
+        config: Config,
+        dataset: Prepared,
+        splits: Mapping[str, range],
+        params: Any,
+        mesh: jax.sharding.Mesh,
     ) -> None:
-        """Prints what runs, on which data and device, and the table of parameters."""
+        """Prints what runs, on which data and devices, and the table of parameters.
+
+        Args:
+          config: the configuration.
+          dataset: where the data is.
+          splits: ranges of example numbers.
+          params: arrays or their shapes; of members, with a leading axis S.
+          mesh: where it runs.
+        """
         if dataset.notice:
             self.notice(dataset.notice)
         counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-        devices = ", ".join(f"{device} ({device.device_kind})" for device in jax.devices())
+        devices = ", ".join(f"{device} ({device.device_kind})" for device in mesh.devices.flat)
+        num_members, num_data = mesh.devices.shape
+        if mesh.devices.size > 1:
+            devices += f"; {num_members} for members × {num_data} for each batch"
         model = config.model
         self.say(f"Data: {dataset.name}: {counts} examples, from {dataset.directory}")
         self.say(f"Device: {devices}")
         both_ways = "bidirectional " if model.bidirectional else ""
         cells = f"{model.num_layers} × {both_ways}{model.cell}({model.hidden_size})"
         self.say(f"Model: {model.view} → {cells} → {model.readout} → logits")
+        num_members = len(members.plan(config))
+        if num_members > 1:
+            swept = ", ".join(members.swept_fields(config)) or "seed"
+            self.say(f"Members: {num_members}, which differ in {swept}")
+            params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
         self._parameter_table(params)
 
     def _parameter_table(self, params):
@@ -79,7 +105,7 @@ class Display:
             task = bar.add_task(title, total=num_steps, metrics="")
 
             def update(step: int, means: Mapping[str, float]) -> None:
-                metrics = f"loss: {means['loss']:.4f} accuracy: {means['accuracy']:.4f}"
+                metrics = " ".join(f"{name}: {_text(value)}" for name, value in means.items())
                 bar.update(task, completed=step, metrics=metrics)
 
             yield update
@@ -92,7 +118,7 @@ class Display:
         names = {"train/loss": "loss", "train/accuracy": "accuracy"}
         names |= {"validation/loss": "val_loss", "validation/accuracy": "val_accuracy"}
         parts += [
-            f"{short}: {record[name]:.4f}"
+            f"{short}: {_text(record[name])}"
             for name, short in names.items()
             if record[name] is not None
         ]
@@ -107,3 +133,51 @@ class Display:
             f"test_loss: {test['loss']:.4f} - test_accuracy: {test['accuracy']:.4f}",
             style="bold",
         )
+
+    def members_table(self, results: Mapping[str, Any]) -> None:
+        """Prints what came out of each setting, the best by validation, and the ensemble."""
+        dataset = results["dataset"]
+        if dataset["notice"]:
+            self.notice(dataset["notice"])
+        swept = [name for name in results["members"][0] if name != "seed"]
+        table = Table(box=box.SIMPLE_HEAD)
+        short = [name.rpartition(".")[2] for name in swept]
+        for name in (*short, "val_accuracy", "test_loss", "test_accuracy", "95 % interval"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for i, setting in enumerate(results["settings"]):
+            validation, test = setting["validation"], setting["test"]
+            interval = test["accuracy"]["interval"]
+            table.add_row(
+                *(f"{setting[name]:g}" for name in swept),
+                _summary(validation["accuracy"]) if validation else "",
+                _summary(test["loss"]),
+                _summary(test["accuracy"]),
+                f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+                style="bold" if i == results["best"] else None,
+            )
+        self._console.print(table)
+        best = results["best"]
+        if swept and best is not None:
+            chosen = results["settings"][best]
+            values = ", ".join(f"{name} = {chosen[name]:g}" for name in swept)
+            self.say(f"Best by validation: {values}")
+        ensemble = results["ensemble"]
+        self.say(
+            f"Test on {dataset['name']} ({dataset['test']:,} examples) of the mean prediction of "
+            f"{len(ensemble['members'])} members - test_loss: {ensemble['test']['loss']:.4f} - "
+            f"test_accuracy: {ensemble['test']['accuracy']:.4f}",
+            style="bold",
+        )
+
+
+def _text(value):
+    """One run's value, or the mean ± sd of members'."""
+    if not isinstance(value, list):
+        return f"{value:.4f}"
+    sd = np.std(value, ddof=1)
+    return f"{np.mean(value):.4f} ± {sd:.4f}"
+
+
+def _summary(spread):
+    sd = "" if spread["sd"] is None else f" ± {spread['sd']:.4f}"
+    return f"{spread['mean']:.4f}{sd}"

@@ -12,12 +12,13 @@ from collections.abc import Collection, Iterator
 from typing import NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from seqmnist import data, sharding
-from seqmnist.metrics import Sums
-from seqmnist.steps import System, TrainState, eval_step, train_step
+from seqmnist.metrics import Sums, classification_sums
+from seqmnist.steps import System, TrainState, eval_step, guarded_step
 
 
 class Progress(NamedTuple):
@@ -25,7 +26,8 @@ class Progress(NamedTuple):
 
     Attributes:
       state: after the steps so far.
-      sums: over the examples so far, each as it was before its update.
+      sums: over the examples so far, each as it was before its update; see `guarded_step` for
+        what is not finite.
       step: how many of the epoch's steps are done.
     """
 
@@ -37,15 +39,18 @@ class Progress(NamedTuple):
 class Loop(Protocol):
     """What runs epochs; `rows` are example numbers, int32 [steps, B], as `data` makes them."""
 
+    def start(self, state: TrainState) -> Progress:
+        """Returns the beginning of an epoch."""
+
     def train(
-        self, state: TrainState, rows: jax.Array, breaks: Collection[int] = ()
+        self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
     ) -> Iterator[Progress]:
-        """Takes a step for each row; donates `state`.
+        """Takes a step for each row from `progress.step` on; donates the state.
 
         Reports about twice a second, and when `step` is one of `breaks`.
         """
 
-    def evaluate(self, params, rows: jax.Array) -> Sums:
+    def evaluate(self, params, rows: np.ndarray) -> Sums:
         """Returns the sums over all examples of `rows`."""
 
 
@@ -58,19 +63,20 @@ class Resident:
         images: np.ndarray,
         labels: np.ndarray,
         mesh: jax.sharding.Mesh | None = None,
+        has_members: bool = False,
     ):
-        """Takes all examples, uint8 [N, 28, 28] and int32 [N].
+        """Takes all examples, uint8 [N, 28, 28] and int32 [N]; the mesh is one device by default.
 
-        With a mesh, the loop trains S members: states, rows and sums gain a leading axis S,
-        which is spread over the mesh; rows of an evaluation are common to all members.
+        With members, states, rows of training and sums have a leading axis S, which is spread over
+        the mesh; rows of an evaluation are common to all members.
         """
-        self._arrays = jax.device_put((images, labels))
+        self._mesh = mesh or sharding.make_mesh(1, 1)
+        self._axes = ("member",) if has_members else ()
+        self._arrays = sharding.spread(self._mesh, (images, labels))
 
         def train(state, sums, rows, arrays, start, stop):
             def body(i, carry):
-                state, sums = carry
-                state, batch_sums = train_step(system, state, data.take(*arrays, rows[i]))
-                return state, sums + batch_sums
+                return guarded_step(system, *carry, data.take(*arrays, rows[i]))
 
             return lax.fori_loop(start, stop, body, (state, sums))
 
@@ -80,38 +86,71 @@ class Resident:
 
             return lax.scan(body, _no_sums(params), rows)[0]
 
-        if mesh:
-            self._arrays = sharding.spread(mesh, self._arrays)
-            train = sharding.over_members(train, mesh, num_shared=3)
-            evaluate = sharding.over_members(evaluate, mesh, num_shared=2)
+        def classify(params, arrays, row):
+            return jax.nn.softmax(system.apply(params, data.take(*arrays, row).image))
+
+        if has_members:
+            train = sharding.over_members(train, self._mesh, num_shared=3)
+            evaluate = sharding.over_members(evaluate, self._mesh, num_shared=2)
+            classify = sharding.over_members(classify, self._mesh, num_shared=2)
+
+        def evaluate_ensemble(params, arrays, rows, weights):
+            def body(sums, row):
+                mixture = jnp.tensordot(weights, classify(params, arrays, row), 1)
+                batch = data.take(*arrays, row)
+                return sums + classification_sums(jnp.log(mixture), batch.label, batch.mask), None
+
+            return lax.scan(body, Sums.zeros(weights.dtype), rows)[0]
+
         self._train = jax.jit(train, donate_argnums=(0, 1))
         self._evaluate = jax.jit(evaluate)
+        self._evaluate_ensemble = jax.jit(evaluate_ensemble)
 
-    def train(
-        self, state: TrainState, rows: jax.Array, breaks: Collection[int] = ()
-    ) -> Iterator[Progress]:
+    def start(self, state: TrainState) -> Progress:
         """See `Loop`."""
         sums = _no_sums(state.params, state.step.shape)
-        for start, stop in _stretches(rows.shape[-2], breaks):
+        return Progress(state, sharding.spread(self._mesh, sums, *self._axes), 0)
+
+    def train(
+        self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
+    ) -> Iterator[Progress]:
+        """See `Loop`."""
+        state, sums, first = progress
+        rows = sharding.spread(self._mesh, np.asarray(rows), *self._axes, None, "data")
+        for start, stop in _stretches(first, rows.shape[-2], breaks):
             state, sums = self._train(state, sums, rows, self._arrays, start, stop)
             yield Progress(state, jax.block_until_ready(sums), stop)
 
-    def evaluate(self, params, rows: jax.Array) -> Sums:
+    def evaluate(self, params, rows: np.ndarray) -> Sums:
         """See `Loop`."""
-        return self._evaluate(params, self._arrays, rows)
+        return self._evaluate(params, self._arrays, self._place(rows))
+
+    def evaluate_ensemble(self, params, rows: np.ndarray, weights: np.ndarray) -> Sums:
+        """Returns the sums of the members' mean prediction.
+
+        Args:
+          params: of S members.
+          rows: int32 [steps, B].
+          weights: float [S], of each member in the mean; their sum is 1.
+        """
+        return self._evaluate_ensemble(params, self._arrays, self._place(rows), weights)
+
+    def _place(self, rows):
+        return sharding.spread(self._mesh, np.asarray(rows), None, "data")
 
 
 class Streamed:
     """A loop over batches that a reader brings while the device computes."""
 
-    def __init__(self, system: System, records: data.Records):
-        """Takes the reader of all examples."""
-        self._records = records
+    def __init__(
+        self, system: System, records: data.Records, mesh: jax.sharding.Mesh | None = None
+    ):
+        """Takes the reader of all examples, and a mesh, by default of one device."""
+        self._records, self._mesh = records, mesh or sharding.make_mesh(1, 1)
 
         @functools.partial(jax.jit, donate_argnums=(0, 1))
         def train(state, sums, batch):
-            state, batch_sums = train_step(system, state, batch)
-            return state, sums + batch_sums
+            return guarded_step(system, state, sums, batch)
 
         @functools.partial(jax.jit, donate_argnums=1)
         def evaluate(params, sums, batch):
@@ -119,40 +158,50 @@ class Streamed:
 
         self._train, self._evaluate = train, evaluate
 
+    def start(self, state: TrainState) -> Progress:
+        """See `Loop`."""
+        return Progress(state, self._no_sums(state.params), 0)
+
     def train(
-        self, state: TrainState, rows: jax.Array, breaks: Collection[int] = ()
+        self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
     ) -> Iterator[Progress]:
         """See `Loop`."""
-        sums = _no_sums(state.params)
-        batches = data.stream(self._records, rows)
-        for start, stop in _stretches(len(rows), breaks):
+        state, sums, first = progress
+        batches = data.stream(self._records, rows[first:], self._mesh)
+        for start, stop in _stretches(first, len(rows), breaks):
             for _ in range(start, stop):
                 state, sums = self._train(state, sums, next(batches))
             yield Progress(state, jax.block_until_ready(sums), stop)
 
-    def evaluate(self, params, rows: jax.Array) -> Sums:
+    def evaluate(self, params, rows: np.ndarray) -> Sums:
         """See `Loop`."""
-        sums = _no_sums(params)
-        for batch in data.stream(self._records, rows):
+        sums = self._no_sums(params)
+        for batch in data.stream(self._records, rows, self._mesh):
             sums = self._evaluate(params, sums, batch)
         return sums
+
+    def _no_sums(self, params):
+        return sharding.spread(self._mesh, _no_sums(params))
 
 
 def _no_sums(params, shape=()):
     return Sums.zeros(jax.tree.leaves(params)[0].dtype, shape)
 
 
-def _stretches(num_steps: int, breaks: Collection[int] = ()) -> Iterator[tuple[int, int]]:
+def _stretches(
+    start: int, num_steps: int, breaks: Collection[int] = ()
+) -> Iterator[tuple[int, int]]:
     """Cuts an epoch into stretches (start, stop), each as long as fits in half a second.
 
     No stretch goes beyond one of `breaks`. A short epoch is a few calls that double in length; a
     long one can show its progress and answer a signal.
     """
-    start, size = 0, 8
+    size = 8
     while start < num_steps:
         began = time.monotonic()
         ends = [step for step in (*breaks, num_steps) if step > start]
         stop = min(start + size, *ends)
         yield start, stop
         size = 2 * size if time.monotonic() - began < 0.25 else max(1, size // 2)
+        size = sharding.agree(size)  # or processes would reduce gradients of different steps
         start = stop

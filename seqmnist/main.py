@@ -19,6 +19,22 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files are.")
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "evaluate"], "Train, or score what --workdir holds."
 )
+_OVERWRITE = flags.DEFINE_bool(
+    "overwrite", False, "Remove the run that --workdir holds, and start afresh."
+)
+_DEBUG_NANS = flags.DEFINE_bool(
+    "debug_nans", False, "Name the operation that gives the first number that is not finite."
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "This is one process of several; SLURM, Open MPI, Kubernetes or a TPU pod tells which.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where nothing else tells; implies --distributed."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which this is, from 0.")
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -54,14 +70,45 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _main(_) -> None:
     workdir = pathlib.Path(_WORKDIR.value).absolute()
-    from seqmnist import records, run  # here, not above: --help and mistakes need no JAX
+    config = _resolve_config(workdir)
+    _check_distributed_flags()
+    from seqmnist import distributed, run  # here, not above: --help and mistakes need no JAX
 
-    if _MODE.value == "train":
-        run.train(config_lib.from_dict(flags.FLAGS.config.to_dict()), workdir)
-    else:
+    with distributed.joined(
+        _DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    ):
+        if _MODE.value == "train":
+            run.train(config, workdir, overwrite=_OVERWRITE.value, debug_nans=_DEBUG_NANS.value)
+        else:
+            run.evaluate(config, workdir)
+
+
+def _resolve_config(workdir: pathlib.Path) -> config_lib.Config:
+    """What --config says, or else what the workdir holds; then single fields over it."""
+    from seqmnist import records
+
+    flag = flags.FLAGS["config"]
+    goes_on = _MODE.value == "train" and not _OVERWRITE.value
+    goes_on = goes_on and flag.using_default_value and (workdir / records.CONFIG).is_file()
+    if _MODE.value == "evaluate" or goes_on:
         values = config_dict.ConfigDict(config_lib.to_dict(records.read_config(workdir)))
-        values.update_from_flattened_dict(config_flags.get_override_values(flags.FLAGS["config"]))
-        run.evaluate(config_lib.from_dict(values.to_dict()), workdir)
+        with values.ignore_type():  # from_dict checks the types
+            values.update_from_flattened_dict(config_flags.get_override_values(flag))
+        return config_lib.from_dict(values.to_dict())
+    return config_lib.from_dict(flags.FLAGS.config.to_dict())
+
+
+def _check_distributed_flags() -> None:
+    given = [_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value]
+    if any(value is not None for value in given):
+        if None in given:
+            raise UserError("--coordinator, --num_processes and --process_id go together")
+        if not re.fullmatch(r".+:\d+", given[0]):
+            raise UserError(f"--coordinator={given[0]} must be HOST:PORT, e.g. 127.0.0.1:8476")
+        if not 0 <= given[2] < given[1]:
+            raise UserError(
+                f"--process_id={given[2]} must lie in [0, {given[1]}), as --num_processes says"
+            )
 
 
 def main() -> None:
@@ -71,6 +118,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("Stopped before training began; nothing was lost", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

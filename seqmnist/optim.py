@@ -1,5 +1,8 @@
 """Optimizers: configuration -> `optax.GradientTransformation`."""
 
+import dataclasses
+import inspect
+
 import jax
 import optax
 from flax import nnx
@@ -18,17 +21,28 @@ OPTIMIZERS = {
 
 
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int | None = None
+    config: OptimizerConfig, num_steps: int | None = None, swept: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
     """Builds the optimizer that the configuration names, for an `nnx.State` of parameters.
 
     Args:
       config: the configuration.
       num_steps: the length of the run, which schedules need.
+      swept: fields whose values live in the optimizer's state, under `hyperparams`, so that each
+        member has its own.
 
     Raises:
       UserError: there is no optimizer of that name.
     """
+    if swept:
+
+        def build(**values):
+            return make_optimizer(dataclasses.replace(config, **values), num_steps)
+
+        # inject_hyperparams takes the names from the signature.
+        kind = inspect.Parameter.KEYWORD_ONLY
+        build.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in swept])
+        return optax.inject_hyperparams(build)(**dict.fromkeys(swept, 1.0))
     rate = make_schedule(config, num_steps)
     parts = [choose(OPTIMIZERS, config.name, "optimizer.name")(config, rate)]
     if config.clip_norm is not None:

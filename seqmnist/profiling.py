@@ -53,24 +53,29 @@ class Profile:
         """Returns where the epoch that begins with step `first` must pause for this profile."""
         return self._start - first, self._stop - first
 
-    def follow(self, progresses: Iterator[Any], first: int, num_steps: int) -> Iterator[Any]:
+    def follow(
+        self, progresses: Iterator[Any], first: int, num_steps: int, done: int = 0
+    ) -> Iterator[Any]:
         """Passes on an epoch's progress, and starts and stops the trace on the way.
 
         Args:
           progresses: what a `loop.Loop` reports, with these `breaks`.
           first: the epoch's first step.
           num_steps: the epoch's steps.
+          done: how many of them are done already.
         """
-        step = first
+        step = first + done
+        is_traced = False
         while step < first + num_steps:
             if step == self._start:
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # it would slow down what it watches
                 jax.profiler.start_trace(self._directory, profiler_options=options)
+                is_traced = True
             with jax.profiler.StepTraceAnnotation(MARKER, step_num=step):
                 progress = next(progresses)
             step = first + progress.step
-            if step == self._stop:
+            if step == self._stop and is_traced:
                 jax.profiler.stop_trace()
                 self._write_summary()
             yield progress

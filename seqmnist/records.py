@@ -1,9 +1,11 @@
-"""Records: config.json, metrics.jsonl and results.json in a workdir."""
+"""Records in a workdir: config.json, metrics.jsonl, results.json, TensorBoard events."""
 
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
+import time
 from typing import Any
 
 from seqmnist import config as config_lib
@@ -20,14 +22,21 @@ _PACKAGES = (
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes a value whole or not at all: aside first, then renamed."""
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    aside.write_text(_dump(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_lines(path: pathlib.Path, values: list[Any]) -> None:
+    """Writes a file of lines of JSON whole or not at all."""
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text("".join(_dump(value) + "\n" for value in values), encoding="utf-8")
     os.replace(aside, path)
 
 
 def append_line(path: pathlib.Path, value: Any) -> None:
     """Adds one line of JSON to a file of such lines."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(_dump(value) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -53,6 +62,57 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     return config_lib.from_dict(read_json(workdir / CONFIG))
 
 
+class Events:
+    """TensorBoard's event file of a workdir: what `metrics.jsonl` holds, as curves."""
+
+    def __init__(self, workdir: pathlib.Path, history: list[dict[str, Any]]):
+        """Starts the file afresh, with the epochs that are done."""
+        # Here, not above: only training needs it.
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        for old in workdir.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = EventFileWriter(str(workdir))
+        for record in history:
+            self.add(record)
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Adds an epoch; of members, mean, least and greatest."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = {}
+        for name, value in record.items():
+            if isinstance(value, list):
+                scalars |= {f"{name}/mean": sum(value) / len(value)}
+                scalars |= {f"{name}/min": min(value), f"{name}/max": max(value)}
+            elif isinstance(value, float):
+                scalars[name] = value
+        summary = Summary(
+            value=[Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()]
+        )
+        event = Event(wall_time=time.time(), step=record["step"], summary=summary)
+        self._writer.add_event(event)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
+
+
 def versions() -> dict[str, str]:
     """Returns the exact version of every package that a result depends on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _dump(value, indent=None):
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value):
+    """JSON knows no NaN: null stands for it."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

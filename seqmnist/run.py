@@ -1,103 +1,196 @@
-"""A run: data, state, loop, checkpoint and records composed. The one place that knows all."""
+"""A run: data, state, loop, checkpoints and records composed. The one place that knows all."""
 
+import contextlib
 import os
 import pathlib
+import signal
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 
-from seqmnist import checkpoint, data, profiling, records
+from seqmnist import checkpoint, data, members, profiling, records, sharding
 from seqmnist import config as config_lib
+from seqmnist import workdir as workdir_lib
+from seqmnist.checkpoint import Checkpoints, Saved
 from seqmnist.config import Config
 from seqmnist.datasets import sources
 from seqmnist.display import Display
 from seqmnist.errors import UserError
-from seqmnist.loop import Loop, Resident, Streamed
-from seqmnist.steps import System, init_state, make_system
+from seqmnist.loop import Loop, Progress, Resident, Streamed
+from seqmnist.metrics import Sums
+from seqmnist.optim import make_schedule
+from seqmnist.steps import System, init_state, make_system, train_step
 from seqmnist.views import permutation, permutation_sha256, sequence_shape
 
 
-def train(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
-    """Trains a network, and writes its configuration, metrics, parameters and results.
+class Parts(NamedTuple):
+    """What a run is made of, but for its state.
+
+    Attributes:
+      config: the configuration.
+      dataset: where the data is.
+      splits: "train", "validation" and "test", ranges of example numbers.
+      plan: what tells members apart; one entry of a lone run.
+      steps_per_epoch: steps an epoch.
+      system: the fixed half of a run.
+      mesh: where it runs.
+      loop: what trains and evaluates.
+      rows: of "validation" and "test".
+    """
+
+    config: Config
+    dataset: sources.Prepared
+    splits: dict[str, range]
+    plan: list[dict[str, float]]
+    steps_per_epoch: int
+    system: System
+    mesh: jax.sharding.Mesh
+    loop: Loop
+    rows: dict[str, np.ndarray]
+
+    def like(self) -> Saved:
+        """Returns the shapes, dtypes and shardings of what a checkpoint of this run holds."""
+        state = jax.eval_shape(self._init)
+        axes = ("member",) if len(self.plan) > 1 else ()
+        place = jax.NamedSharding(self.mesh, jax.P(*axes))
+        dtype = jax.tree.leaves(state.params)[0].dtype
+        sums = jax.eval_shape(lambda: Sums.zeros(dtype, state.step.shape))
+        arrays = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, sums)
+        )
+        return Saved(*arrays, 0, [], "", 0.0)
+
+    def start(self) -> Saved:
+        """Returns the beginning of the run."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.like().state)
+        progress = self.loop.start(jax.jit(self._init, out_shardings=shardings)())
+        return Saved(progress.state, progress.sums, 0, [], self.dataset.fingerprint, 0.0)
+
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """Returns the batches of an epoch: int32 [steps, B], or [S, steps, B]."""
+        seeds = [int(member["seed"]) for member in self.plan]
+        rows = [_epoch_rows(s, epoch, len(self.splits["train"]), self.config) for s in set(seeds)]
+        if len(self.plan) == 1:
+            return rows[0]
+        by_seed = dict(zip(set(seeds), rows, strict=True))
+        return np.stack([by_seed[seed] for seed in seeds])
+
+    def _init(self):
+        """Lone states are drawn one by one, so that members equal lone runs."""
+        if len(self.plan) == 1:
+            return init_state(self.config, self.system, self.config.seed)
+        swept = members.swept_fields(self.config)
+        seeds = np.array([member["seed"] for member in self.plan], np.uint32)
+        values = {name: np.array([m[name] for m in self.plan], np.float32) for name in swept}
+        return lax.map(
+            lambda member: init_state(self.config, self.system, *member), (seeds, values)
+        )
+
+
+def train(
+    config: Config, workdir: pathlib.Path, *, overwrite: bool = False, debug_nans: bool = False
+) -> dict[str, Any]:
+    """Trains a network, or goes on with what the workdir holds, and writes what comes out.
 
     Args:
       config: the configuration.
       workdir: where everything is written; made if it does not exist.
+      overwrite: remove the run that the workdir holds, and start afresh.
+      debug_nans: name the operation that gave the first number that is not finite.
 
     Returns:
       What `results.json` holds.
 
     Raises:
-      UserError: the configuration, the data or the workdir cannot be used.
+      UserError: the configuration, the data or the workdir cannot be used, or the loss is not
+        finite.
+      SystemExit: a signal has stopped the run; its state is saved.
     """
     began = time.monotonic()
     display = Display()
+    _set_up_jax(config)
     make_system(config, num_steps=1)  # what names nothing is refused before data is fetched
-    _check_workdir(workdir)
-    dataset = _prepare(config, display)
-    splits = _splits(config, dataset)
-    steps_per_epoch = data.num_batches(len(splits["train"]), config.train.batch_size)
-    system = make_system(config, config.train.num_epochs * steps_per_epoch)
-    profile = profiling.Profile(config, workdir, config.train.num_epochs * steps_per_epoch)
-    loop = _make_loop(config, system, dataset)
-    rows = _evaluation_rows(config, splits)
-    state = jax.jit(lambda: init_state(config, system, config.seed))()
-    num_parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-
-    _make_workdir(workdir)
-    display.setup(config, dataset, splits, state.params)
-    records.write_json(workdir / records.CONFIG, config_lib.to_dict(config))
-    (workdir / records.METRICS).write_text("")
-    train_began = time.monotonic()
-    for epoch in range(config.train.num_epochs):
-        epoch_began = time.monotonic()
-        title = f"Epoch {epoch + 1}/{config.train.num_epochs}"
-        order = data.epoch_order(config.seed, epoch, len(splits["train"]))
-        epoch_rows = data.batch_rows(order, config.train.batch_size)
-        with display.epoch(title, len(epoch_rows)) as update:
-            first = epoch * steps_per_epoch
-            progresses = loop.train(state, epoch_rows, profile.breaks(first))
-            for progress in profile.follow(progresses, first, steps_per_epoch):
-                update(progress.step, progress.sums.means())
-        state = progress.state
-        means = {"train": progress.sums.means(), "validation": {"loss": None, "accuracy": None}}
-        if splits["validation"]:
-            means["validation"] = loop.evaluate(state.params, rows["validation"]).means()
-        record = {
-            "epoch": epoch + 1,
-            "step": int(state.step),
-            **{f"{name}/{key}": x for name, values in means.items() for key, x in values.items()},
-            "seconds": round(time.monotonic() - epoch_began, 3),
+    workdir_lib.check(workdir)
+    if not overwrite:
+        results = _check_resumable(config, workdir)
+        if results:
+            display.say(f"{workdir} holds this run, finished; --overwrite trains it again")
+            _show_test(display, results)
+            return results
+    parts = _compose(config, display)
+    profile = profiling.Profile(config, workdir, config.train.num_epochs * parts.steps_per_epoch)
+    is_writer = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if is_writer:
+            workdir_lib.make(workdir)
+            stack.enter_context(workdir_lib.hold(workdir))
+        stack.enter_context(workdir_lib.explain_failure(workdir))
+        if overwrite and is_writer:
+            workdir_lib.clear(workdir)
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(workdir, config.checkpoint))
+        )
+        saved = checkpoints.restore(parts.like(), display.notice)
+        if saved and saved.fingerprint != parts.dataset.fingerprint:
+            raise UserError(
+                f"--workdir={workdir} was trained on other data than {parts.dataset.name} in "
+                f"{parts.dataset.directory}; name the same dataset, or start with --overwrite"
+            )
+        display.setup(config, parts.dataset, parts.splits, parts.like().state.params, parts.mesh)
+        if saved:
+            epoch, step = len(saved.history) + 1, saved.step % parts.steps_per_epoch
+            display.say(f"Resuming in epoch {epoch}, after {step} of its steps")
+        saved = saved or parts.start()
+        num_parameters = sum(leaf.size for leaf in jax.tree.leaves(saved.state.params))
+        events = records.Events(workdir, saved.history) if is_writer else None
+        if is_writer:
+            (workdir / records.RESULTS).unlink(missing_ok=True)
+            records.write_json(workdir / records.CONFIG, config_lib.to_dict(config))
+            records.write_lines(workdir / records.METRICS, saved.history)
+        with _stop_requests() as received:
+            for saved in _epochs(parts, saved, profile, display, received):  # noqa: B020
+                if not np.isfinite(sharding.gather(saved.sums.loss)).any():
+                    checkpoints.close()
+                    raise UserError(_explain_nonfinite(parts, saved, workdir, debug_nans))
+                if is_writer and saved.history and saved.step == saved.history[-1]["step"]:
+                    records.append_line(workdir / records.METRICS, saved.history[-1])
+                    events.add(saved.history[-1])
+                if _is_due(parts, saved) or received:
+                    checkpoints.save(saved)
+                if received:
+                    checkpoints.close()
+                    display.say(
+                        f"Stopped after step {saved.step}, and saved; the same command goes on"
+                    )
+                    raise SystemExit(128 + received[0])
+        if is_writer:
+            events.close()
+        scores = _scores(parts, saved)
+        results = {
+            "dataset": _describe(parts.dataset, parts.splits),
+            "sequence": _describe_sequence(config.model),
+            "parameters": num_parameters // len(parts.plan),
+            "epochs": config.train.num_epochs,
+            "steps": saved.step,
+            **scores,
+            "seconds": {
+                "total": round(time.monotonic() - began, 3),
+                "train": round(saved.seconds, 3),
+            },
+            "devices": [f"{device.platform}:{device.id}" for device in parts.mesh.devices.flat],
+            "versions": records.versions(),
         }
-        records.append_line(workdir / records.METRICS, record)
-        display.epoch_line(title, len(epoch_rows), record)
-    train_seconds = time.monotonic() - train_began
-
-    test = loop.evaluate(state.params, rows["test"]).means()
-    checkpoint.save(workdir, state)
-    results = {
-        "dataset": _describe(dataset, splits),
-        "sequence": _describe_sequence(config.model),
-        "parameters": num_parameters,
-        "epochs": config.train.num_epochs,
-        "steps": int(state.step),
-        "validation": means["validation"],
-        "test": test,
-        "seconds": {
-            "total": round(time.monotonic() - began, 3),
-            "train": round(train_seconds, 3),
-        },
-        "devices": [f"{device.platform}:{device.id}" for device in jax.devices()],
-        "versions": records.versions(),
-    }
-    records.write_json(workdir / records.RESULTS, results)
-    display.test_line(results["dataset"], test)
+        if is_writer:
+            records.write_json(workdir / records.RESULTS, results)
+    _show_test(display, results)
     return results
 
 
-def evaluate(config: Config, workdir: pathlib.Path) -> dict[str, float]:
+def evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     """Scores the parameters that a workdir holds on the test set; writes nothing.
 
     Args:
@@ -110,68 +203,245 @@ def evaluate(config: Config, workdir: pathlib.Path) -> dict[str, float]:
     Raises:
       UserError: the workdir holds no usable checkpoint, or the data cannot be had.
     """
-    system = make_system(config, num_steps=1)
-    like = jax.eval_shape(lambda: init_state(config, system, config.seed))
+    _set_up_jax(config)
     display = Display()
-    state = checkpoint.restore(workdir, like)
-    dataset = _prepare(config, display)
-    splits = _splits(config, dataset)
-    loop = _make_loop(config, system, dataset)
-    test = loop.evaluate(state.params, _evaluation_rows(config, splits)["test"]).means()
-    display.test_line(_describe(dataset, splits), test)
+    make_system(config, num_steps=1)
+    checkpoint.check(workdir)
+    parts = _compose(config, display)
+    state = checkpoint.restore(workdir, parts.like().state)
+    test = _means(parts.loop.evaluate(state.params, parts.rows["test"]))
+    display.test_line(_describe(parts.dataset, parts.splits), test)
     return test
 
 
-def _check_workdir(workdir):
-    """Refuses early, before anything is made or downloaded, what `_make_workdir` would refuse."""
-    nearest = next(path for path in (workdir, *workdir.parents) if path.exists())
-    if not nearest.is_dir():
-        raise UserError(f"--workdir={workdir}: {nearest} is not a folder; choose another")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={workdir}: {nearest} is not writable; choose another")
+def _set_up_jax(config):
+    """Chooses CPU devices, and keeps compiled programs for the next process."""
+    sharding.use_cores(len(members.plan(config)))
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "seqmnist"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _make_workdir(workdir):
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be made ({error.strerror}); choose another"
-        ) from None
+def _check_resumable(config, workdir) -> dict[str, Any] | None:
+    """Compares with what the workdir holds; returns its results where nothing is left to do."""
+    if not (workdir / records.CONFIG).is_file():
+        if (workdir / checkpoint.DIRECTORY).exists():
+            raise UserError(
+                f"--workdir={workdir} holds checkpoints but no {records.CONFIG}; choose another, "
+                "or start afresh with --overwrite"
+            )
+        return None
+    before = records.read_config(workdir)
+    config_lib.check_resumable(before, config)
+    if not (workdir / records.RESULTS).is_file():
+        return None
+    results = records.read_json(workdir / records.RESULTS)
+    return results if results.get("epochs") == config.train.num_epochs else None
 
 
-def _prepare(config, display):
-    return sources.prepare(
+def _compose(config: Config, display: Display) -> Parts:
+    dataset = sources.prepare(
         config.data.name,
         data_dir=config.data.data_dir,
         manual_dir=config.data.manual_dir,
         verify_checksums=config.data.verify_checksums,
         say=display.say,
     )
-
-
-def _splits(config, dataset):
-    return data.make_splits(
+    splits = data.make_splits(
         dataset.num_examples("train"),
         dataset.num_examples("test"),
         config.data.validation_fraction,
     )
-
-
-def _make_loop(config: Config, system: System, dataset: sources.Prepared) -> Loop:
+    plan = members.plan(config)
+    batch_size = config.train.batch_size
+    mesh = sharding.make_mesh(
+        *sharding.plan(config.mesh, len(plan), batch_size, len(jax.devices()))
+    )
+    steps_per_epoch = data.num_batches(len(splits["train"]), batch_size)
+    system = make_system(config, config.train.num_epochs * steps_per_epoch)
     if config.data.input_mode == "stream":
-        return Streamed(system, data.Records(dataset.records("train"), dataset.records("test")))
-    images, labels = zip(*(dataset.arrays(split) for split in ("train", "test")), strict=True)
-    return Resident(system, np.concatenate(images), np.concatenate(labels))
+        if len(plan) > 1:
+            raise UserError(
+                f"config.data.input_mode='stream' feeds one member, not {len(plan)}; use 'resident'"
+            )
+        reader = data.Records(dataset.records("train"), dataset.records("test"))
+        loop = Streamed(system, reader, mesh)
+    else:
+        arrays = zip(*(dataset.arrays(split) for split in ("train", "test")), strict=True)
+        loop = Resident(system, *map(np.concatenate, arrays), mesh, len(plan) > 1)
+    rows = _evaluation_rows(splits, batch_size)
+    return Parts(config, dataset, splits, plan, steps_per_epoch, system, mesh, loop, rows)
 
 
-def _evaluation_rows(config, splits):
+def _epochs(parts, saved, profile, display, received) -> Iterator[Saved]:
+    """Trains on from `saved`; yields what could be saved, wherever something may be due."""
+    config, num_steps = parts.config, parts.steps_per_epoch
+    for epoch in range(len(saved.history), config.train.num_epochs):
+        began, first = time.monotonic(), epoch * num_steps
+        before = saved.seconds
+        now = begin = Progress(saved.state, saved.sums, saved.step - first)
+        rows = parts.epoch_rows(epoch)
+        title = f"Epoch {epoch + 1}/{config.train.num_epochs}"
+        due = [step - first for step in _due_steps(config, first, first + num_steps)]
+        breaks = (*profile.breaks(first), *due)
+        with display.epoch(title, num_steps) as update:
+            progresses = parts.loop.train(begin, rows, breaks)
+            for now in profile.follow(progresses, first, num_steps, begin.step):
+                means = _means(now.sums)
+                update(now.step, means)
+                saved = saved._replace(
+                    state=now.state,
+                    sums=now.sums,
+                    step=first + now.step,
+                    seconds=before + time.monotonic() - began,
+                )
+                is_finite = np.isfinite(means["loss"]).any()
+                if not is_finite or sharding.agree(len(received)) or now.step in due:
+                    yield saved
+        train_means = _means(now.sums)
+        validation = {"loss": None, "accuracy": None}
+        if parts.splits["validation"]:
+            validation = _means(parts.loop.evaluate(now.state.params, parts.rows["validation"]))
+        seconds = time.monotonic() - began
+        record = {
+            "epoch": epoch + 1,
+            "step": saved.step,
+            **{f"train/{key}": value for key, value in train_means.items()},
+            **{f"validation/{key}": value for key, value in validation.items()},
+            "seconds": round(seconds, 3),
+        }
+        display.epoch_line(title, num_steps, record)
+        saved = saved._replace(
+            sums=parts.loop.start(now.state).sums,
+            history=[*saved.history, record],
+            seconds=before + seconds,
+        )
+        yield saved
+
+
+def _due_steps(config, first, last) -> list[int]:
+    every = config.checkpoint.every_steps
+    return [step for step in range(first + 1, last) if step % every == 0] if every else []
+
+
+def _is_due(parts, saved) -> bool:
+    settings, num_epochs = parts.config.checkpoint, len(saved.history)
+    if saved.step == num_epochs * parts.steps_per_epoch:
+        is_last = num_epochs == parts.config.train.num_epochs
+        every = settings.every_epochs
+        if is_last or (every and num_epochs % every == 0):
+            return True
+    return bool(settings.every_steps) and saved.step % settings.every_steps == 0
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Collects signals that ask for an end, for a step to finish; a second one ends at once."""
+    received = []
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def note(number, _):
+        received.append(number)
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+
+    previous = {each: signal.signal(each, note) for each in signals}
+    try:
+        yield received
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+
+
+def _explain_nonfinite(parts, saved, workdir, debug_nans):
+    """Says where a run went wrong; `guarded_step` has left the last good state."""
+    step = int(np.max(sharding.gather(saved.state.step)))
+    schedule = make_schedule(parts.config.optimizer, parts.config.train.num_epochs * step)
+    rate = float(schedule(step)) if callable(schedule) else schedule
+    steps = sorted(int(path.name) for path in (workdir / checkpoint.DIRECTORY).glob("[0-9]*"))
+    last = f"checkpoints/{steps[-1]}" if steps else "none"
+    epoch, row = divmod(step, parts.steps_per_epoch)
+    where = ""
+    if debug_nans and len(parts.plan) == 1:
+        batch = _read_batch(parts, parts.epoch_rows(epoch)[row])
+        with jax.debug_nans(True), jax.disable_jit():
+            try:
+                train_step(parts.system, saved.state, batch)
+            except FloatingPointError as error:
+                where = f" in {_blame(error)}"
+    return (
+        f"the loss or the parameters are not finite{where} after step {step + 1} (epoch "
+        f"{epoch + 1}, learning rate {rate:g}); last good checkpoint: {last}; make "
+        "config.optimizer.learning_rate smaller or set config.optimizer.clip_norm"
+        + ("" if debug_nans else "; --debug_nans finds the operation")
+    )
+
+
+def _read_batch(parts, row):
+    arrays = zip(*(parts.dataset.arrays(split) for split in ("train", "test")), strict=True)
+    return data.take(*map(np.concatenate, arrays), row)
+
+
+def _blame(error):
+    """Names the operation and the line of this project that an error comes from."""
+    here, trace, place = pathlib.Path(__file__).parent, error.__traceback__, ""
+    while trace:
+        file = pathlib.Path(trace.tb_frame.f_code.co_filename)
+        if file.parent == here:
+            place = f"{file.name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"{str(error).partition('.')[0]} ({place})"
+
+
+def _scores(parts, saved):
+    """Validation and test scores, and of members their summary and their ensemble's."""
+    has_validation = bool(parts.splits["validation"])
+    last = saved.history[-1]
+    validation = {key: last[f"validation/{key}"] for key in ("loss", "accuracy")}
+    test = _means(parts.loop.evaluate(saved.state.params, parts.rows["test"]))
+    scores = {"validation": validation, "test": test}
+    if len(parts.plan) == 1:
+        return scores
+    summary = members.summarize(parts.config, validation if has_validation else None, test)
+    num, best = parts.config.members.num, summary["best"]
+    chosen = range(len(parts.plan)) if best is None else range(best * num, (best + 1) * num)
+    weights = np.isin(np.arange(len(parts.plan)), chosen) / np.float32(len(chosen))
+    ensemble = parts.loop.evaluate_ensemble(saved.state.params, parts.rows["test"], weights)
+    return {
+        **scores,
+        "members": parts.plan,
+        **summary,
+        "ensemble": {"members": list(chosen), "test": _means(ensemble)},
+    }
+
+
+def _show_test(display, results):
+    if "members" in results:
+        display.members_table(results)
+    else:
+        display.test_line(results["dataset"], results["test"])
+
+
+def _means(sums):
+    return sharding.gather(sums).means()
+
+
+def _epoch_rows(seed, epoch, size, config):
+    order = data.epoch_order(seed, epoch, size)
+    return np.asarray(data.batch_rows(order, config.train.batch_size))
+
+
+def _evaluation_rows(splits, batch_size):
     """Rows of both evaluations, padded to one shape so that they compile once."""
     most = max(len(splits[name]) for name in ("validation", "test"))
     return {
-        name: data.batch_rows(
-            np.pad(splits[name], (0, most - len(splits[name])), constant_values=data.PADDING),
-            config.train.batch_size,
+        name: np.asarray(
+            data.batch_rows(
+                np.pad(splits[name], (0, most - len(splits[name])), constant_values=data.PADDING),
+                batch_size,
+            )
         )
         for name in ("validation", "test")
     }

@@ -1,46 +1,156 @@
-"""Meshes: how members and batches spread over devices.
+"""Meshes: how members and batches spread over devices and processes.
 
 A mesh has two axes: `member`, over which independent runs spread without communication, and
-`data`, over which a batch is split and its gradient reduced.
+`data`, over which a batch is split and its gradient reduced by XLA's partitioner. A process is
+one of the programs that run a job together, each with devices of its own.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from seqmnist.config import MeshConfig
 from seqmnist.errors import UserError
 
 # Members that one device trains at the same time. A CPU core gains nothing from a batch of small
 # products over one product; an accelerator does.
 _AT_ONCE = {"cpu": 1}
 
+# Splitting a batch further costs more in communication than it saves.
+_LEAST_BATCH = 128
+
+
+def use_cores(num_members: int) -> None:
+    """Makes each CPU core a device, as far as there are members for them.
+
+    A single run stays on one device, where XLA's own threads share its products. Without effect
+    where the environment says how many devices there are, or devices are in use already.
+    """
+    if num_members > 1 and "xla_force_host_platform_device_count" not in os.getenv("XLA_FLAGS", ""):
+        try:
+            jax.config.update("jax_num_cpu_devices", min(num_members, len(os.sched_getaffinity(0))))
+        except RuntimeError:  # devices are in use
+            return
+
+
+def plan(config: MeshConfig, num_members: int, batch_size: int, num_devices: int) -> list[int]:
+    """Chooses the shape of a mesh.
+
+    Args:
+      config: what is asked for.
+      num_members: S.
+      batch_size: B.
+      num_devices: of all processes.
+
+    Returns:
+      [devices along `member`, devices along `data`].
+
+    Raises:
+      UserError: what is asked for does not divide evenly, or needs more devices.
+    """
+    member, data = config.member, config.data
+    is_alone = jax.process_count() == 1
+    if not member:
+        at_most = max(1, num_devices // max(data, 1))
+        choices = [n for n in _divisors(num_members) if n <= at_most]
+        # Several processes must use all their devices.
+        whole = [
+            n for n in choices if num_devices % n == 0 and batch_size % (num_devices // n) == 0
+        ]
+        member = max(choices if is_alone or not whole else whole)
+    if not data:
+        at_most = num_devices // member
+        if is_alone:
+            is_cpu = jax.default_backend() == "cpu"
+            at_most = 1 if is_cpu else min(at_most, batch_size // _LEAST_BATCH)
+        data = max([n for n in _divisors(batch_size) if n <= at_most], default=1)
+    for name, number, size, what in (
+        ("member", member, num_members, "members"),
+        ("data", data, batch_size, "examples of a batch"),
+    ):
+        if size % number:
+            choices = ", ".join(str(n) for n in _divisors(size) if n <= num_devices)
+            raise UserError(
+                f"config.mesh.{name}={number} does not divide the {size} {what}; choose one of "
+                f"{choices}"
+            )
+    if member * data > num_devices:
+        raise UserError(
+            f"a mesh of {member} × {data} needs {member * data} devices, and there are "
+            f"{num_devices}; make config.mesh.member or config.mesh.data smaller"
+        )
+    if not is_alone and member * data < num_devices:
+        raise UserError(
+            f"a mesh of {member} × {data} leaves some of the {num_devices} devices of "
+            f"{jax.process_count()} processes idle; change config.members.num, "
+            "config.train.batch_size or the number of processes"
+        )
+    return [member, data]
+
 
 def make_mesh(num_members: int, num_data: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arranges devices, by default the first ones, as a mesh ("member", "data").
 
     Raises:
-      UserError: there are too few devices.
+      ValueError: there are too few devices.
     """
-    devices = list(devices or jax.devices())
-    wanted = num_members * num_data
-    if wanted > len(devices):
-        raise UserError(
-            f"a mesh of {num_members} × {num_data} needs {wanted} devices; there are {len(devices)}"
-        )
+    devices = list(devices or jax.devices())[: num_members * num_data]
     return jax.make_mesh(
         (num_members, num_data),
         ("member", "data"),
         axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices[:wanted],
+        devices=devices,
     )
 
 
-def spread(mesh: Mesh, tree, *axes: str | None):
-    """Places arrays on a mesh, their leading axes split over the named axes of it."""
-    return jax.device_put(tree, NamedSharding(mesh, P(*axes)))
+def spread(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
+    """Places arrays on a mesh, their leading axes split over the named axes of it.
+
+    Every process gives the whole arrays, and keeps its part of them.
+    """
+    # From the host: an array of one device cannot become one of several processes.
+    return jax.device_put(jax.tree.map(np.asarray, tree), NamedSharding(mesh, P(*axes)))
+
+
+def spread_local(mesh: Mesh, tree: Any) -> Any:
+    """Places a batch on a mesh of which this process has read its `local_columns`."""
+    place = NamedSharding(mesh, P("data"))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
+
+
+def local_columns(mesh: Mesh, batch_size: int) -> slice:
+    """Returns which part of each batch [B] the devices of this process hold."""
+    parts = NamedSharding(mesh, P("data")).addressable_devices_indices_map((batch_size,))
+    bounds = [part[0].indices(batch_size)[:2] for part in parts.values()]
+    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+
+
+def gather(tree: Any) -> Any:
+    """Returns arrays as NumPy's, whole, on every process."""
+    return jax.tree.map(_gather, tree)
+
+
+def _gather(x):
+    if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def agree(number: int) -> int:
+    """Returns the largest of the numbers that all processes give."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return number
 
 
 def over_members(function: Callable, mesh: Mesh, num_shared: int) -> Callable:
@@ -77,3 +187,7 @@ def over_members(function: Callable, mesh: Mesh, num_shared: int) -> Callable:
         )(*arguments)
 
     return of_all_members
+
+
+def _divisors(number):
+    return [n for n in range(1, number + 1) if number % n == 0]

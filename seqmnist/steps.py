@@ -1,6 +1,6 @@
 """One step of training and of evaluation: pure functions, no jit, no I/O."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from seqmnist import keys
+from seqmnist import keys, members
 from seqmnist.augment import AUGMENTATIONS
 from seqmnist.config import Config
 from seqmnist.data import Batch
@@ -65,21 +65,28 @@ def make_system(config: Config, num_steps: int | None = None) -> System:
       UserError: the configuration names a view, cell, optimizer… that does not exist.
     """
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: _make_model(config, seed=0)))
-    optimizer = make_optimizer(config.optimizer, num_steps)
+    swept = tuple(name.removeprefix("optimizer.") for name in members.swept_fields(config))
+    optimizer = make_optimizer(config.optimizer, num_steps, swept)
     augment = choose(AUGMENTATIONS, config.train.augment, "train.augment")
     return System(graphdef, optimizer, augment)
 
 
-def init_state(config: Config, system: System, seed: jax.Array) -> TrainState:
+def init_state(
+    config: Config, system: System, seed: jax.Array, settings: Mapping[str, jax.Array] | None = None
+) -> TrainState:
     """Builds the changing half of a run, a pure function of its seed.
 
     Args:
       config: the configuration.
       system: the fixed half.
       seed: an integer scalar.
+      settings: of a sweep, float scalars by field, e.g. "optimizer.learning_rate".
     """
     params = nnx.state(_make_model(config, seed))
     opt_state = system.optimizer.init(params)
+    if settings:
+        values = {name.removeprefix("optimizer."): value for name, value in settings.items()}
+        opt_state = opt_state._replace(hyperparams={**opt_state.hyperparams, **values})
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.uint32))
 
 
@@ -109,6 +116,22 @@ def train_step(system: System, state: TrainState, batch: Batch) -> tuple[TrainSt
         updates, opt_state = system.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1, state.seed), sums
+
+
+def guarded_step(
+    system: System, state: TrainState, sums: Sums, batch: Batch
+) -> tuple[TrainState, Sums]:
+    """Takes a step, and adds up its sums, unless something in it is not finite.
+
+    From such a step on, the state stays as it was before it, and the summed loss is NaN: where
+    a run went wrong can be told at any later time, and nothing good is lost.
+    """
+    after, batch_sums = train_step(system, state, batch)
+    sums = sums + batch_sums
+    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params)]
+    is_finite = jnp.stack([jnp.isfinite(sums.loss), *finite]).all()
+    state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
+    return state, sums._replace(loss=jnp.where(is_finite, sums.loss, jnp.nan))
 
 
 def eval_step(system: System, params: Any, batch: Batch) -> Sums:

@@ -34,7 +34,7 @@ def test_only_the_first_epoch_compiles(digits, compilations):
     for epoch in range(4):
         before = len(compilations)
         rows = data.batch_rows(data.epoch_order(0, epoch, 100), 8)
-        *_, progress = resident.train(state, rows)
+        *_, progress = resident.train(resident.start(state), rows)
         state = progress.state
         resident.evaluate(state.params, held_out).means()
         counts.append(len(compilations) - before)

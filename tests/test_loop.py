@@ -26,7 +26,7 @@ def run_epochs(system, one_loop, num_epochs, size=100, batch_size=8):
     state = init_state(CONFIG, system, 0)
     for epoch in range(num_epochs):
         rows = data.batch_rows(data.epoch_order(0, epoch, size), batch_size)
-        *_, progress = one_loop.train(state, rows)
+        *_, progress = one_loop.train(one_loop.start(state), rows)
         state = progress.state
     return progress
 

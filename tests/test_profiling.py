@@ -24,7 +24,7 @@ def test_impossible_steps_are_refused(steps, tmp_path):
 
 
 def test_stretches_pause_at_breaks():
-    stretches = list(loop._stretches(375, (-1, 100, 117)))
+    stretches = list(loop._stretches(0, 375, (-1, 100, 117)))
     assert [i for start, stop in stretches for i in range(start, stop)] == list(range(375))
     assert {100, 117} < {stop for _, stop in stretches}
 
@@ -38,7 +38,7 @@ def test_a_trace_holds_exactly_its_steps(digits, tmp_path):
     for epoch in range(2):
         rows = data.batch_rows(data.epoch_order(0, epoch, 100), 8)
         first = 13 * epoch
-        progresses = resident.train(state, rows, profile.breaks(first))
+        progresses = resident.train(resident.start(state), rows, profile.breaks(first))
         for progress in profile.follow(progresses, first, 13):
             state = progress.state
     assert int(state.step) == 26

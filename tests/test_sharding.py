@@ -20,7 +20,7 @@ def rows_of(seed):
 
 
 def train(loop, state, rows):
-    *_, last = loop.train(state, rows)
+    *_, last = loop.train(loop.start(state), rows)
     evaluation = loop.evaluate(last.state.params, data.batch_rows(np.arange(130), 32))
     return last.state.params, last.sums.means(), evaluation.means()
 
@@ -31,7 +31,7 @@ def test_members_equal_lone_runs(num_devices, digits):
     mesh = sharding.make_mesh(num_devices, 1)
     states = jax.vmap(lambda seed: init_state(CONFIG, system, seed))(SEEDS)
     rows = np.stack([rows_of(seed) for seed in SEEDS])
-    loop = Resident(system, *digits, mesh)
+    loop = Resident(system, *digits, mesh, True)
     params, *together = train(
         loop, *(sharding.spread(mesh, tree, "member") for tree in (states, rows))
     )

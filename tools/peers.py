@@ -43,7 +43,7 @@ class Ours:
 
     def steps(self, num_steps):
         """As `train`, without drawing an epoch's order, which takes as long as some steps."""
-        *_, progress = self.loop.train(self.state, self.rows[:num_steps])
+        *_, progress = self.loop.train(self.loop.start(self.state), self.rows[:num_steps])
         self.state = progress.state
         progress.sums.means()
 

@@ -46,7 +46,7 @@ def train_here(config: Config, seeds: np.ndarray, images, labels, splits) -> dic
     batch_size, train = config.train.batch_size, splits["train"]
     num_steps = config.train.num_epochs * data.num_batches(len(train), batch_size)
     system = make_system(config, num_steps)
-    loop = Resident(system, images, labels, mesh)
+    loop = Resident(system, images, labels, mesh, True)
     seeds = sharding.spread(mesh, np.asarray(seeds, np.uint32), "member")
     each = sharding.over_members(lambda seed, _: init_state(config, system, seed), mesh, 1)
     state = jax.jit(each)(seeds, 0)
@@ -60,9 +60,9 @@ def train_here(config: Config, seeds: np.ndarray, images, labels, splits) -> dic
 
     for epoch in range(config.train.num_epochs):
         rows = sharding.spread(mesh, epoch_rows(epoch), "member")
-        for progress in loop.train(state, rows):
+        for progress in loop.train(loop.start(state), rows):
             state = progress.state
-    test = sharding.spread(mesh, data.batch_rows(np.array(splits["test"]), batch_size))
+    test = data.batch_rows(np.array(splits["test"]), batch_size)
     return loop.evaluate(state.params, test).means()
 
 

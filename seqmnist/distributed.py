@@ -1,0 +1,61 @@
+"""Several processes that run one job together, each with devices of its own."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+
+from seqmnist.errors import UserError
+
+# Seconds without a sign of life after which a process counts as dead.
+PATIENCE = 20
+
+
+@contextlib.contextmanager
+def joined(
+    is_distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> Iterator[None]:
+    """Joins the job, and leaves it at the end; does nothing for a job of one process.
+
+    When another process of the job dies, this one says so and ends.
+
+    Args:
+      is_distributed: ask the environment: SLURM, Open MPI, Kubernetes, TPU pods.
+      coordinator: HOST:PORT of process 0; None asks the environment.
+      num_processes: with `coordinator`.
+      process_id: with `coordinator`.
+
+    Raises:
+      UserError: the environment does not tell, or the coordinator cannot be reached.
+    """
+    if not is_distributed and coordinator is None:
+        yield
+        return
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            initialization_timeout=60,
+            heartbeat_timeout_seconds=PATIENCE,
+        )
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"cannot join the other processes ({reason}); give --coordinator=HOST:PORT, "
+            "--num_processes and --process_id"
+        ) from error
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0][:200]
+        print(
+            f"error: another process of this job has ended or cannot be reached ({reason}); run "
+            "the job again, on any number of processes, to go on from its last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # leaving in order would wait for the process that is gone
+    jax.distributed.shutdown()
