@@ -1,6 +1,7 @@
 """Several processes that run one job together, each with devices of its own."""
 
 import contextlib
+import faulthandler
 import os
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ def joined(
             f"cannot join the other processes ({reason}); give --coordinator=HOST:PORT, "
             "--num_processes and --process_id"
         ) from error
+    faulthandler.disable()  # where JAX itself ends this process, its message is enough
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

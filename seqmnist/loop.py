@@ -102,14 +102,15 @@ class Resident:
 
             return lax.scan(body, Sums.zeros(weights.dtype), rows)[0]
 
-        self._train = jax.jit(train, donate_argnums=(0, 1))
+        place = jax.NamedSharding(self._mesh, jax.P(*self._axes))
+        self._train = jax.jit(train, donate_argnums=(0, 1), out_shardings=place)
         self._evaluate = jax.jit(evaluate)
         self._evaluate_ensemble = jax.jit(evaluate_ensemble)
 
     def start(self, state: TrainState) -> Progress:
         """See `Loop`."""
         sums = _no_sums(state.params, state.step.shape)
-        return Progress(state, sharding.spread(self._mesh, sums, *self._axes), 0)
+        return Progress(*sharding.spread(self._mesh, (state, sums), *self._axes), 0)
 
     def train(
         self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
@@ -148,11 +149,13 @@ class Streamed:
         """Takes the reader of all examples, and a mesh, by default of one device."""
         self._records, self._mesh = records, mesh or sharding.make_mesh(1, 1)
 
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
+        place = jax.NamedSharding(self._mesh, jax.P())
+
+        @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=place)
         def train(state, sums, batch):
             return guarded_step(system, state, sums, batch)
 
-        @functools.partial(jax.jit, donate_argnums=1)
+        @functools.partial(jax.jit, donate_argnums=1, out_shardings=place)
         def evaluate(params, sums, batch):
             return sums + eval_step(system, params, batch)
 
@@ -160,7 +163,7 @@ class Streamed:
 
     def start(self, state: TrainState) -> Progress:
         """See `Loop`."""
-        return Progress(state, self._no_sums(state.params), 0)
+        return Progress(sharding.spread(self._mesh, state), self._no_sums(state.params), 0)
 
     def train(
         self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()

@@ -41,6 +41,7 @@ class Profile:
         """
         self._config, self._directory = config, workdir / DIRECTORY
         self._start, self._stop = -1, -1
+        self._is_traced = False  # a run resumed between the two does not trace
         if config.profile.steps is not None:
             self._start, self._stop = map(int, config.profile.steps.split(":"))
             if not self._start < self._stop <= num_steps:
@@ -65,17 +66,16 @@ class Profile:
           done: how many of them are done already.
         """
         step = first + done
-        is_traced = False
         while step < first + num_steps:
             if step == self._start:
                 options = jax.profiler.ProfileOptions()
                 options.python_tracer_level = 0  # it would slow down what it watches
                 jax.profiler.start_trace(self._directory, profiler_options=options)
-                is_traced = True
+                self._is_traced = True
             with jax.profiler.StepTraceAnnotation(MARKER, step_num=step):
                 progress = next(progresses)
             step = first + progress.step
-            if step == self._stop and is_traced:
+            if step == self._stop and self._is_traced:
                 jax.profiler.stop_trace()
                 self._write_summary()
             yield progress

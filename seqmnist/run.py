@@ -131,9 +131,9 @@ def train(
         stack.enter_context(workdir_lib.explain_failure(workdir))
         if overwrite and is_writer:
             workdir_lib.clear(workdir)
-        checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(workdir, config.checkpoint))
-        )
+        # Closed where the run ends in order, not in a `with`: closing waits for other processes,
+        # and one of them may have died.
+        checkpoints = Checkpoints(workdir, config.checkpoint)
         saved = checkpoints.restore(parts.like(), display.notice)
         if saved and saved.fingerprint != parts.dataset.fingerprint:
             raise UserError(
@@ -167,6 +167,7 @@ def train(
                         f"Stopped after step {saved.step}, and saved; the same command goes on"
                     )
                     raise SystemExit(128 + received[0])
+        checkpoints.close()
         if is_writer:
             events.close()
         scores = _scores(parts, saved)
@@ -227,7 +228,7 @@ def _set_up_jax(config):
 def _check_resumable(config, workdir) -> dict[str, Any] | None:
     """Compares with what the workdir holds; returns its results where nothing is left to do."""
     if not (workdir / records.CONFIG).is_file():
-        if (workdir / checkpoint.DIRECTORY).exists():
+        if any((workdir / checkpoint.DIRECTORY).glob("[0-9]*")):
             raise UserError(
                 f"--workdir={workdir} holds checkpoints but no {records.CONFIG}; choose another, "
                 "or start afresh with --overwrite"

@@ -114,8 +114,15 @@ def spread(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
 
     Every process gives the whole arrays, and keeps its part of them.
     """
-    # From the host: an array of one device cannot become one of several processes.
-    return jax.device_put(jax.tree.map(np.asarray, tree), NamedSharding(mesh, P(*axes)))
+    place = NamedSharding(mesh, P(*axes))
+
+    def put(x):
+        if isinstance(x, jax.Array) and x.sharding == place:
+            return x
+        # From the host: an array of one device cannot become one of several processes.
+        return jax.device_put(np.asarray(x), place)
+
+    return jax.tree.map(put, tree)
 
 
 def spread_local(mesh: Mesh, tree: Any) -> Any:

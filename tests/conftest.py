@@ -2,17 +2,50 @@
 
 import os
 import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
 
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["KERAS_BACKEND"] = "jax"
-
-import numpy as np
-import pytest
+_CACHE = tempfile.TemporaryDirectory()
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 MNIST = REPOSITORY.parent / "shared" / "data" / "mnist"
+
+
+def seqmnist(*arguments, cwd=REPOSITORY):
+    """Runs the command line as a user's shell does; returns what it printed, and its exit code."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment.pop("XLA_FLAGS", None)  # one device, as a user has
+    return subprocess.run(
+        [sys.executable, "-m", "seqmnist.main", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+
+
+class Source:
+    """What TFDS's random-access sources are to `data.Records`."""
+
+    def __init__(self, images, labels):
+        self._examples = [{"image": i, "label": n} for i, n in zip(images, labels, strict=True)]
+
+    def __len__(self):
+        return len(self._examples)
+
+    def __getitems__(self, numbers):
+        return [self._examples[i] for i in numbers]
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +57,13 @@ def digits():
     images[np.arange(130), :, labels] = 255
     images[np.arange(130), labels + 10] = 255
     return images, labels
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A folder with mnist_5k, prepared."""
+    from seqmnist.datasets import sources
+
+    folder = tmp_path_factory.mktemp("tensorflow_datasets")
+    sources.prepare("mnist_5k", data_dir=str(folder), manual_dir=None, verify_checksums=True)
+    return folder

@@ -1,8 +1,9 @@
 import jax
 import numpy as np
 import pytest
+from conftest import Source
 
-from seqmnist import data
+from seqmnist import data, sharding
 from seqmnist.errors import UserError
 
 
@@ -41,10 +42,9 @@ def test_batches_hold_every_example_once(size):
 
 def test_stream_brings_what_take_gathers(digits):
     images, labels = digits
-    examples = [{"image": i, "label": n} for i, n in zip(images, labels, strict=True)]
-    records = data.Records(examples[:100], examples[100:])
+    records = data.Records(Source(images[:100], labels[:100]), Source(images[100:], labels[100:]))
     rows = data.batch_rows(data.epoch_order(0, 0, 130), 32)
-    batches = list(data.stream(records, rows))
+    batches = list(data.stream(records, rows, sharding.make_mesh(1, 1)))
     assert len(batches) == len(rows) == 5
     for row, batch in zip(rows, batches, strict=True):
         expected = data.take(jax.numpy.array(images), jax.numpy.array(labels), row)

@@ -2,11 +2,12 @@ import chex
 import jax
 import numpy as np
 import pytest
+from conftest import Source
 
 from seqmnist import data, loop
 from seqmnist.config import Config
 from seqmnist.metrics import Sums
-from seqmnist.steps import eval_step, init_state, make_system, train_step
+from seqmnist.steps import eval_step, guarded_step, init_state, make_system, train_step
 
 CONFIG = Config()
 
@@ -14,8 +15,7 @@ CONFIG = Config()
 def make_loops(digits):
     images, labels = digits
     system = make_system(CONFIG)
-    examples = [{"image": i, "label": n} for i, n in zip(images, labels, strict=True)]
-    records = data.Records(examples[:100], examples[100:])
+    records = data.Records(Source(images[:100], labels[:100]), Source(images[100:], labels[100:]))
     return system, {
         "resident": loop.Resident(system, images, labels),
         "stream": loop.Streamed(system, records),
@@ -60,7 +60,7 @@ def test_an_epoch_is_its_steps_one_after_the_other(digits, mode):
 @pytest.mark.parametrize("mode", ["resident", "stream"])
 def test_a_whole_run_compiles_once(digits, mode, monkeypatch):
     chex.clear_trace_counter()
-    monkeypatch.setattr(loop, "train_step", chex.assert_max_traces(train_step, n=1))
+    monkeypatch.setattr(loop, "guarded_step", chex.assert_max_traces(guarded_step, n=1))
     monkeypatch.setattr(loop, "eval_step", chex.assert_max_traces(eval_step, n=1))
     system, loops = make_loops(digits)
     progress = run_epochs(system, loops[mode], 3)
@@ -69,6 +69,34 @@ def test_a_whole_run_compiles_once(digits, mode, monkeypatch):
 
 
 def test_stretches_cover_an_epoch():
-    stretches = list(loop._stretches(375))
+    stretches = list(loop._stretches(0, 375))
     assert [i for start, stop in stretches for i in range(start, stop)] == list(range(375))
     assert len(stretches) < 10
+
+
+def test_a_step_that_is_not_finite_changes_nothing(digits):
+    system, loops = make_loops(digits)
+    state = init_state(CONFIG, system, 0)
+    poisoned = state._replace(
+        params=jax.tree.map(lambda leaf: leaf.at[...].set(jax.numpy.inf), state.params)
+    )
+    before = jax.tree.map(np.asarray, poisoned)
+    rows = data.batch_rows(data.epoch_order(0, 0, 100), 8)
+    for one_loop in loops.values():
+        start = one_loop.start(jax.tree.map(jax.numpy.array, before))
+        *_, progress = one_loop.train(start, rows)
+        assert np.isnan(progress.sums.loss)
+        chex.assert_trees_all_equal(jax.tree.map(np.asarray, progress.state), before)
+
+
+def test_an_epoch_goes_on_where_it_stopped(digits):
+    for name, one_loop in make_loops(digits)[1].items():
+        system = make_system(CONFIG)
+        rows = data.batch_rows(data.epoch_order(0, 0, 100), 8)
+        *_, whole = one_loop.train(one_loop.start(init_state(CONFIG, system, 0)), rows)
+        for middle in one_loop.train(one_loop.start(init_state(CONFIG, system, 0)), rows, (5,)):
+            if middle.step == 5:
+                break
+        *_, resumed = one_loop.train(middle, rows)
+        chex.assert_trees_all_equal(resumed, whole)
+        assert resumed.step == 13, name

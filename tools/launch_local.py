@@ -46,7 +46,10 @@ def wait(processes: list[subprocess.Popen]) -> int:
         codes = [process.poll() for process in processes]
         if failed is None and any(codes):
             failed, since = next(i for i, code in enumerate(codes) if code), time.monotonic()
-            print(f"launch_local: process {failed} ended with exit code {codes[failed]}")
+            print(
+                f"launch_local: process {failed} ended with exit code {codes[failed]}; the others "
+                f"end within {GRACE} seconds"
+            )
         if failed is not None and time.monotonic() - since > GRACE:
             for process in processes:
                 process.kill()

@@ -1,0 +1,201 @@
+"""What a user can get wrong: one line that names the thing, exit code 2, and nothing changed."""
+
+import gzip
+import shutil
+
+import pytest
+from conftest import seqmnist
+
+RUN = "--workdir=run"  # a finished run of two epochs
+NEW = "--workdir=new"  # nothing is there
+C = "--config."
+
+
+def rewrite(name, change):
+    def prepare(folder):
+        path = folder / "run" / name
+        path.write_text(change(path.read_text()))
+
+    return prepare
+
+
+def unlink(name):
+    return lambda folder: (folder / "run" / name).unlink()
+
+
+def damage_checkpoints(folder):
+    (folder / "run" / "results.json").unlink()
+    for path in (folder / "run" / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+def remove_checkpoints(folder):
+    shutil.rmtree(folder / "run" / "checkpoints")
+
+
+def archives(change=lambda folder: None):
+    def prepare(folder):
+        manual = folder / "archives"
+        manual.mkdir()
+        for path in ARCHIVES.values():
+            (manual / path).write_bytes(gzip.compress(b"not an archive"))
+        change(manual)
+
+    return prepare
+
+
+ARCHIVES = {
+    f"{split} {kind}": f"{prefix}-{kind}-{rank}-ubyte.gz"
+    for split, prefix in (("train", "train"), ("test", "t10k"))
+    for kind, rank in (("images", "idx3"), ("labels", "idx1"))
+}
+TRAIN_IMAGES = ARCHIVES["train images"]
+MNIST_FROM = [NEW, f"{C}data.name=mnist", f"{C}data.manual_dir=archives"]
+UNVERIFIED = [*MNIST_FROM, f"{C}data.verify_checksums=false"]
+
+REFUSALS = [
+    # arguments, words of the line, what is done beforehand
+    ([], ["--workdir"]),
+    (["--workdir="], ["--workdir"]),
+    ([NEW, "--wrokdir=x"], ["wrokdir"]),
+    ([NEW, "surplus"], ["surplus"]),
+    ([NEW, "--mode=tarin"], ["mode", "train", "evaluate"]),
+    ([NEW, "--overwrite=perhaps"], ["overwrite"]),
+    ([NEW, "--config=experiments/none.py"], ["experiments/none.py"]),
+    ([NEW, "--config="], ["--config"]),
+    ([NEW, "--config=experiments"], ["experiments"]),
+    ([NEW, "--config=README.md"], ["--config"]),
+    ([NEW, "--config=broken.py"], ["undefined"]),
+    ([NEW, "--config=unknown.py"], ["train.epochs"]),
+    ([NEW, f"{C}train.num_epoch=1"], ["train.num_epoch", "train.num_epochs"]),
+    ([NEW, f"{C}trian.num_epochs=1"], ["trian.num_epochs", "train.num_epochs"]),
+    ([NEW, f"{C}seed.x=1"], ["seed"]),
+    ([NEW, f"{C}seed=-1"], ["seed"]),
+    ([NEW, f"{C}train=3"], ["train"]),
+    ([NEW, f"{C}train.num_epochs"], ["train.num_epochs"]),
+    ([NEW, f"{C}train.num_epochs=two"], ["train.num_epochs", "two"]),
+    ([NEW, f"{C}train.num_epochs=1.5"], ["train.num_epochs", "1.5"]),
+    ([NEW, f"{C}train.num_epochs=0"], ["train.num_epochs", "[1, inf)"]),
+    ([NEW, f"{C}train.batch_size=-1"], ["train.batch_size", "[1, inf)"]),
+    ([NEW, f"{C}train.augment=flip"], ["train.augment", "flip", "affine"]),
+    ([NEW, f"{C}optimizer.learning_rate=fast"], ["optimizer.learning_rate", "fast"]),
+    ([NEW, f"{C}optimizer.learning_rate=nan"], ["optimizer.learning_rate"]),
+    ([NEW, f"{C}optimizer.name=rmsprob"], ["optimizer.name", "rmsprop"]),
+    ([NEW, f"{C}optimizer.schedule=linear"], ["optimizer.schedule", "linear"]),
+    ([NEW, f"{C}optimizer.warmup_fraction=1"], ["optimizer.warmup_fraction"]),
+    ([NEW, f"{C}optimizer.momentum=1"], ["optimizer.momentum"]),
+    ([NEW, f"{C}optimizer.weight_decay=-1"], ["optimizer.weight_decay"]),
+    ([NEW, f"{C}optimizer.clip_norm=0"], ["optimizer.clip_norm"]),
+    ([NEW, f"{C}optimizer.recurrent_factor=2"], ["optimizer.recurrent_factor"]),
+    ([NEW, f"{C}model.cell=simple_rn"], ["model.cell", "simple_rnn"]),
+    ([NEW, f"{C}model.view=row"], ["model.view", "rows"]),
+    ([NEW, f"{C}model.hidden_size=0"], ["model.hidden_size"]),
+    ([NEW, f"{C}model.num_layers=0"], ["model.num_layers"]),
+    ([NEW, f"{C}model.dropout=1"], ["model.dropout"]),
+    ([NEW, f"{C}model.readout=first"], ["model.readout", "last"]),
+    ([NEW, f"{C}model.block=dense"], ["model.block"]),
+    ([NEW, f"{C}model.bidirectional=maybe"], ["model.bidirectional"]),
+    ([NEW, f"{C}model.subsample=28"], ["model.subsample"]),
+    ([NEW, f"{C}scan.unroll=3"], ["scan.unroll"]),
+    ([NEW, f"{C}scan.method=fast"], ["scan.method"]),
+    ([NEW, f"{C}data.name=minst"], ["data.name", "mnist"]),
+    ([NEW, f"{C}data.input_mode=file"], ["data.input_mode", "stream"]),
+    ([NEW, f"{C}data.validation_fraction=1"], ["data.validation_fraction"]),
+    ([NEW, f"{C}data.data_dir=README.md"], ["README.md"]),
+    ([NEW, f"{C}data.name=mnist", f"{C}data.manual_dir=nowhere"], ["nowhere"]),
+    ([NEW, f"{C}checkpoint.keep=0"], ["checkpoint.keep"]),
+    ([NEW, f"{C}checkpoint.every_steps=-1"], ["checkpoint.every_steps"]),
+    ([NEW, f"{C}profile.steps=5"], ["profile.steps", "START:STOP"]),
+    ([NEW, f"{C}profile.steps=0:99999"], ["profile.steps", "STOP <= 125"]),
+    ([NEW, f"{C}members.num=0"], ["members.num"]),
+    ([NEW, f"{C}members.num=2", f"{C}data.input_mode=stream"], ["data.input_mode", "resident"]),
+    ([NEW, f"{C}members.num=2", f"{C}seed=4294967295"], ["members.num", "4294967295"]),
+    ([NEW, f"{C}members.sweep=x"], ["members.sweep", "JSON"]),
+    ([NEW, C + 'members.sweep={"optimizer.lr": [1]}'], ["optimizer.lr", "optimizer.learning_rate"]),
+    ([NEW, C + 'members.sweep={"optimizer.learning_rate": [-1]}'], ["-1"]),
+    ([NEW, f"{C}mesh.member=2"], ["mesh.member", "members"]),
+    ([NEW, f"{C}mesh.data=3"], ["mesh.data=3", "128"]),
+    ([NEW, f"{C}mesh.data=64"], ["64 devices"]),
+    ([NEW, "--coordinator=127.0.0.1:1"], ["--num_processes"]),
+    ([NEW, "--coordinator=here", "--num_processes=1", "--process_id=0"], ["HOST:PORT"]),
+    ([NEW, "--coordinator=h:1", "--num_processes=1", "--process_id=1"], ["--process_id=1"]),
+    ([NEW, "--distributed"], ["--coordinator"]),
+    (["--workdir=README.md/run"], ["README.md"]),
+    (["--workdir=README.md"], ["README.md"]),
+    (["--workdir=" + 300 * "x"], ["workdir"]),
+    (["--workdir=/proc/run"], ["/proc/run"]),
+    ([NEW, "--mode=evaluate"], ["new", "train"]),
+    ([RUN, f"{C}seed=1"], ["config.seed: 0 → 1", "--overwrite"]),
+    ([RUN, f"{C}model.cell=gru"], ["config.model.cell: 'simple_rnn' → 'gru'"]),
+    ([RUN, f"{C}train.num_epochs=1"], ["config.train.num_epochs: 2 → 1"]),
+    ([RUN, "--mode=evaluate", f"{C}model.hidden_size=9"], ["checkpoints"]),
+    ([RUN], ["config.json"], rewrite("config.json", lambda text: text[:100])),
+    ([RUN], ["config.json"], rewrite("config.json", lambda text: "[]")),
+    ([RUN], ["modle"], rewrite("config.json", lambda text: text.replace("model", "modle"))),
+    ([RUN], ["results.json"], rewrite("results.json", lambda text: text[:100])),
+    ([RUN], ["config.json", "--overwrite"], unlink("config.json")),
+    ([RUN, "--mode=evaluate"], ["config.json"], unlink("config.json")),
+    ([RUN, "--mode=evaluate"], ["checkpoints"], remove_checkpoints),
+    ([RUN, "--mode=evaluate"], ["checkpoint"], damage_checkpoints),
+    (MNIST_FROM, [TRAIN_IMAGES, "SHA-256"], archives()),
+    (UNVERIFIED, ["ubyte"], archives()),
+    (UNVERIFIED, [TRAIN_IMAGES], archives(lambda folder: (folder / TRAIN_IMAGES).unlink())),
+    (UNVERIFIED, ["ubyte"], archives(lambda folder: (folder / TRAIN_IMAGES).write_bytes(b"x"))),
+    (UNVERIFIED, ["ubyte"], archives(lambda folder: (folder / TRAIN_IMAGES).write_bytes(b""))),
+]
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory, data_dir):
+    """A folder with a finished run, and files that are not what they are taken for."""
+    folder = tmp_path_factory.mktemp("playground")
+    (folder / "experiments").mkdir()
+    (folder / "README.md").write_text("# not Python")
+    (folder / "broken.py").write_text("def get_config():\n  return undefined\n")
+    (folder / "unknown.py").write_text(
+        "from seqmnist.config import get_config as get\n\ndef get_config():\n"
+        "  config = get()\n  config.train.epochs = 1\n  return config\n"
+    )
+    result = seqmnist(
+        RUN,
+        f"{C}data.name=mnist_5k",
+        f"{C}data.data_dir={data_dir}",
+        f"{C}train.num_epochs=2",
+        cwd=folder,
+    )
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def content(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: " ".join(case[0])[:80])
+def test_a_mistake_ends_in_one_line(case, playground, data_dir, tmp_path):
+    arguments, words, *prepare = case
+    folder = tmp_path / "here"
+    shutil.copytree(playground, folder)
+    for change in prepare:
+        change(folder)
+    before = content(folder)
+    if NEW in arguments and not any("data_dir" in argument for argument in arguments):
+        arguments = [f"{C}data.data_dir={data_dir}", *arguments]
+        if not any("data.name" in argument for argument in arguments):
+            arguments = [f"{C}data.name=mnist_5k", *arguments]
+    result = seqmnist(*arguments, cwd=folder)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+    assert content(folder) == before
+
+
+def test_there_are_enough_of_them():
+    assert len(REFUSALS) >= 60
