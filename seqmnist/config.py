@@ -233,19 +233,37 @@ def check_resumable(before: Config, after: Config) -> None:
       UserError: they differ in what changes the result; the message names each field and both
         values.
     """
-    old, new = _flatten(to_dict(before)), _flatten(to_dict(after))
-    differing = [name for name in new if old[name] != new[name] and name not in NEUTRAL]
-    epochs = "train.num_epochs"
+    changes = {k: v for k, v in _changes(before, after).items() if k not in NEUTRAL}
+    old, new = before.train.num_epochs, after.train.num_epochs
     fixed_rate = after.optimizer.schedule == "constant" and not after.optimizer.warmup_fraction
-    if epochs in differing and old[epochs] < new[epochs] and fixed_rate:
-        differing.remove(epochs)
-    if differing:
-        changes = ", ".join(f"config.{name}: {old[name]!r} → {new[name]!r}" for name in differing)
+    if old < new and fixed_rate:
+        del changes["train.num_epochs"]
+    if changes:
         hint = "" if fixed_rate else "; the schedule of the learning rate fixes the epochs"
         raise UserError(
-            f"--workdir holds a run with other settings ({changes}{hint}); choose another "
-            "--workdir, or start this one afresh with --overwrite"
+            f"--workdir holds a run with other settings ({', '.join(changes.values())}{hint}); "
+            "choose another --workdir, or start this one afresh with --overwrite"
         )
+
+
+def check_same_network(before: Config, after: Config) -> None:
+    """Sees to it that what one configuration trained can be evaluated with another.
+
+    Raises:
+      UserError: they differ in the network; the message names each field and both values.
+    """
+    groups = ("model", "members", "optimizer")
+    changes = [v for k, v in _changes(before, after).items() if k.partition(".")[0] in groups]
+    if changes:
+        raise UserError(
+            f"--workdir holds another network ({', '.join(changes)}); leave these fields as they "
+            "were when it was trained"
+        )
+
+
+def _changes(before, after) -> dict[str, str]:
+    old, new = _flatten(to_dict(before)), _flatten(to_dict(after))
+    return {k: f"config.{k}: {old[k]!r} → {new[k]!r}" for k in new if old[k] != new[k]}
 
 
 def _flatten(values, prefix=""):
@@ -298,7 +316,7 @@ def _to_config_dict(config) -> config_dict.ConfigDict:
 
 def _from_dict(kind, values, prefix):
     if not isinstance(values, Mapping):
-        raise UserError(f"config.{prefix[:-1]} holds fields; it cannot be set to {values!r}")
+        raise UserError(f"{f'config.{prefix}'[:-1]} holds fields; it cannot be set to {values!r}")
     hints = typing.get_type_hints(kind)
     for name in values:
         if name not in hints:

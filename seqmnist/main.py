@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_dict, config_flags
 
 from seqmnist import config as config_lib
+from seqmnist import workdir as workdir_lib
 from seqmnist.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files are.")
@@ -64,12 +65,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; say where the run's files go, --workdir=DIR")
     if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.WARNING)  # keep the libraries' diaries off the screen
+        logging.set_verbosity(logging.FATAL)  # keep the libraries' diaries off the screen
     return rest
 
 
 def _main(_) -> None:
     workdir = pathlib.Path(_WORKDIR.value).absolute()
+    workdir_lib.check(workdir)
     config = _resolve_config(workdir)
     _check_distributed_flags()
     from seqmnist import distributed, run  # here, not above: --help and mistakes need no JAX

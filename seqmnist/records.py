@@ -59,7 +59,11 @@ def read_config(workdir: pathlib.Path) -> config_lib.Config:
     Raises:
       UserError: there is none, or it is not valid.
     """
-    return config_lib.from_dict(read_json(workdir / CONFIG))
+    values = read_json(workdir / CONFIG)
+    try:
+        return config_lib.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{workdir / CONFIG}: {error}") from None
 
 
 class Events:

@@ -207,6 +207,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     _set_up_jax(config)
     display = Display()
     make_system(config, num_steps=1)
+    config_lib.check_same_network(records.read_config(workdir), config)
     checkpoint.check(workdir)
     parts = _compose(config, display)
     state = checkpoint.restore(workdir, parts.like().state)

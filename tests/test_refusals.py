@@ -129,7 +129,7 @@ REFUSALS = [
     ([RUN, f"{C}seed=1"], ["config.seed: 0 → 1", "--overwrite"]),
     ([RUN, f"{C}model.cell=gru"], ["config.model.cell: 'simple_rnn' → 'gru'"]),
     ([RUN, f"{C}train.num_epochs=1"], ["config.train.num_epochs: 2 → 1"]),
-    ([RUN, "--mode=evaluate", f"{C}model.hidden_size=9"], ["checkpoints"]),
+    ([RUN, "--mode=evaluate", f"{C}model.hidden_size=9"], ["hidden_size: 64 → 9"]),
     ([RUN], ["config.json"], rewrite("config.json", lambda text: text[:100])),
     ([RUN], ["config.json"], rewrite("config.json", lambda text: "[]")),
     ([RUN], ["modle"], rewrite("config.json", lambda text: text.replace("model", "modle"))),
@@ -138,7 +138,7 @@ REFUSALS = [
     ([RUN, "--mode=evaluate"], ["config.json"], unlink("config.json")),
     ([RUN, "--mode=evaluate"], ["checkpoints"], remove_checkpoints),
     ([RUN, "--mode=evaluate"], ["checkpoint"], damage_checkpoints),
-    (MNIST_FROM, [TRAIN_IMAGES, "SHA-256"], archives()),
+    (MNIST_FROM, ["ubyte.gz", "SHA-256"], archives()),
     (UNVERIFIED, ["ubyte"], archives()),
     (UNVERIFIED, [TRAIN_IMAGES], archives(lambda folder: (folder / TRAIN_IMAGES).unlink())),
     (UNVERIFIED, ["ubyte"], archives(lambda folder: (folder / TRAIN_IMAGES).write_bytes(b"x"))),
@@ -184,9 +184,9 @@ def test_a_mistake_ends_in_one_line(case, playground, data_dir, tmp_path):
         change(folder)
     before = content(folder)
     if NEW in arguments and not any("data_dir" in argument for argument in arguments):
-        arguments = [f"{C}data.data_dir={data_dir}", *arguments]
+        arguments = [*arguments, f"{C}data.data_dir={data_dir}"]
         if not any("data.name" in argument for argument in arguments):
-            arguments = [f"{C}data.name=mnist_5k", *arguments]
+            arguments = [*arguments, f"{C}data.name=mnist_5k"]
     result = seqmnist(*arguments, cwd=folder)
     assert result.returncode == 2, result.stderr
     lines = result.stderr.splitlines()

@@ -18,6 +18,7 @@ import tempfile
 import time
 
 import numpy as np
+from absl import logging
 from rich.console import Console
 
 from seqmnist import checkpoint, records
@@ -46,6 +47,7 @@ def outcome(workdir: pathlib.Path) -> dict:
     """Returns all that must not depend on how often a run was killed."""
     import orbax.checkpoint as ocp
 
+    logging.set_verbosity(logging.ERROR)
     lines = [json.loads(line) for line in (workdir / records.METRICS).read_text().splitlines()]
     for line in lines:
         del line["seconds"]

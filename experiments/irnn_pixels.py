@@ -1,0 +1,25 @@
+"""Pixel by pixel with the IRNN of its paper: 100 units, clipped gradients.
+
+Command:
+  python -m seqmnist.main --workdir=runs/irnn_pixels --config=experiments/irnn_pixels.py
+
+Duration: Not run in full: about 100 s an epoch on two CPU cores. The paper trains for far longer, at a rate of
+1e-8; this uses Adam at 1e-4, which is faster.
+Reference: 97 (Q. V. Le et al., arXiv 1504.00941).
+"""
+
+from seqmnist import config as config_lib
+
+
+def get_config():
+    """Returns the configuration."""
+    config = config_lib.get_config()
+    config.data.name = "mnist"
+    config.train.num_epochs = 100
+    config.model.view = "pixels"
+    config.model.cell = "irnn"
+    config.model.hidden_size = 100
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.clip_norm = 1.0
+    return config

@@ -1,0 +1,26 @@
+"""Permuted pixels with an LSTM of 256 units.
+
+Command:
+  python -m seqmnist.main --workdir=runs/lstm_permuted --config=experiments/lstm_permuted.py
+
+Duration: Not run in full: about 15 minutes an epoch on two CPU cores.
+Reference: 92.9 (T. A. Keller et al., Traveling waves, table 2; 267k parameters).
+"""
+
+from seqmnist import config as config_lib
+
+
+def get_config():
+    """Returns the configuration."""
+    config = config_lib.get_config()
+    config.data.name = "mnist"
+    config.train.num_epochs = 100
+    config.model.view = "permuted_pixels"
+    config.model.cell = "lstm"
+    config.model.hidden_size = 256
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_fraction = 0.05
+    config.optimizer.clip_norm = 1.0
+    return config

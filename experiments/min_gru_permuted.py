@@ -1,0 +1,29 @@
+"""Permuted pixels with four residual blocks of minimal GRUs that read both ways.
+
+Command:
+  python -m seqmnist.main --workdir=runs/min_gru_permuted --config=experiments/min_gru_permuted.py
+
+Duration: Not run in full: about half an hour an epoch on two CPU cores.
+Reference: none for the minGRU; GRU 94.1 (T. A. Keller et al., Traveling waves, table 2).
+"""
+
+from seqmnist import config as config_lib
+
+
+def get_config():
+    """Returns the configuration."""
+    config = config_lib.get_config()
+    config.data.name = "mnist"
+    config.train.num_epochs = 50
+    config.model.view = "permuted_pixels"
+    config.model.cell = "min_gru"
+    config.model.hidden_size = 64
+    config.model.num_layers = 4
+    config.model.bidirectional = True
+    config.model.block = "residual"
+    config.model.readout = "max"
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 0.005
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_fraction = 0.1
+    return config

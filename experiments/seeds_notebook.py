@@ -1,0 +1,18 @@
+"""The notebook's network from 64 seeds, in one program.
+
+Command:
+  python -m seqmnist.main --workdir=runs/seeds_notebook --config=experiments/seeds_notebook.py
+
+Duration: SEEDSRESULT
+Reference: the notebook, 0.9307 from one seed.
+"""
+
+from seqmnist import config as config_lib
+
+
+def get_config():
+    """Returns the configuration."""
+    config = config_lib.get_config()
+    config.data.name = "mnist"
+    config.members.num = 64
+    return config
