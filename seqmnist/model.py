@@ -130,9 +130,16 @@ class SequenceClassifier(nnx.Module):
         Returns:
           Logits [B, C].
         """
-        drop_out = nnx.Dropout(self.config.dropout, deterministic=dropout_key is None)
+        return self.classify(self.sequence(images), dropout_key)
+
+    def sequence(self, images: jax.Array) -> jax.Array:
+        """Returns what the layers read of images uint8 [B, 28, 28]: [T, B, F]."""
         x = sequence(self.config, images, self.readout.kernel.dtype)
-        x = jnp.swapaxes(x, 0, 1)  # time first: what a scan runs over
+        return jnp.swapaxes(x, 0, 1)  # time first: what a scan runs over
+
+    def classify(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Classifies sequences of any length: [T, B, F] -> logits [B, C]; see `__call__`."""
+        drop_out = nnx.Dropout(self.config.dropout, deterministic=dropout_key is None)
         if self.encoder is not None:
             x = self.encoder(x)
         *lower, top = self.layers

@@ -37,7 +37,7 @@ def pixels(images: jax.Array) -> jax.Array:
 
     Source: Q. V. Le et al., arXiv 1504.00941.
     """
-    return images.reshape(len(images), -1, 1)
+    return images.reshape(images.shape[0], -1, 1)
 
 
 def permutation() -> np.ndarray:

@@ -1,0 +1,152 @@
+"""A trained network: what a workdir holds, ready to be asked."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmnist import checkpoint, insight, records
+from seqmnist.config import Config
+from seqmnist.datasets import sources
+from seqmnist.errors import UserError
+from seqmnist.steps import System, init_state, make_system
+from seqmnist.views import sequence_shape
+
+_CHUNK = 512  # examples at once, at most
+_CELLS_AT_ONCE = 1 << 15  # time steps × examples at once, where something is kept of each
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A network and its parameters.
+
+    Attributes:
+      workdir: where it comes from.
+      config: its configuration.
+      system: the fixed half of its run.
+      params: its parameters.
+      results: what `results.json` holds; empty where the run has not ended.
+      member: which of the run's members it is, or None where the run trained one network.
+    """
+
+    workdir: pathlib.Path
+    config: Config
+    system: System
+    params: Any
+    results: dict[str, Any]
+    member: int | None = None
+
+    @property
+    def sequence_shape(self) -> tuple[int, int]:
+        """(T, F): time steps, and features a step."""
+        return sequence_shape(self.config.model)
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Classifies images uint8 [N, 28, 28]: logits [N, C]."""
+        return _in_chunks(functools.partial(_logits, self.system, self.params), images)
+
+    def probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Classifies images uint8 [N, 28, 28]: probabilities [N, C]."""
+        return softmax(self.logits(images))
+
+    def beliefs(self, images: np.ndarray) -> np.ndarray:
+        """Returns the probabilities after each time step, [T, N, C]; see `insight.beliefs`."""
+        return self._by_step(_beliefs, images)
+
+    def hidden_states(self, images: np.ndarray) -> np.ndarray:
+        """Returns the outputs of the top layer, [T, N, W]; see `insight.hidden_states`."""
+        return self._by_step(_hidden_states, images)
+
+    def gradient_norms(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Returns ‖∂loss/∂h_t‖, [D, T, N]; see `insight.gradient_norms`."""
+        return self._by_step(_gradient_norms, images, labels, axis=2)
+
+    def test_set(self, say=print) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the images uint8 [N, 28, 28] and labels int32 [N] that the run was tested on.
+
+        Raises:
+          UserError: they cannot be had, or are others than the run's.
+        """
+        source, described = self.config.data, self.results.get("dataset", {})
+        name = source.name
+        if name == "auto":  # what it came to be then, whatever it would be now
+            name = described.get("name", name)
+        dataset = sources.prepare(
+            name,
+            data_dir=source.data_dir,
+            manual_dir=source.manual_dir,
+            verify_checksums=source.verify_checksums,
+            say=say,
+        )
+        if described.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
+            raise UserError(
+                f"{dataset.directory} holds other images than those that {self.workdir} was "
+                "trained on; prepare them again with config.data.data_dir of another name"
+            )
+        return dataset.arrays("test")
+
+    def _by_step(self, function, *arrays, axis=1):
+        at_once = max(1, min(_CHUNK, _CELLS_AT_ONCE // self.sequence_shape[0]))
+        function = functools.partial(function, self.system, self.params)
+        return _in_chunks(function, *arrays, most=at_once, axis=axis)
+
+
+def load(workdir: pathlib.Path, member: int | None = None) -> Trained:
+    """Loads what a workdir holds.
+
+    Args:
+      workdir: where a run has written.
+      member: which of a run's members; None takes the best by validation loss.
+
+    Raises:
+      UserError: there is no configuration or no usable checkpoint, or no such member.
+    """
+    config = records.read_config(workdir)
+    path = workdir / records.RESULTS
+    results = records.read_json(path) if path.exists() else {}
+    system = make_system(config, num_steps=1)
+    losses = results.get("validation", {}).get("loss")
+    if not isinstance(losses, list):
+        if member is not None:
+            raise UserError(f"{workdir} holds one network; leave the member away")
+        like = jax.eval_shape(lambda: init_state(config, system, config.seed))
+        return Trained(workdir, config, system, checkpoint.restore(workdir, like).params, results)
+    member = int(np.nanargmin(losses)) if member is None else member
+    if member not in range(len(losses)):
+        raise UserError(f"{workdir} holds members 0 to {len(losses) - 1}, not {member}")
+    each = jax.vmap(lambda seed: init_state(config, system, seed))
+    like = jax.eval_shape(each, jnp.zeros(len(losses), jnp.uint32))
+    params = jax.tree.map(lambda leaf: leaf[member], checkpoint.restore(workdir, like).params)
+    return Trained(workdir, config, system, params, results, member)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Turns logits [..., C] into probabilities."""
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def _in_chunks(function, *arrays, most=_CHUNK, axis=0):
+    """Applies a function of arrays [N, …] to chunks of few sizes, so that few are compiled."""
+    parts = []
+    for start in range(0, len(arrays[0]), most):
+        chunk = [array[start : start + most] for array in arrays]
+        count = len(chunk[0])
+        size = min(most, 1 << (count - 1).bit_length())
+        padded = [np.concatenate([part, np.repeat(part[:1], size - count, 0)]) for part in chunk]
+        parts.append(np.asarray(function(*padded)).take(range(count), axis))
+    return np.concatenate(parts, axis)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(system, params, images):
+    return system.apply(params, images)
+
+
+_beliefs = functools.partial(jax.jit, static_argnums=0)(insight.beliefs)
+_hidden_states = functools.partial(jax.jit, static_argnums=0)(insight.hidden_states)
+_gradient_norms = functools.partial(jax.jit, static_argnums=0)(insight.gradient_norms)
