@@ -7,7 +7,7 @@ visit the same examples in the same order.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from seqmnist import keys, sharding
 from seqmnist.errors import UserError
 
 PADDING = -1
+CHUNK = 512  # examples at once, at most, where nothing is trained
 
 
 class Batch(NamedTuple):
@@ -87,6 +88,27 @@ def take(images: jax.Array, labels: jax.Array, row: jax.Array) -> Batch:
     mask = row != PADDING
     numbers = jnp.maximum(row, 0)
     return Batch(images[numbers], labels[numbers], mask)
+
+
+def in_chunks(
+    function: Callable[..., jax.Array], *arrays: np.ndarray, most: int = CHUNK, axis: int = 0
+) -> np.ndarray:
+    """Applies a function to any number of examples, in chunks of few sizes, so that few compile.
+
+    Args:
+      function: of arrays whose first axis is examples; its result has them along `axis`.
+      *arrays: [N, …] each, N > 0.
+      most: examples at once.
+      axis: of the result.
+    """
+    parts = []
+    for start in range(0, len(arrays[0]), most):
+        chunk = [array[start : start + most] for array in arrays]
+        count = len(chunk[0])
+        size = min(most, 1 << (count - 1).bit_length())
+        padded = [np.concatenate([part, np.repeat(part[:1], size - count, 0)]) for part in chunk]
+        parts.append(np.asarray(function(*padded)).take(range(count), axis))
+    return np.concatenate(parts, axis)
 
 
 class Records:

@@ -9,15 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmnist import checkpoint, insight, records
+from seqmnist import checkpoint, data, insight, metrics, records
 from seqmnist.config import Config
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
 from seqmnist.steps import System, init_state, make_system
 from seqmnist.views import sequence_shape
 
-_CHUNK = 512  # examples at once, at most
-_CELLS_AT_ONCE = 1 << 15  # time steps × examples at once, where something is kept of each
+_MOST_AT_ONCE = 1 << 15  # time steps × examples, where something is kept of each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +46,11 @@ class Trained:
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, 28, 28]: logits [N, C]."""
-        return _in_chunks(functools.partial(_logits, self.system, self.params), images)
+        return data.in_chunks(functools.partial(_logits, self.system, self.params), images)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, 28, 28]: probabilities [N, C]."""
-        return softmax(self.logits(images))
+        return metrics.softmax(self.logits(images))
 
     def beliefs(self, images: np.ndarray) -> np.ndarray:
         """Returns the probabilities after each time step, [T, N, C]; see `insight.beliefs`."""
@@ -90,9 +89,9 @@ class Trained:
         return dataset.arrays("test")
 
     def _by_step(self, function, *arrays, axis=1):
-        at_once = max(1, min(_CHUNK, _CELLS_AT_ONCE // self.sequence_shape[0]))
+        at_once = max(1, min(data.CHUNK, _MOST_AT_ONCE // self.sequence_shape[0]))
         function = functools.partial(function, self.system, self.params)
-        return _in_chunks(function, *arrays, most=at_once, axis=axis)
+        return data.in_chunks(function, *arrays, most=at_once, axis=axis)
 
 
 def load(workdir: pathlib.Path, member: int | None = None) -> Trained:
@@ -122,24 +121,6 @@ def load(workdir: pathlib.Path, member: int | None = None) -> Trained:
     like = jax.eval_shape(each, jnp.zeros(len(losses), jnp.uint32))
     params = jax.tree.map(lambda leaf: leaf[member], checkpoint.restore(workdir, like).params)
     return Trained(workdir, config, system, params, results, member)
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Turns logits [..., C] into probabilities."""
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
-
-
-def _in_chunks(function, *arrays, most=_CHUNK, axis=0):
-    """Applies a function of arrays [N, …] to chunks of few sizes, so that few are compiled."""
-    parts = []
-    for start in range(0, len(arrays[0]), most):
-        chunk = [array[start : start + most] for array in arrays]
-        count = len(chunk[0])
-        size = min(most, 1 << (count - 1).bit_length())
-        padded = [np.concatenate([part, np.repeat(part[:1], size - count, 0)]) for part in chunk]
-        parts.append(np.asarray(function(*padded)).take(range(count), axis))
-    return np.concatenate(parts, axis)
 
 
 @functools.partial(jax.jit, static_argnums=0)

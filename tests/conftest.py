@@ -67,3 +67,19 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensorflow_datasets")
     sources.prepare("mnist_5k", data_dir=str(folder), manual_dir=None, verify_checksums=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory, data_dir):
+    """The workdir of a small network after an epoch over the 5,000 digits."""
+    from seqmnist import run
+    from seqmnist.config import Config, DataConfig, ModelConfig, TrainConfig
+
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    config = Config(
+        data=DataConfig(name="mnist_5k", data_dir=str(data_dir)),
+        model=ModelConfig(hidden_size=8),
+        train=TrainConfig(num_epochs=1),
+    )
+    run.train(config, workdir)
+    return workdir

@@ -53,3 +53,16 @@ def test_stream_brings_what_take_gathers(digits):
             assert got.dtype == want.dtype
             np.testing.assert_array_equal(got, want)
     assert int(batches[-1].mask.sum()) == 2
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_chunks_change_nothing(axis):
+    images, sizes = np.arange(11), []
+
+    def double(x):
+        sizes.append(len(x))
+        return np.stack([x, 2 * x], 1 - axis)
+
+    both = data.in_chunks(double, images, most=4, axis=axis)
+    assert sizes == [4, 4, 4]
+    np.testing.assert_array_equal(both, double(images))

@@ -32,6 +32,16 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manual_dir", help="as --config.data.manual_dir")
 
 
+def add_workdir_argument(group, parser: argparse.ArgumentParser | None = None) -> None:
+    """Adds --workdir, required unless the group of choices it joins is, and --member."""
+    help_ = "what a run has written"
+    required = {} if parser else {"required": True}
+    group.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help=help_, **required)
+    (parser or group).add_argument(
+        "--member", type=int, help="of a run of several (the best by validation loss)"
+    )
+
+
 def prepare_data(arguments: argparse.Namespace) -> sources.Prepared:
     """Prepares the dataset that the arguments name, and says which it is."""
     prepared = sources.prepare(
