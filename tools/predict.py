@@ -1,0 +1,92 @@
+"""Names the digits on images: files, folders, or patterns such as 'scans/*.png'.
+
+Example:
+  python -m tools.predict --workdir=runs/notebook digit.png scans/
+  python -m tools.predict --artifact=runs/notebook/export/classifier.jax_export digit.png
+
+PNG, JPEG, NPY and IDX images of any size, light strokes on dark ground or dark ones on light
+ground, are prepared as MNIST was. A line an image: the class, the probabilities of all classes,
+and the image's name.
+"""
+
+import pathlib
+
+import numpy as np
+
+from seqmnist import images
+from seqmnist.errors import UserError
+from tools import cli
+
+
+def gather(names: list[str], prepared: bool) -> tuple[list[str], np.ndarray]:
+    """Reads all images that names stand for.
+
+    Args:
+      names: see `images.find`.
+      prepared: as MNIST was; else they must be 28 × 28 pixels, and are taken as they are.
+
+    Returns:
+      What to call each, and uint8 [N, 28, 28].
+
+    Raises:
+      UserError: one of them cannot be used.
+    """
+    titles, arrays = [], []
+    take = images.prepare if prepared else images.as_it_is
+    for path in images.find(names):
+        found = images.read(path)
+        for i, image in enumerate(found):
+            title = str(path) if len(found) == 1 else f"{path}[{i}]"
+            titles.append(title)
+            arrays.append(take(image, title))
+    return titles, np.stack(arrays)
+
+
+def _main(arguments):
+    if arguments.artifact and arguments.by_row:
+        raise UserError("--by_row needs --workdir; an artifact answers whole images only")
+    titles, arrays = gather(arguments.images, not arguments.no_prepare)
+    if arguments.artifact:
+        from seqmnist import export
+
+        network = export.load(arguments.artifact)
+    else:
+        from seqmnist import trained
+
+        network = trained.load(arguments.workdir, arguments.member)
+    probabilities = network.probabilities(arrays)
+    beliefs = network.beliefs(arrays) if arguments.by_row else None
+
+    print("class " + " ".join(f"{c:>5}" for c in range(probabilities.shape[1])) + "  image")
+    figures = []
+    for i, (title, row) in enumerate(zip(titles, probabilities, strict=True)):
+        print(f"{_line(row)}  {title}")
+        figures.append({"image": title, "class": int(row.argmax()), "probabilities": row.tolist()})
+        if beliefs is not None:
+            for t, belief in enumerate(beliefs[:, i]):
+                print(f"{_line(belief)}  after time step {t + 1} of {len(beliefs)}")
+            figures[-1]["by_row"] = beliefs[:, i].tolist()
+    return {"images": figures}
+
+
+def _line(probabilities):
+    return f"{probabilities.argmax():>5} " + " ".join(f"{p:.3f}" for p in probabilities)
+
+
+def _make_parser():
+    parser = cli.make_parser(__doc__)
+    source = parser.add_mutually_exclusive_group(required=True)
+    cli.add_workdir_argument(source, parser)
+    source.add_argument(
+        "--artifact", type=pathlib.Path, metavar="FILE", help="an exported classifier instead"
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, folder or pattern")
+    parser.add_argument(
+        "--by_row", action="store_true", help="also what it believes after each time step"
+    )
+    parser.add_argument("--no_prepare", action="store_true", help="take 28 × 28 pixels as they are")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(_make_parser(), _main)
