@@ -123,3 +123,18 @@ def sequence_shape(config: ModelConfig) -> tuple[int, int]:
     """Returns (T, F) of what `sequence` returns."""
     images = jax.ShapeDtypeStruct((1, 28, 28), jnp.uint8)
     return jax.eval_shape(lambda images: sequence(config, images), images).shape[1:]
+
+
+def read_at(config: ModelConfig) -> np.ndarray:
+    """Returns the time step at which each pixel is read, float64 [28, 28]; NaN where it never is.
+
+    Args:
+      config: as `sequence` takes it.
+
+    Raises:
+      UserError: there is no view of that name.
+    """
+    lit = 255 * np.eye(784, dtype=np.uint8).reshape(784, 28, 28)  # one pixel in each image
+    reads = np.asarray(sequence(config, lit)).sum(-1)
+    when = np.where(reads.any(1), reads.argmax(1).astype(np.float64), np.nan)
+    return when.reshape(28, 28)

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from seqmnist import config as config_lib
-from seqmnist import records, trained, views
+from seqmnist import records, trained
 from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.steps import init_state, make_system
@@ -142,19 +142,6 @@ def test_runs_of_several_members_are_drawn_with_their_spread(tmp_path):
     records.write_json(tmp_path / records.RESULTS, results)
     table = report.compare([tmp_path, tmp_path]).table
     assert table[1][-2:] == ["0.8500 ± 0.0707", "0.6000 ± 0.1414"]
-
-
-@pytest.mark.parametrize("view", ["rows", "patches_7", "permuted_pixels"])
-@pytest.mark.parametrize("reverse", [False, True])
-def test_it_knows_when_each_pixel_is_read(view, reverse):
-    model = ModelConfig(view=view, subsample=3, reverse=reverse)
-    image = np.random.default_rng(0).integers(1, 256, (28, 28), np.uint8)
-    x, read_at = report._sequence(model, image)
-    assert x.shape == views.sequence_shape(model)
-    for t, step in enumerate(x):
-        expected = np.sort(image[read_at == t] / np.float32(255))
-        np.testing.assert_allclose(np.sort(step), expected, rtol=1e-6)
-    assert np.isfinite(read_at).sum() == x.size
 
 
 def test_a_mistake_is_named(tmp_path, finished_run):

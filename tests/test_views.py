@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from seqmnist import views
+from seqmnist.config import ModelConfig
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
 
@@ -55,3 +56,15 @@ def test_the_permutation_is_the_published_one():
 def test_a_permutation_that_is_not_one_is_refused(order):
     with pytest.raises(ValueError, match="permutation"):
         views.permuted(jnp.array(IMAGES), order)
+
+
+@pytest.mark.parametrize("view", ["rows", "patches_7", "permuted_pixels"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_it_knows_when_each_pixel_is_read(view, reverse):
+    config = ModelConfig(view=view, subsample=3, reverse=reverse)
+    when = views.read_at(config)
+    (x,) = np.asarray(views.sequence(config, IMAGES[:1]))
+    for t, step in enumerate(x):
+        expected = np.sort(IMAGES[0][when == t] / np.float32(255))
+        np.testing.assert_allclose(np.sort(step), expected, rtol=1e-6)
+    assert np.isfinite(when).sum() == x.size

@@ -131,7 +131,7 @@ def examine(workdir: pathlib.Path, member: int | None) -> tuple[list[Section], d
     Raises:
       UserError: the workdir holds no usable run, or its data cannot be had.
     """
-    from seqmnist import insight, trained
+    from seqmnist import insight, trained, views
     from tools import figures
 
     metrics = read_metrics(workdir)
@@ -156,7 +156,7 @@ def examine(workdir: pathlib.Path, member: int | None) -> tuple[list[Section], d
     few = slice(0, _NUM_GRADIENTS)
     norms = network.gradient_norms(images[few], labels[few])
     model, (num_steps, size) = network.config.model, network.sequence_shape
-    x, read_at = _sequence(model, images[chosen[0]])
+    x, read_at = np.asarray(views.sequence(model, images[chosen[:1]]))[0], views.read_at(model)
     by_step = _accuracy_by_step(network, images, labels)
 
     sections = [
@@ -363,16 +363,6 @@ def _what(network, accuracy):
     if dataset.get("notice"):
         text += f"\nNOTICE: {dataset['notice']}"
     return text, {}, [[], *rows]
-
-
-def _sequence(model, image):
-    """What the network reads of an image, [T, F], and when it reads each pixel, [28, 28]."""
-    from seqmnist import views
-
-    lit = 255 * np.eye(784, dtype=np.uint8).reshape(784, 28, 28)  # one pixel in each image
-    reads = np.asarray(views.sequence(model, lit)).sum(-1)
-    when = np.where(reads.any(1), reads.argmax(1).astype(float), np.nan)
-    return np.asarray(views.sequence(model, image[None]))[0], when.reshape(28, 28)
 
 
 def _accuracy_by_step(network, images, labels):
