@@ -20,7 +20,6 @@ MODELS = [
     ModelConfig(view="patches_14", cell="lru", block="residual", readout="mean"),
     ModelConfig(view="patches_14", cell="gru", num_layers=2, readout="max"),
     ModelConfig(view="patches_14", cell="lstm", num_layers=2, bidirectional=True),
-    ModelConfig(view="patches_14", cell="lru", bidirectional=True, readout="mean"),
     ModelConfig(
         view="patches_14", cell="min_gru", bidirectional=True, block="residual", num_layers=2
     ),

@@ -10,6 +10,8 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from seqmnist import trained
+from tools import cli
+from tools import predict as predict_tool
 
 
 def predict(*arguments):
@@ -81,19 +83,28 @@ def test_a_redrawn_digit_is_prepared(finished_run, tmp_path):
         (["--workdir={}", "{}/large.png"], ["config.json", "train"]),
     ],
 )
-def test_a_mistake_ends_in_one_line(arguments, words, tmp_path):
+def test_a_mistake_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
     drawn = np.zeros((40, 30), np.uint8)
     drawn[10:30, 14:17] = 255
     Image.fromarray(drawn).save(tmp_path / "large.png")
     Image.new("L", (28, 28)).save(tmp_path / "blank.png")
     np.save(tmp_path / "empty.npy", np.zeros((0, 0), np.uint8))
     (tmp_path / "folder").mkdir()
-    result = predict(*(argument.format(tmp_path) for argument in arguments))
-    assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
+    monkeypatch.setattr(sys, "argv", ["predict", *(a.format(tmp_path) for a in arguments)])
+    with pytest.raises(SystemExit) as caught:
+        cli.run(predict_tool._make_parser(), predict_tool._main)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     for word in words:
         assert word in line
+
+
+def test_a_mistake_is_the_shells_too():
+    result = predict("--workdir=x", "nothing.png")
+    assert result.returncode == 2
+    assert result.stderr == "error: nothing.png does not exist; name an image\n"
 
 
 def test_help_shows_an_example():

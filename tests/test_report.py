@@ -83,7 +83,6 @@ def test_the_tool_writes_a_page_that_needs_nothing_else(finished_run, tmp_path):
 MODELS = [
     ModelConfig(view="permuted_pixels", cell="lru", hidden_size=4, readout="mean"),
     ModelConfig(view="patches_7", cell="gru", hidden_size=4, bidirectional=True, num_layers=4),
-    ModelConfig(view="columns", cell="lstm", hidden_size=4, reverse=True, subsample=9),
 ]
 
 
