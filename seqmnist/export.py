@@ -149,8 +149,10 @@ def model_card(
         "fingerprint of the data": dataset.get("fingerprint", "not recorded"),
         "trained": f"{train['num_epochs']} epochs, batches of {train['batch_size']}, "
         f"{config['optimizer']['name']}, learning rate {config['optimizer']['learning_rate']}",
-        "seed": config["seed"] + (member or 0),
+        "seed": config["seed"],
     }
+    if member is not None:  # its seed and settings, in place of the run's
+        facts |= {"member": member, **results.get("members", {member: {}})[member]}
     lines = [f"# {name}", "", "A recurrent network that reads an image as a sequence.", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
     if dataset.get("notice"):

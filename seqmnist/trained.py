@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmnist import checkpoint, data, insight, metrics, records
+from seqmnist import checkpoint, data, insight, members, metrics, records
 from seqmnist.config import Config
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
@@ -99,7 +99,8 @@ def load(workdir: pathlib.Path, member: int | None = None) -> Trained:
 
     Args:
       workdir: where a run has written.
-      member: which of a run's members; None takes the best by validation loss.
+      member: which of a run's members; None takes the best by validation loss, or the first
+        where there is none.
 
     Raises:
       UserError: there is no configuration or no usable checkpoint, or no such member.
@@ -108,17 +109,19 @@ def load(workdir: pathlib.Path, member: int | None = None) -> Trained:
     path = workdir / records.RESULTS
     results = records.read_json(path) if path.exists() else {}
     system = make_system(config, num_steps=1)
-    losses = results.get("validation", {}).get("loss")
-    if not isinstance(losses, list):
+    count = len(members.plan(config))
+    if count == 1:
         if member is not None:
             raise UserError(f"{workdir} holds one network; leave the member away")
         like = jax.eval_shape(lambda: init_state(config, system, config.seed))
         return Trained(workdir, config, system, checkpoint.restore(workdir, like).params, results)
-    member = int(np.nanargmin(losses)) if member is None else member
-    if member not in range(len(losses)):
-        raise UserError(f"{workdir} holds members 0 to {len(losses) - 1}, not {member}")
+    if member is None:
+        losses = np.array((results.get("validation") or {}).get("loss") or [0.0], np.float64)
+        member = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+    if member not in range(count):
+        raise UserError(f"{workdir} holds members 0 to {count - 1}, not {member}")
     each = jax.vmap(lambda seed: init_state(config, system, seed))
-    like = jax.eval_shape(each, jnp.zeros(len(losses), jnp.uint32))
+    like = jax.eval_shape(each, jnp.zeros(count, jnp.uint32))
     params = jax.tree.map(lambda leaf: leaf[member], checkpoint.restore(workdir, like).params)
     return Trained(workdir, config, system, params, results, member)
 

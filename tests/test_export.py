@@ -98,9 +98,10 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
         "validation": {"loss": [0.5, 0.25], "accuracy": [0.9, 0.95]},
         "test": {"loss": [0.5, 0.125], "accuracy": [0.9, 0.9375]},
         "versions": {"jax": "1.2.3"},
+        "members": [{"seed": 6}, {"seed": 7}],
     }
     card = export.model_card("name", config, results, 1)
-    for word in ("48,000 train", "| test | 0.1250 | 0.9375 |", "| jax | 1.2.3 |", "| seed | 1 |"):
+    for word in ("48,000 train", "| test | 0.1250 | 0.9375 |", "| jax | 1.2.3 |", "| seed | 7 |"):
         assert word in card
     assert card.startswith("# name\n")
 

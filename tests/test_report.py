@@ -107,8 +107,9 @@ def untrained(monkeypatch, digits):
 
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model.view}_{model.cell}")
-def test_every_kind_of_network_is_drawn(model, untrained, tmp_path):
+def test_every_kind_of_network_is_drawn(model, untrained, tmp_path, monkeypatch):
     untrained(model, tmp_path, {})
+    monkeypatch.setattr(report, "_DPI", 50)  # faster
     line = {"epoch": 1, "train/loss": 1.0, "train/accuracy": 0.5}
     line |= {"validation/loss": None, "validation/accuracy": None}
     records.append_line(tmp_path / records.METRICS, line)
@@ -118,7 +119,7 @@ def test_every_kind_of_network_is_drawn(model, untrained, tmp_path):
     assert np.sum(found["confusion"]) == 60
     for section in sections:
         for content, _ in section.pictures.values():
-            assert Image.open(io.BytesIO(content)).width == 900
+            assert Image.open(io.BytesIO(content)).width == 300
 
 
 def test_runs_of_several_members_are_drawn_with_their_spread(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 
 from seqmnist import checkpoint, records, trained
 from seqmnist import config as config_lib
-from seqmnist.config import Config, ModelConfig
+from seqmnist.config import Config, MembersConfig, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.steps import TrainState, init_state, make_system
 
@@ -31,7 +31,7 @@ def test_what_it_does_by_time_step_comes_in_any_number(finished_run):
 
 
 def test_a_member_is_taken_out_of_many(tmp_path, monkeypatch):
-    config = Config(model=ModelConfig(hidden_size=3))
+    config = Config(model=ModelConfig(hidden_size=3), members=MembersConfig(num=3))
     system = make_system(config)
     shapes = jax.eval_shape(lambda: init_state(config, system, 0))
     rng = np.random.default_rng(0)
@@ -47,13 +47,15 @@ def test_a_member_is_taken_out_of_many(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "restore", restore)
     records.write_json(tmp_path / records.CONFIG, config_lib.to_dict(config))
-    records.write_json(tmp_path / records.RESULTS, {"validation": {"loss": [0.3, 0.1, 0.2]}})
+    records.write_json(tmp_path / records.RESULTS, {"validation": {"loss": [None, 0.1, 0.2]}})
     best = trained.load(tmp_path)
     assert best.member == 1
     images = np.full((2, 28, 28), 9, np.uint8)
     for member in range(3):
         alone = system.apply(states[member].params, jnp.array(images))
         np.testing.assert_allclose(trained.load(tmp_path, member).logits(images), alone, atol=1e-6)
+    (tmp_path / records.RESULTS).unlink()  # the run has not ended
+    assert trained.load(tmp_path).member == 0
     with pytest.raises(UserError, match="members 0 to 2, not 3"):
         trained.load(tmp_path, 3)
 

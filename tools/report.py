@@ -23,6 +23,7 @@ from seqmnist.errors import UserError
 from tools import cli
 
 PAGE, FOLDER = "report.html", "report"
+_DPI = 150
 _NUM_MISTAKES = 15
 _NUM_EXAMPLES = 3  # right ones, and as many wrong ones
 _NUM_GRADIENTS = 200
@@ -357,7 +358,7 @@ def _what(network, accuracy):
     ]
     text = f"Its accuracy on the test set, measured for this page: {accuracy:.4f}."
     if network.member is not None:
-        text += f" All below is of member {network.member}, the best of several by validation loss."
+        text += f" All pictures but the curves are of member {network.member} alone."
     if not results:
         text += "\nNOTICE: the run has not ended; this is its latest checkpoint."
     if dataset.get("notice"):
@@ -420,7 +421,8 @@ def _mean(value):
     if value is None:
         return "–"
     if isinstance(value, list):
-        return f"{np.mean(value):.4f} ± {np.std(value, ddof=min(1, len(value) - 1)):.4f}"
+        values = np.array(value, float)  # null, of a member that diverged, is NaN
+        return f"{np.nanmean(values):.4f} ± {np.nanstd(values, ddof=1):.4f}"
     return f"{value:.4f}"
 
 
@@ -454,7 +456,7 @@ def _png(figure):
     from matplotlib import pyplot as plt
 
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
+    figure.savefig(file, format="png", dpi=_DPI)
     plt.close(figure)
     return file.getvalue()
 
