@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from absl import logging
+
 from seqmnist import records
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
@@ -68,6 +70,7 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
 
     A user's mistake ends with one line and exit code 2.
     """
+    logging.set_verbosity(logging.FATAL)  # keep the libraries' diaries off the screen
     try:
         arguments = parser.parse_args()
         figures = main(arguments)
