@@ -69,12 +69,15 @@ def test_a_signal_stops_in_order(number, input_mode, make_config, whole, tmp_pat
     assert kill_stress.outcome(tmp_path) == whole
 
 
-@pytest.mark.parametrize("input_mode", ["resident", "stream"])
-def test_killed_runs_end_as_if_nothing_had_been(input_mode, data_dir, tmp_path, monkeypatch):
+def test_killed_runs_end_as_if_nothing_had_been(data_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(kill_stress.SETTINGS, "train.num_epochs", 4)
     outcomes, seconds = [], 60.0
     generator = random.Random()
-    for name, num_kills in (("undisturbed", 0), ("killed", 2)):
+    for name, num_kills, input_mode in (
+        ("undisturbed", 0, "resident"),
+        ("killed", 2, "resident"),
+        ("killed, streamed", 1, "stream"),
+    ):
         for _ in range(num_kills):
             process = kill_stress.start(tmp_path / name, str(data_dir), input_mode)
             time.sleep(generator.uniform(0.3, 1) * seconds)
@@ -85,7 +88,7 @@ def test_killed_runs_end_as_if_nothing_had_been(input_mode, data_dir, tmp_path, 
         kill_stress._finish(process)
         seconds = time.monotonic() - began
         outcomes.append(kill_stress.outcome(tmp_path / name))
-    assert outcomes[0] == outcomes[1]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
 def test_more_epochs_may_follow(make_config, whole, tmp_path):
