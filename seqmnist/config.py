@@ -37,7 +37,8 @@ class DataConfig:
       verify_checksums: refuse archives whose SHA-256 is not the registered one.
       validation_fraction: the share of the training split, its tail in archive order, that
         is held out for validation.
-      input_mode: `resident` keeps the dataset in device memory; `stream` reads records.
+      input_mode: `resident` keeps the dataset in device memory; `stream` reads each batch
+        from disk.
     """
 
     name: str = _field("auto", choices=("auto", "mnist", "fashion_mnist", "kmnist", "mnist_5k"))

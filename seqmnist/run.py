@@ -268,7 +268,7 @@ def _compose(config: Config, display: Display) -> Parts:
             raise UserError(
                 f"config.data.input_mode='stream' feeds one member, not {len(plan)}; use 'resident'"
             )
-        reader = data.Records(dataset.records("train"), dataset.records("test"))
+        reader = data.Records(dataset.mapped("train"), dataset.mapped("test"))
         loop = Streamed(system, reader, mesh)
     else:
         arrays = zip(*(dataset.arrays(split) for split in ("train", "test")), strict=True)

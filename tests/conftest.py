@@ -35,19 +35,6 @@ def seqmnist(*arguments, cwd=REPOSITORY):
     )
 
 
-class Source:
-    """What TFDS's random-access sources are to `data.Records`."""
-
-    def __init__(self, images, labels):
-        self._examples = [{"image": i, "label": n} for i, n in zip(images, labels, strict=True)]
-
-    def __len__(self):
-        return len(self._examples)
-
-    def __getitems__(self, numbers):
-        return [self._examples[i] for i in numbers]
-
-
 @pytest.fixture(scope="session")
 def digits():
     """A toy dataset: images uint8 [130, 28, 28] that show their label, and labels int32."""

@@ -1,7 +1,6 @@
 import jax
 import numpy as np
 import pytest
-from conftest import Source
 
 from seqmnist import data, sharding
 from seqmnist.errors import UserError
@@ -42,7 +41,7 @@ def test_batches_hold_every_example_once(size):
 
 def test_stream_brings_what_take_gathers(digits):
     images, labels = digits
-    records = data.Records(Source(images[:100], labels[:100]), Source(images[100:], labels[100:]))
+    records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
     rows = data.batch_rows(data.epoch_order(0, 0, 130), 32)
     batches = list(data.stream(records, rows, sharding.make_mesh(1, 1)))
     assert len(batches) == len(rows) == 5

@@ -2,7 +2,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import Source
 
 from seqmnist import data, loop
 from seqmnist.config import Config
@@ -15,7 +14,7 @@ CONFIG = Config()
 def make_loops(digits):
     images, labels = digits
     system = make_system(CONFIG)
-    records = data.Records(Source(images[:100], labels[:100]), Source(images[100:], labels[100:]))
+    records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
     return system, {
         "resident": loop.Resident(system, images, labels),
         "stream": loop.Streamed(system, records),

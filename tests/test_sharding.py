@@ -6,7 +6,6 @@ import chex
 import jax
 import numpy as np
 import pytest
-from conftest import Source
 
 from seqmnist import data, sharding
 from seqmnist.config import Config, MeshConfig, ModelConfig, TrainConfig
@@ -24,7 +23,7 @@ def make_resident(system, digits, mesh):
 
 def make_streamed(system, digits, mesh):
     images, labels = digits
-    records = data.Records(Source(images[:100], labels[:100]), Source(images[100:], labels[100:]))
+    records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
     return Streamed(system, records, mesh)
 
 

@@ -13,6 +13,7 @@ import io
 import os
 import pathlib
 import shutil
+import struct
 import tempfile
 import zipfile
 import zlib
@@ -55,9 +56,10 @@ class Prepared:
         (labels,) = _load(self.directory, f"{split}/labels")
         return len(labels)
 
-    def records(self, split: str) -> Any:
-        """Returns "train" or "test" as TFDS's random-access source of {"image", "label"}."""
-        return _read_records(self.directory)[split]
+    def mapped(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what `arrays` does, with the images left on disk until they are read."""
+        labels = _load(self.directory, f"{split}/images", f"{split}/labels")[1]  # checks both
+        return _map(self.directory / _ARRAYS, f"{split}/images"), labels
 
 
 def prepare(
@@ -205,6 +207,21 @@ def _load(directory, *names) -> list[np.ndarray]:
                 raise
             with _explain_failure(directory):
                 _decode(directory)
+
+
+def _map(path, name) -> np.ndarray:
+    """Maps an array of an uncompressed .npz file into memory."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(f"{name}.npy")
+        with archive.open(info) as member:
+            np.lib.format.read_magic(member)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            header = member.tell()
+    with path.open("rb") as file:  # a zip entry: 30 bytes, a name, an extra field, the content
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+    offset = info.header_offset + 30 + name_length + extra_length + header
+    return np.memmap(path, dtype, "r", offset, shape)
 
 
 def _decode(directory):

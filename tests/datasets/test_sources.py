@@ -82,7 +82,10 @@ def assert_holds(prepared, splits):
         np.testing.assert_array_equal(got_images, images)
         np.testing.assert_array_equal(got_labels, labels)
         assert prepared.num_examples(split) == len(labels)
-        records = prepared.records(split)
+        for array, expected in zip(prepared.mapped(split), (images, labels), strict=True):
+            np.testing.assert_array_equal(array, expected)
+        assert isinstance(prepared.mapped(split)[0], np.memmap)
+        records = tfds.builder_from_directory(prepared.directory).as_data_source(split)
         assert len(records) == len(labels)
         np.testing.assert_array_equal([example["image"] for example in records], images)
         np.testing.assert_array_equal([example["label"] for example in records], labels)
@@ -126,7 +129,7 @@ def test_a_prepared_dataset_needs_no_tfds(registered, tmp_path, manual_dir):
 def test_preparing_imports_no_tensorflow(tmp_path):
     code = (
         "import sys; from seqmnist.datasets import sources; prepared = sources.prepare('mnist_5k', "
-        "data_dir=sys.argv[1], manual_dir=None, verify_checksums=True); prepared.records('train'); "
+        "data_dir=sys.argv[1], manual_dir=None, verify_checksums=True); "
         "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "data"], cwd=REPOSITORY, check=True)
@@ -304,6 +307,6 @@ def test_full_mnist(tmp_path):
     for split, arrays in whole._asdict().items():
         chex.assert_trees_all_equal(prepared.arrays(split)[0], arrays[0])
         chex.assert_trees_all_equal(prepared.arrays(split)[1], arrays[1].astype(np.int32))
-        assert prepared.records(split)[9000]["label"] == arrays[1][9000]
+        assert prepared.mapped(split)[1][9000] == arrays[1][9000]
     _, labels = prepared.arrays("train")
     chex.assert_trees_all_equal(labels[:10], np.array([5, 0, 4, 1, 9, 2, 1, 3, 1, 4], np.int32))
