@@ -39,7 +39,7 @@ def archives(change=lambda folder: None):
         manual = folder / "archives"
         manual.mkdir()
         for path in ARCHIVES.values():
-            (manual / path).write_bytes(gzip.compress(b"not an archive"))
+            (manual / path).write_bytes(gzip.compress(b"not an archive", mtime=0))
         change(manual)
 
     return prepare

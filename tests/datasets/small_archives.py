@@ -27,4 +27,6 @@ def write_archives(folder, splits):
 
 
 def idx(magic, array):
-    return gzip.compress(np.array([magic, *array.shape], ">u4").tobytes() + array.tobytes())
+    return gzip.compress(
+        np.array([magic, *array.shape], ">u4").tobytes() + array.tobytes(), mtime=0
+    )

@@ -19,16 +19,16 @@ def write(tmp_path, content):
 
 
 def test_reads_what_the_format_says(tmp_path):
-    path = write(tmp_path, gzip.compress(HEADER + IMAGES.tobytes()))
+    path = write(tmp_path, gzip.compress(HEADER + IMAGES.tobytes(), mtime=0))
     images = idx.read_images(path)
     assert images.dtype == np.uint8
     np.testing.assert_array_equal(images, IMAGES)
     labels = bytes([3, 1, 4])
-    path = write(tmp_path, gzip.compress(np.array([0x801, 3], ">u4").tobytes() + labels))
+    path = write(tmp_path, gzip.compress(np.array([0x801, 3], ">u4").tobytes() + labels, mtime=0))
     np.testing.assert_array_equal(idx.read_labels(path), [3, 1, 4])
 
 
-WHOLE = gzip.compress(HEADER + IMAGES.tobytes())
+WHOLE = gzip.compress(HEADER + IMAGES.tobytes(), mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,21 @@ WHOLE = gzip.compress(HEADER + IMAGES.tobytes())
         (WHOLE[: len(WHOLE) // 2], ["cannot be read"]),
         (WHOLE[:-3], ["cannot be read"]),
         (WHOLE[:40] + b"\xff\xff\xff" + WHOLE[43:], ["get it again"]),
-        (gzip.compress(HEADER + IMAGES.tobytes()[:-1]), ["2,352", "only 2,351"]),
-        (gzip.compress(HEADER + IMAGES.tobytes() + b"x"), ["holds more"]),
-        (gzip.compress(HEADER[:9]), ["pixels"]),
-        (gzip.compress(b"\0\0\x08\x01" + HEADER[4:] + IMAGES.tobytes()), ["0x801", "0x803"]),
-        (gzip.compress(np.array([0x803, 3, 32, 24], ">u4").tobytes()), ["32 × 24", "28 × 28"]),
-        (gzip.compress(np.array([0x803, 2**32 - 1, 28, 28], ">u4").tobytes()), ["4,294,967,295"]),
+        (gzip.compress(HEADER + IMAGES.tobytes()[:-1], mtime=0), ["2,352", "only 2,351"]),
+        (gzip.compress(HEADER + IMAGES.tobytes() + b"x", mtime=0), ["holds more"]),
+        (gzip.compress(HEADER[:9], mtime=0), ["pixels"]),
+        (
+            gzip.compress(b"\0\0\x08\x01" + HEADER[4:] + IMAGES.tobytes(), mtime=0),
+            ["0x801", "0x803"],
+        ),
+        (
+            gzip.compress(np.array([0x803, 3, 32, 24], ">u4").tobytes(), mtime=0),
+            ["32 × 24", "28 × 28"],
+        ),
+        (
+            gzip.compress(np.array([0x803, 2**32 - 1, 28, 28], ">u4").tobytes(), mtime=0),
+            ["4,294,967,295"],
+        ),
     ],
 )
 def test_damage_is_one_line_that_names_the_file(tmp_path, content, words):
@@ -57,7 +66,7 @@ def test_damage_is_one_line_that_names_the_file(tmp_path, content, words):
 
 
 def test_refuses_what_is_no_label(tmp_path):
-    path = write(tmp_path, gzip.compress(np.array([0x801, 1], ">u4").tobytes() + b"\x0a"))
+    path = write(tmp_path, gzip.compress(np.array([0x801, 1], ">u4").tobytes() + b"\x0a", mtime=0))
     with pytest.raises(idx.IdxError, match="label 10"):
         idx.read_labels(path)
 
