@@ -3,8 +3,8 @@
 Command:
   python -m seqmnist.main --workdir=runs/lru_permuted --config=experiments/lru_permuted.py
 
-Duration: not run in full; about half an hour an epoch on two CPU cores. The eigenvalues learn at a
-quarter of the rate and without weight decay, as the paper asks.
+Duration: not run in full. The eigenvalues learn at a quarter of the rate and without weight decay,
+as the paper asks.
 Reference: none for the LRU; S4 98.70 (arXiv 2111.00396).
 """
 

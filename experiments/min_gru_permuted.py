@@ -3,7 +3,7 @@
 Command:
   python -m seqmnist.main --workdir=runs/min_gru_permuted --config=experiments/min_gru_permuted.py
 
-Duration: not run in full; about half an hour an epoch on two CPU cores.
+Duration: not run in full.
 Reference: none for the minGRU; GRU 94.1 (T. A. Keller et al., Traveling waves, table 2).
 """
 

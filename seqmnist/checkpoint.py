@@ -6,6 +6,7 @@ it is.
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -203,8 +204,5 @@ def _mean(accuracy):
 
 
 def _unused(path):
-    candidates = (path.with_name(f"{path.name}{suffix}") for suffix in ("", *_SUFFIXES))
-    return next(candidate for candidate in candidates if not candidate.exists())
-
-
-_SUFFIXES = tuple(f".{i}" for i in range(1, 1000))
+    others = (path.with_name(f"{path.name}.{i}") for i in itertools.count(1))
+    return next(each for each in itertools.chain([path], others) if not each.exists())

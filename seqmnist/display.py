@@ -130,7 +130,7 @@ class Display:
             self.notice(dataset["notice"])
         self.say(
             f"Test on {dataset['name']} ({dataset['test']:,} examples) - "
-            f"test_loss: {test['loss']:.4f} - test_accuracy: {test['accuracy']:.4f}",
+            f"test_loss: {_text(test['loss'])} - test_accuracy: {_text(test['accuracy'])}",
             style="bold",
         )
 

@@ -159,14 +159,16 @@ def train(
                 if is_writer and saved.history and saved.step == saved.history[-1]["step"]:
                     records.append_line(workdir / records.METRICS, saved.history[-1])
                     events.add(saved.history[-1])
-                if _is_due(parts, saved) or received:
+                # Of several processes all stop, whichever of them was asked to.
+                number = sharding.agree(received[0] if received else 0)
+                if _is_due(parts, saved) or number:
                     checkpoints.save(saved)
-                if received:
+                if number:
                     checkpoints.close()
                     display.say(
                         f"Stopped after step {saved.step}, and saved; the same command goes on"
                     )
-                    raise SystemExit(128 + received[0])
+                    raise SystemExit(128 + number)
         checkpoints.close()
         if is_writer:
             events.close()
@@ -199,7 +201,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
       workdir: where `train` has written.
 
     Returns:
-      {"loss", "accuracy"}.
+      {"loss", "accuracy"}, of members lists.
 
     Raises:
       UserError: the workdir holds no usable checkpoint, or the data cannot be had.

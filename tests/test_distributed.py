@@ -47,6 +47,18 @@ def test_two_processes_agree_with_one(input_mode, data_dir, tmp_path, lone_devic
     assert len(two["devices"]) == 2
 
 
+def test_all_stop_when_one_is_asked_to(data_dir, tmp_path, lone_device):
+    workdir = tmp_path / "run"
+    processes = launch_local.launch(2, arguments(workdir, data_dir, 3000))
+    while not list((workdir / "checkpoints").glob("[0-9]*5")):
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.2)
+    processes[1].terminate()
+    _, outputs = finish(processes)
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    assert "Stopped after step" in outputs[0]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_death_ends_the_job_and_the_rest_can_go_on(victim, data_dir, tmp_path, lone_device):
     workdir = tmp_path / "run"

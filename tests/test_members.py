@@ -98,3 +98,6 @@ def test_members_of_a_run_equal_lone_runs(data_dir, tmp_path):
     assert ensemble["members"] == [2 * together["best"], 2 * together["best"] + 1]
     best = together["settings"][together["best"]]["test"]["loss"]["mean"]
     assert ensemble["test"]["loss"] <= best + 1e-6  # by Jensen's inequality
+    config = config_lib.from_dict({**common, "members": {"num": 2, "sweep": sweep}})
+    scores = run.evaluate(config, tmp_path / "all")
+    assert scores["accuracy"] == together["test"]["accuracy"]

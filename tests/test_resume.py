@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import threading
 import time
 
 import jax
@@ -253,9 +252,3 @@ def test_a_checkpoint_of_other_data_is_refused(make_config, tmp_path):
     checkpoints.close()
     with pytest.raises(UserError, match="trained on other data"):
         run.train(make_config(3), tmp_path)
-
-
-def test_no_thread_of_a_run_outlives_it(make_config, tmp_path):
-    run.train(make_config(1), tmp_path)
-    names = {thread.name for thread in threading.enumerate()}
-    assert not {name for name in names if "checkpoint" in name.lower()}
