@@ -111,8 +111,8 @@ def train(
       SystemExit: a signal has stopped the run; its state is saved.
     """
     began = time.monotonic()
-    display = Display()
     _set_up_jax(config)
+    display = Display()
     make_system(config, num_steps=1)  # what names nothing is refused before data is fetched
     workdir_lib.check(workdir)
     if not overwrite:
@@ -220,7 +220,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _set_up_jax(config):
     """Chooses CPU devices, and keeps compiled programs for the next process."""
-    sharding.use_cores(len(members.plan(config)))
+    sharding.use_cores(len(members.plan(config)), config.train.batch_size)
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "seqmnist"))

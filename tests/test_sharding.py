@@ -102,10 +102,10 @@ def test_a_split_batch_is_reduced_once_a_step(digits):
 
 PLANS = [
     # members, batch, devices, asked for, (member, data) on CPUs
-    (1, 128, 8, {}, [1, 1]),
+    (1, 128, 8, {}, [1, 2]),
     (8, 128, 8, {}, [8, 1]),
     (6, 128, 8, {}, [6, 1]),
-    (5, 128, 2, {}, [1, 1]),
+    (5, 128, 2, {}, [1, 2]),
     (8, 128, 8, {"data": 4}, [2, 4]),
     (1, 96, 8, {"data": 8}, [1, 8]),
     (4, 128, 8, {"member": 2, "data": 4}, [2, 4]),
