@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from seqmnist import sharding
 from seqmnist.config import CheckpointConfig
@@ -58,6 +59,8 @@ class Checkpoints:
         if saved.step in self._manager.all_steps():
             return
         arrays, facts = _split(saved)
+        # Copies on the host: the state is donated to the next step while Orbax writes.
+        arrays = jax.tree.map(np.array, sharding.gather(arrays))
         facts["sha256"] = _digest(arrays, facts)
         accuracy = saved.history[-1]["validation/accuracy"] if saved.history else None
         mean = _mean(accuracy)

@@ -19,6 +19,7 @@ from seqmnist.errors import UserError
 
 PADDING = -1
 CHUNK = 512  # examples at once, at most, where nothing is trained
+WINDOW = 16  # batches that a stream brings at once; one by one, their dispatch would cost as much
 
 
 class Batch(NamedTuple):
@@ -69,11 +70,11 @@ def num_batches(size: int, batch_size: int) -> int:
     return -(-size // batch_size)
 
 
-def batch_rows(order: jax.Array | np.ndarray, batch_size: int) -> jax.Array:
+def batch_rows(order: jax.Array | np.ndarray, batch_size: int) -> np.ndarray:
     """Cuts a list of example numbers into batches: [N] -> int32 [steps, B], padded."""
     steps = num_batches(len(order), batch_size)
     padding = (0, steps * batch_size - len(order))
-    order = jnp.pad(jnp.asarray(order, jnp.int32), padding, constant_values=PADDING)
+    order = np.pad(np.asarray(order, np.int32), padding, constant_values=PADDING)
     return order.reshape(steps, batch_size)
 
 
@@ -119,8 +120,8 @@ class Records:
         self._parts = (train, test)
 
     def read(self, row: np.ndarray) -> Batch:
-        """Reads a batch: int32 [B] example numbers -> Batch of NumPy arrays."""
-        images, labels = np.empty((len(row), 28, 28), np.uint8), np.empty(len(row), np.int32)
+        """Reads batches: int32 […, B] example numbers -> Batch of NumPy arrays […, B, …]."""
+        images, labels = np.empty((*row.shape, 28, 28), np.uint8), np.empty(row.shape, np.int32)
         numbers = np.maximum(row, 0)
         first = 0
         for part_images, part_labels in self._parts:
@@ -132,18 +133,22 @@ class Records:
 
 
 def stream(records: Records, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Iterator[Batch]:
-    """Reads batches ahead of their use, in threads, and places them on devices.
+    """Reads windows of batches ahead of their use, in threads, and places them on devices.
 
     Args:
       records: where examples come from.
       rows: int32 [steps, B], example numbers.
       mesh: where batches are split; a process reads the part of its own devices alone.
+
+    Yields:
+      Batch of [WINDOW, B, …]; the last one is filled up with padding.
     """
     import grain  # here, not above: resident input never needs it
 
-    rows = np.asarray(rows)
     rows = rows[:, sharding.local_columns(mesh, rows.shape[1])]
-    batches = grain.MapDataset.range(len(rows)).map(lambda i: records.read(rows[i]))
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-    for batch in batches.to_iter_dataset(options):
-        yield sharding.spread_local(mesh, batch)
+    rows = np.pad(rows, ((0, -len(rows) % WINDOW), (0, 0)), constant_values=PADDING)
+    rows = rows.reshape(-1, WINDOW, rows.shape[1])
+    windows = grain.MapDataset.range(len(rows)).map(lambda i: records.read(rows[i]))
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    for window in windows.to_iter_dataset(options):
+        yield sharding.spread_local(mesh, window)

@@ -8,7 +8,7 @@ parameters, bit for bit.
 
 import functools
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple, Protocol
 
 import jax
@@ -52,6 +52,17 @@ class Loop(Protocol):
 
     def evaluate(self, params, rows: np.ndarray) -> Sums:
         """Returns the sums over all examples of `rows`."""
+
+    def programs(
+        self, state: TrainState, sums: Sums, rows: tuple[int, ...], held_out: tuple[int, ...]
+    ) -> dict[str, Callable[[], jax.stages.Compiled]]:
+        """Returns what compiles "train" and "evaluate" ahead of their first calls.
+
+        Args:
+          state, sums: shapes, dtypes and shardings, as `start` places them.
+          rows: the shape of an epoch's rows.
+          held_out: the shape of an evaluation's rows.
+        """
 
 
 class Resident:
@@ -136,6 +147,20 @@ class Resident:
         """
         return self._evaluate_ensemble(params, self._arrays, self._place(rows), weights)
 
+    def programs(self, state, sums, rows, held_out):
+        """See `Loop`."""
+        rows = self._like(rows, *self._axes, None, "data")
+        held_out = self._like(held_out, None, "data")
+        arrays = self._arrays
+        return {
+            "train": lambda: self._train.lower(state, sums, rows, arrays, 0, 1).compile(),
+            "evaluate": lambda: self._evaluate.lower(state.params, arrays, held_out).compile(),
+        }
+
+    def _like(self, shape, *axes):
+        place = jax.NamedSharding(self._mesh, jax.P(*axes))
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
+
     def _place(self, rows):
         return sharding.spread(self._mesh, np.asarray(rows), None, "data")
 
@@ -152,12 +177,18 @@ class Streamed:
         place = jax.NamedSharding(self._mesh, jax.P())
 
         @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=place)
-        def train(state, sums, batch):
-            return guarded_step(system, state, sums, batch)
+        def train(state, sums, window, start, stop):
+            def body(i, carry):
+                return guarded_step(system, *carry, jax.tree.map(lambda x: x[i], window))
+
+            return lax.fori_loop(start, stop, body, (state, sums))
 
         @functools.partial(jax.jit, donate_argnums=1, out_shardings=place)
-        def evaluate(params, sums, batch):
-            return sums + eval_step(system, params, batch)
+        def evaluate(params, sums, window):
+            def body(sums, batch):
+                return sums + eval_step(system, params, batch), None
+
+            return lax.scan(body, sums, window)[0]
 
         self._train, self._evaluate = train, evaluate
 
@@ -170,18 +201,37 @@ class Streamed:
     ) -> Iterator[Progress]:
         """See `Loop`."""
         state, sums, first = progress
-        batches = data.stream(self._records, rows[first:], self._mesh)
+        windows = data.stream(self._records, rows[first:], self._mesh)
+        begin = end = first  # of the window at hand
         for start, stop in _stretches(first, len(rows), breaks):
-            for _ in range(start, stop):
-                state, sums = self._train(state, sums, next(batches))
+            while start < stop:
+                if start == end:
+                    window, begin, end = next(windows), end, end + data.WINDOW
+                until = min(stop, end)
+                state, sums = self._train(state, sums, window, start - begin, until - begin)
+                start = until
             yield Progress(state, jax.block_until_ready(sums), stop)
 
     def evaluate(self, params, rows: np.ndarray) -> Sums:
         """See `Loop`."""
         sums = self._no_sums(params)
-        for batch in data.stream(self._records, rows, self._mesh):
-            sums = self._evaluate(params, sums, batch)
+        for window in data.stream(self._records, rows, self._mesh):
+            sums = self._evaluate(params, sums, window)
         return sums
+
+    def programs(self, state, sums, rows, held_out):
+        """See `Loop`."""
+        del held_out  # windows are all alike
+        place, shape = jax.NamedSharding(self._mesh, jax.P(None, "data")), (data.WINDOW, rows[-1])
+        window = data.Batch(
+            jax.ShapeDtypeStruct((*shape, 28, 28), np.uint8, sharding=place),
+            jax.ShapeDtypeStruct(shape, np.int32, sharding=place),
+            jax.ShapeDtypeStruct(shape, np.bool_, sharding=place),
+        )
+        return {
+            "train": lambda: self._train.lower(state, sums, window, 0, 1).compile(),
+            "evaluate": lambda: self._evaluate.lower(state.params, sums, window).compile(),
+        }
 
     def _no_sums(self, params):
         return sharding.spread(self._mesh, _no_sums(params))

@@ -158,6 +158,29 @@ def step_cost(config: Config) -> dict[str, float]:
     }
 
 
+def program_cost(compile: Callable[[], jax.stages.Compiled]) -> dict[str, float]:
+    """Compiles a program, and tells what that took and what XLA says of it.
+
+    Args:
+      compile: what does it.
+
+    Returns:
+      compile_seconds, little where the program lay in the compilation cache; hlo_flops, in which
+      XLA counts the body of a loop once; argument_bytes, output_bytes and temporary_bytes. What
+      a device does not tell is left out.
+    """
+    began = time.perf_counter()
+    compiled = compile()
+    cost = {"compile_seconds": round(time.perf_counter() - began, 3)}
+    if analysis := compiled.cost_analysis():
+        cost["hlo_flops"] = analysis["flops"]
+    if memory := compiled.memory_analysis():
+        cost["argument_bytes"] = memory.argument_size_in_bytes
+        cost["output_bytes"] = memory.output_size_in_bytes
+        cost["temporary_bytes"] = memory.temp_size_in_bytes
+    return cost
+
+
 def rates() -> dict[str, float]:
     """Measures the device: float32 FLOP/s of a large matrix product, bytes/s of a large copy."""
     size = 2048

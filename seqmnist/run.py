@@ -6,6 +6,7 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator
+from concurrent import futures
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +68,10 @@ class Parts(NamedTuple):
     def start(self) -> Saved:
         """Returns the beginning of the run."""
         shardings = jax.tree.map(lambda x: x.sharding, self.like().state)
-        progress = self.loop.start(jax.jit(self._init, out_shardings=shardings)())
+        # It runs once: a third of the time to compile is worth more than how fast it runs.
+        options = {"xla_backend_optimization_level": 1}
+        init = jax.jit(self._init, out_shardings=shardings, compiler_options=options)
+        progress = self.loop.start(init())
         return Saved(progress.state, progress.sums, 0, [], self.dataset.fingerprint, 0.0)
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
@@ -78,6 +82,23 @@ class Parts(NamedTuple):
             return rows[0]
         by_seed = dict(zip(set(seeds), rows, strict=True))
         return np.stack([by_seed[seed] for seed in seeds])
+
+    def compile_ahead(self, pool: futures.Executor) -> dict[str, futures.Future]:
+        """Begins to compile what the run will need: {program: its `profiling.program_cost`}.
+
+        The compiler leaves Python's lock alone, so that programs compile side by side.
+        """
+        like, steps = self.like(), self.steps_per_epoch
+        own = (len(self.plan),) if len(self.plan) > 1 else ()
+        programs = self.loop.programs(
+            like.state,
+            like.sums,
+            (*own, steps, self.config.train.batch_size),
+            self.rows["test"].shape,
+        )
+        ahead = {name: pool.submit(profiling.program_cost, each) for name, each in programs.items()}
+        pool.submit(self.epoch_rows, 0)  # its programs are JAX's own
+        return ahead
 
     def _init(self):
         """Lone states are drawn one by one, so that members equal lone runs."""
@@ -133,18 +154,22 @@ def train(
             workdir_lib.clear(workdir)
         # Closed where the run ends in order, not in a `with`: closing waits for other processes,
         # and one of them may have died.
-        checkpoints = Checkpoints(workdir, config.checkpoint)
-        saved = checkpoints.restore(parts.like(), display.notice)
-        if saved and saved.fingerprint != parts.dataset.fingerprint:
-            raise UserError(
-                f"--workdir={workdir} was trained on other data than {parts.dataset.name} in "
-                f"{parts.dataset.directory}; name the same dataset, or start with --overwrite"
-            )
-        display.setup(config, parts.dataset, parts.splits, parts.like().state.params, parts.mesh)
-        if saved:
-            epoch, step = len(saved.history) + 1, saved.step % parts.steps_per_epoch
-            display.say(f"Resuming in epoch {epoch}, after {step} of its steps")
-        saved = saved or parts.start()
+        with futures.ThreadPoolExecutor() as pool:
+            ahead = parts.compile_ahead(pool)
+            checkpoints = Checkpoints(workdir, config.checkpoint)
+            saved = checkpoints.restore(parts.like(), display.notice)
+            if saved and saved.fingerprint != parts.dataset.fingerprint:
+                raise UserError(
+                    f"--workdir={workdir} was trained on other data than {parts.dataset.name} in "
+                    f"{parts.dataset.directory}; name the same dataset, or start with --overwrite"
+                )
+            params = parts.like().state.params
+            display.setup(config, parts.dataset, parts.splits, params, parts.mesh)
+            if saved:
+                epoch, step = len(saved.history) + 1, saved.step % parts.steps_per_epoch
+                display.say(f"Resuming in epoch {epoch}, after {step} of its steps")
+            saved = saved or parts.start()
+        costs = {name: cost.result() for name, cost in ahead.items()}
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(saved.state.params))
         events = records.Events(workdir, saved.history) if is_writer else None
         if is_writer:
@@ -184,6 +209,7 @@ def train(
                 "total": round(time.monotonic() - began, 3),
                 "train": round(saved.seconds, 3),
             },
+            "programs": costs,
             "devices": [f"{device.platform}:{device.id}" for device in parts.mesh.devices.flat],
             "versions": records.versions(),
         }
@@ -434,21 +460,17 @@ def _means(sums):
 
 def _epoch_rows(seed, epoch, size, config):
     order = data.epoch_order(seed, epoch, size)
-    return np.asarray(data.batch_rows(order, config.train.batch_size))
+    return data.batch_rows(order, config.train.batch_size)
 
 
 def _evaluation_rows(splits, batch_size):
     """Rows of both evaluations, padded to one shape so that they compile once."""
     most = max(len(splits[name]) for name in ("validation", "test"))
-    return {
-        name: np.asarray(
-            data.batch_rows(
-                np.pad(splits[name], (0, most - len(splits[name])), constant_values=data.PADDING),
-                batch_size,
-            )
-        )
+    padded = {
+        name: np.pad(splits[name], (0, most - len(splits[name])), constant_values=data.PADDING)
         for name in ("validation", "test")
     }
+    return {name: data.batch_rows(numbers, batch_size) for name, numbers in padded.items()}
 
 
 def _describe(dataset, splits):

@@ -132,8 +132,8 @@ def spread(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
 
 
 def spread_local(mesh: Mesh, tree: Any) -> Any:
-    """Places a batch on a mesh of which this process has read its `local_columns`."""
-    place = NamedSharding(mesh, P("data"))
+    """Places batches [W, B, …] on a mesh, of which this process has read its `local_columns`."""
+    place = NamedSharding(mesh, P(None, "data"))
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
 
 
