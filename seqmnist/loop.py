@@ -8,7 +8,7 @@ parameters, bit for bit.
 
 import functools
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple, Protocol
 
 import jax
@@ -55,8 +55,8 @@ class Loop(Protocol):
 
     def programs(
         self, state: TrainState, sums: Sums, rows: tuple[int, ...], held_out: tuple[int, ...]
-    ) -> dict[str, Callable[[], jax.stages.Compiled]]:
-        """Returns what compiles "train" and "evaluate" ahead of their first calls.
+    ) -> dict[str, jax.stages.Lowered]:
+        """Returns "train" and "evaluate", to be compiled ahead of their first calls.
 
         Args:
           state, sums: shapes, dtypes and shardings, as `start` places them.
@@ -151,10 +151,9 @@ class Resident:
         """See `Loop`."""
         rows = self._like(rows, *self._axes, None, "data")
         held_out = self._like(held_out, None, "data")
-        arrays = self._arrays
         return {
-            "train": lambda: self._train.lower(state, sums, rows, arrays, 0, 1).compile(),
-            "evaluate": lambda: self._evaluate.lower(state.params, arrays, held_out).compile(),
+            "train": self._train.lower(state, sums, rows, self._arrays, 0, 1),
+            "evaluate": self._evaluate.lower(state.params, self._arrays, held_out),
         }
 
     def _like(self, shape, *axes):
@@ -229,8 +228,8 @@ class Streamed:
             jax.ShapeDtypeStruct(shape, np.bool_, sharding=place),
         )
         return {
-            "train": lambda: self._train.lower(state, sums, window, 0, 1).compile(),
-            "evaluate": lambda: self._evaluate.lower(state.params, sums, window).compile(),
+            "train": self._train.lower(state, sums, window, 0, 1),
+            "evaluate": self._evaluate.lower(state.params, sums, window),
         }
 
     def _no_sums(self, params):

@@ -158,11 +158,8 @@ def step_cost(config: Config) -> dict[str, float]:
     }
 
 
-def program_cost(compile: Callable[[], jax.stages.Compiled]) -> dict[str, float]:
+def program_cost(program: jax.stages.Lowered) -> dict[str, float]:
     """Compiles a program, and tells what that took and what XLA says of it.
-
-    Args:
-      compile: what does it.
 
     Returns:
       compile_seconds, little where the program lay in the compilation cache; hlo_flops, in which
@@ -170,7 +167,7 @@ def program_cost(compile: Callable[[], jax.stages.Compiled]) -> dict[str, float]
       a device does not tell is left out.
     """
     began = time.perf_counter()
-    compiled = compile()
+    compiled = program.compile()
     cost = {"compile_seconds": round(time.perf_counter() - began, 3)}
     if analysis := compiled.cost_analysis():
         cost["hlo_flops"] = analysis["flops"]

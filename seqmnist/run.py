@@ -86,7 +86,8 @@ class Parts(NamedTuple):
     def compile_ahead(self, pool: futures.Executor) -> dict[str, futures.Future]:
         """Begins to compile what the run will need: {program: its `profiling.program_cost`}.
 
-        The compiler leaves Python's lock alone, so that programs compile side by side.
+        The compiler leaves Python's lock alone, so that programs compile side by side. Tracing
+        does not, and it follows settings of JAX that hold for this thread alone.
         """
         like, steps = self.like(), self.steps_per_epoch
         own = (len(self.plan),) if len(self.plan) > 1 else ()

@@ -8,7 +8,7 @@ import pytest
 
 from seqmnist import data, profiling
 from seqmnist.config import Config, ModelConfig
-from seqmnist.loop import Resident
+from seqmnist.loop import Resident, Streamed
 from seqmnist.steps import init_state, make_system
 
 
@@ -40,6 +40,26 @@ def test_only_the_first_epoch_compiles(digits, compilations):
         counts.append(len(compilations) - before)
     assert counts[0] > 0
     assert counts[2:] == [0, 0]
+
+
+@pytest.mark.parametrize("mode", ["resident", "stream"])
+def test_what_is_compiled_ahead_is_not_compiled_again(mode, digits, compilations):
+    system, state = make_system(Config()), init_state(Config(), make_system(Config()), 0)
+    images, labels = digits
+    records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
+    looped = Resident(system, *digits) if mode == "resident" else Streamed(system, records)
+    rows, held_out = (data.batch_rows(np.arange(n), 8) for n in (100, 30))
+    start = looped.start(state)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        (start.state, start.sums),
+    )
+    for program in looped.programs(*shapes, rows.shape, held_out.shape).values():
+        program.compile()
+    before = len(compilations)
+    *_, progress = looped.train(start, rows)
+    looped.evaluate(progress.state.params, held_out)
+    assert len(compilations) == before
 
 
 def test_evaluation_moves_nothing_to_the_device(digits):

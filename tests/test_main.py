@@ -40,8 +40,10 @@ def test_a_run_writes_what_it_promises(trained):
     assert dataset == {"name": "mnist_5k", "train": 3200, "validation": 800, "test": 1000}
     assert (results["parameters"], results["epochs"], results["steps"]) == (6602, 2, 50)
     assert results["validation"]["loss"] == lines[-1]["validation/loss"]
-    assert results["devices"] == ["cpu:0"]
+    assert results["devices"] == ["cpu:0", "cpu:1"]  # half a batch each
     assert results["versions"]["jax"]
+    assert set(results["programs"]) == {"train", "evaluate"}
+    assert all(cost["hlo_flops"] > 0 for cost in results["programs"].values())
     assert 0 < results["seconds"]["train"] < results["seconds"]["total"]
     assert (workdir / "checkpoints").is_dir()
     assert 0.3 < results["test"]["accuracy"] < 1
