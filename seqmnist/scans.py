@@ -75,18 +75,25 @@ def gated(
     Returns:
       h, [T, B, H].
     """
-    step = functools.partial(gated_step, gates, kernel, bias)
-    return lax.scan(step, carry, z, unroll=_unroll_gated(config, kernel, z))[1]
+
+    def step(carry, z_t):
+        return gated_step(gates, kernel, bias, carry, _together(z_t))
+
+    unroll = _unroll_gated(config, kernel, z)
+    return lax.scan(step, carry, _apart(z, kernel), unroll=unroll)[1]
 
 
 def _gated_forward(gates, kernel, bias, carry, z, config):
+    gates = jax.checkpoint(gates, policy=_is_kept, prevent_cse=False)
+
     def step(carry, z_t):
         r = jax.tree.leaves(carry)[0] @ kernel
         r = r if bias is None else r + bias.reshape(1, -1)
-        (after, h), pullback = jax.vjp(gates, carry, z_t, r)
+        (after, h), pullback = jax.vjp(gates, carry, _together(z_t), r)
         return after, (h, pullback)
 
-    _, (h, pullbacks) = lax.scan(step, carry, z, unroll=_unroll_gated(config, kernel, z))
+    unroll = _unroll_gated(config, kernel, z)
+    _, (h, pullbacks) = lax.scan(step, carry, _apart(z, kernel), unroll=unroll)
     return h, (kernel, bias, carry, h, pullbacks)
 
 
@@ -181,6 +188,25 @@ def _linear_backward(config, residuals, dh):
 
 
 linear.defvjp(_linear_forward, _linear_backward)
+
+
+def _is_kept(primitive, *_, **__):
+    """Whether the backward pass reads an operation's results, or computes them once more.
+
+    What arithmetic can make again from activations, such as 1 - tanh², is not worth storing for
+    every time step: memory, not arithmetic, is what training waits for.
+    """
+    return primitive not in (lax.add_p, lax.sub_p, lax.mul_p, lax.neg_p)
+
+
+def _apart(z, kernel):
+    """Gives each gate an array of its own: XLA does not vectorize what reads a gate's columns of
+    a time step inside a loop, but does where each gate's time step is whole."""
+    return tuple(jnp.split(z, kernel.shape[1] // kernel.shape[0], axis=-1))
+
+
+def _together(z):
+    return jnp.concatenate(z, axis=-1)
 
 
 def _unroll_gated(config, kernel, x):

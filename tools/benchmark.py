@@ -5,7 +5,8 @@ Example:
 
 Contestants take turns, after a warm-up, and medians are compared; ratios below 1 mean that
 ours is faster or smaller. Sections: `job`, the notebook's whole job as a process of its own;
-`epoch`, steady training; `evaluate`, the test set; `growth`, ours by T, H and batch size;
+`epoch`, steady training; `stream`, the same with streamed input, against the resident dataset;
+`evaluate`, the test set; `growth`, ours by T, H and batch size;
 `floor`, what the arithmetic alone would take at the rate of a large matrix product.
 """
 
@@ -29,7 +30,7 @@ from seqmnist.errors import UserError
 from tools import cli
 from tools.peers import NOTEBOOK
 
-SECTIONS = ("job", "epoch", "evaluate", "growth", "floor")
+SECTIONS = ("job", "epoch", "stream", "evaluate", "growth", "floor")
 CELLS = ("simple_rnn", "gru", "lstm")
 # A case, and the steps of a timed stretch: an epoch of rows, a few steps of pixels.
 CASES = {
@@ -144,7 +145,7 @@ def floor(file, repeats):
 def ratios(figures):
     """Returns ours over each peer: {"section case / peer": {"seconds", "peak_mib"}}."""
     result = {}
-    groups = {f"{s} {c}": g for s in ("epoch", "evaluate") for c, g in figures.get(s, {}).items()}
+    groups = {f"{s} {c}": g for s in _STEADY for c, g in figures.get(s, {}).items()}
     whole = figures.get("job", {})
     for state in ("cold", "warm"):
         if whole:
@@ -159,6 +160,7 @@ def ratios(figures):
 
 
 _MEASURES = ("seconds", "peak_mib")
+_STEADY = ("epoch", "stream", "evaluate")
 
 
 def _run(command, environment):
@@ -200,6 +202,12 @@ def _main(arguments):
                 name: time_in_turns(sides, case, ["train", num_steps], file, repeats)
                 for name, (case, num_steps) in cases.items()
             }
+        if "stream" in sections:
+            name = "simple_rnn rows"
+            case, num_steps = CASES[name]
+            loops = ["ours", "streamed"]
+            times = time_in_turns(loops, case, ["train", num_steps], file, repeats)
+            figures["stream"] = {name: {"ours": times["streamed"], "resident": times["ours"]}}
         if "evaluate" in sections:
             figures["evaluate"] = {
                 name: time_in_turns(sides, case, ["evaluate"], file, repeats)
@@ -233,7 +241,7 @@ def _show(figures):
         [(name, *ratio.values()) for name, ratio in figures["ratios"].items()],
     )
     groups = {"job": figures.get("job", {})}
-    groups |= {f"{s} {c}": g for s in ("epoch", "evaluate") for c, g in figures.get(s, {}).items()}
+    groups |= {f"{s} {c}": g for s in _STEADY for c, g in figures.get(s, {}).items()}
     rows = [(group, name, *f.values()) for group, g in groups.items() for name, f in g.items()]
     show("Medians", ("what", "who", "seconds", "peak MiB"), rows)
     curves = figures.get("growth", {})

@@ -17,8 +17,10 @@ class Ours:
     """This project, with its dataset in device memory."""
 
     def __init__(self, case, file):
-        from seqmnist.config import Config, ModelConfig, TrainConfig
-        from seqmnist.loop import Resident
+        import jax
+
+        from seqmnist import sharding
+        from seqmnist.config import Config, MeshConfig, ModelConfig, TrainConfig
         from seqmnist.steps import init_state, make_system
 
         model = ModelConfig(
@@ -28,11 +30,18 @@ class Ours:
             subsample=case.get("subsample", 1),
         )
         self.config = Config(model=model, train=TrainConfig(batch_size=case["batch_size"]))
-        images, labels = zip(*(_load(file, split) for split in ("train", "test")), strict=True)
-        self.num_train, self.num_test = map(len, labels)
+        splits = [_load(file, split) for split in _SPLITS]
+        self.num_train, self.num_test = (len(labels) for _, labels in splits)
         system = make_system(self.config, 1)
-        self.loop = Resident(system, np.concatenate(images), np.concatenate(labels))
+        sharding.use_cores(1, case["batch_size"])
+        plan = sharding.plan(MeshConfig(), 1, case["batch_size"], len(jax.devices()))
+        self.loop = self.make_loop(system, splits, sharding.make_mesh(*plan))
         self.state = init_state(self.config, system, 0)
+
+    def make_loop(self, system, splits, mesh):
+        from seqmnist.loop import Resident
+
+        return Resident(system, *map(np.concatenate, zip(*splits, strict=True)), mesh)
 
     def train(self, num_steps):
         from seqmnist import data
@@ -58,6 +67,16 @@ class Ours:
         from seqmnist import profiling
 
         return profiling.step_cost(self.config) | profiling.rates()
+
+
+class Streamed(Ours):
+    """This project, with batches streamed from the host."""
+
+    def make_loop(self, system, splits, mesh):
+        from seqmnist import data
+        from seqmnist.loop import Streamed
+
+        return Streamed(system, data.Records(*splits), mesh)
 
 
 class Keras:
@@ -139,7 +158,7 @@ class Torch:
         return self.evaluate()
 
 
-PEERS = {"ours": Ours, "keras": Keras, "torch": Torch}
+PEERS = {"ours": Ours, "streamed": Streamed, "keras": Keras, "torch": Torch}
 NOTEBOOK = {"view": "rows", "cell": "simple_rnn", "hidden_size": 64, "batch_size": 128}
 _SPLITS = ("train", "test")
 
