@@ -37,4 +37,7 @@ def test_an_unknown_section_is_one_line(monkeypatch, capsys):
         cli.run(benchmark._make_parser(), benchmark._main)
     assert caught.value.code == 2
     error = capsys.readouterr().err
-    assert error == "error: --sections: 'epochs' is none of job, epoch, evaluate, growth, floor\n"
+    assert (
+        error
+        == "error: --sections: 'epochs' is none of job, epoch, stream, evaluate, growth, floor\n"
+    )
