@@ -6,15 +6,15 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
 
-def none(images: jax.Array, key: jax.Array) -> jax.Array:
+def none(images: jax.Array, keys: jax.Array) -> jax.Array:
     """Returns the images as they are."""
-    del key
+    del keys
     return images
 
 
 def affine(
     images: jax.Array,
-    key: jax.Array,
+    keys: jax.Array,
     degrees: float = 12.0,
     shift: float = 2.0,
     stretch: float = 0.12,
@@ -27,13 +27,13 @@ def affine(
 
     Args:
       images: uint8 [B, 28, 28].
-      key: of the randomness.
+      keys: of the randomness, one for each image, [B].
       degrees, shift, stretch, shear: the limits, in degrees, pixels and shares.
 
     Returns:
       uint8 [B, 28, 28].
     """
-    amounts = jax.random.uniform(key, (len(images), 6), minval=-1, maxval=1)
+    amounts = jax.vmap(lambda key: jax.random.uniform(key, (6,), minval=-1, maxval=1))(keys)
     limits = jnp.array([jnp.deg2rad(degrees), shift, shift, stretch, stretch, shear])
     return jax.vmap(_affine_one)(images, amounts * limits.reshape(1, -1))
 

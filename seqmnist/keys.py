@@ -15,3 +15,11 @@ def key(seed: jax.Array | int, purpose: str, counter: jax.Array | int = 0) -> ja
     """
     purpose_key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
     return jax.random.fold_in(purpose_key, counter)
+
+
+def per_example(key: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns a key for each example of a batch: by int32 positions [B] in the whole batch.
+
+    So a part of a batch draws what the whole does.
+    """
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)

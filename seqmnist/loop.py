@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from seqmnist import data, sharding
 from seqmnist.metrics import Sums, classification_sums
@@ -87,7 +88,7 @@ class Resident:
 
         def train(state, sums, rows, arrays, start, stop):
             def body(i, carry):
-                return guarded_step(system, *carry, data.take(*arrays, rows[i]))
+                return guarded_step(system, *carry, data.take(*arrays, rows[i]), "data")
 
             return lax.fori_loop(start, stop, body, (state, sums))
 
@@ -95,15 +96,16 @@ class Resident:
             def body(sums, row):
                 return sums + eval_step(system, params, data.take(*arrays, row)), None
 
-            return lax.scan(body, _no_sums(params), rows)[0]
+            sums = lax.scan(body, _no_sums(params), rows)[0]
+            return sharding.add_up(sums, "data")
 
         def classify(params, arrays, row):
             return jax.nn.softmax(system.apply(params, data.take(*arrays, row).image))
 
-        if has_members:
-            train = sharding.over_members(train, self._mesh, num_shared=3)
-            evaluate = sharding.over_members(evaluate, self._mesh, num_shared=2)
-            classify = sharding.over_members(classify, self._mesh, num_shared=2)
+        over_mesh = functools.partial(sharding.over_mesh, mesh=self._mesh, has_members=has_members)
+        train = over_mesh(train, own=(P(), P(), P(None, "data")), shared=(P(), P(), P()), out=P())
+        evaluate = over_mesh(evaluate, own=(P(),), shared=(P(), P(None, "data")), out=P())
+        classify = over_mesh(classify, own=(P(),), shared=(P(), P("data")), out=P("data"))
 
         def evaluate_ensemble(params, arrays, rows, weights):
             def body(sums, row):
@@ -113,7 +115,7 @@ class Resident:
 
             return lax.scan(body, Sums.zeros(weights.dtype), rows)[0]
 
-        place = jax.NamedSharding(self._mesh, jax.P(*self._axes))
+        place = jax.NamedSharding(self._mesh, P(*self._axes))
         self._train = jax.jit(train, donate_argnums=(0, 1), out_shardings=place)
         self._evaluate = jax.jit(evaluate)
         self._evaluate_ensemble = jax.jit(evaluate_ensemble)
@@ -157,7 +159,7 @@ class Resident:
         }
 
     def _like(self, shape, *axes):
-        place = jax.NamedSharding(self._mesh, jax.P(*axes))
+        place = jax.NamedSharding(self._mesh, P(*axes))
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
 
     def _place(self, rows):
@@ -173,23 +175,27 @@ class Streamed:
         """Takes the reader of all examples, and a mesh, by default of one device."""
         self._records, self._mesh = records, mesh or sharding.make_mesh(1, 1)
 
-        place = jax.NamedSharding(self._mesh, jax.P())
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=place)
         def train(state, sums, window, start, stop):
             def body(i, carry):
-                return guarded_step(system, *carry, jax.tree.map(lambda x: x[i], window))
+                batch = jax.tree.map(lambda x: x[i], window)
+                return guarded_step(system, *carry, batch, "data")
 
             return lax.fori_loop(start, stop, body, (state, sums))
 
-        @functools.partial(jax.jit, donate_argnums=1, out_shardings=place)
         def evaluate(params, sums, window):
             def body(sums, batch):
                 return sums + eval_step(system, params, batch), None
 
             return lax.scan(body, sums, window)[0]
 
-        self._train, self._evaluate = train, evaluate
+        over_mesh = functools.partial(
+            sharding.over_mesh, mesh=self._mesh, shared=(), has_members=False
+        )
+        train = over_mesh(train, own=(P(), P(), P(None, "data"), P(), P()), out=P())
+        # Each device keeps sums of its own, [1], until the end.
+        evaluate = over_mesh(evaluate, own=(P(), P("data"), P(None, "data")), out=P("data"))
+        self._train = jax.jit(train, donate_argnums=(0, 1))
+        self._evaluate = jax.jit(evaluate, donate_argnums=1)
 
     def start(self, state: TrainState) -> Progress:
         """See `Loop`."""
@@ -213,15 +219,15 @@ class Streamed:
 
     def evaluate(self, params, rows: np.ndarray) -> Sums:
         """See `Loop`."""
-        sums = self._no_sums(params)
+        sums = self._no_sums(params, "data")
         for window in data.stream(self._records, rows, self._mesh):
             sums = self._evaluate(params, sums, window)
-        return sums
+        return jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), sharding.gather(sums))
 
     def programs(self, state, sums, rows, held_out):
         """See `Loop`."""
         del held_out  # windows are all alike
-        place, shape = jax.NamedSharding(self._mesh, jax.P(None, "data")), (data.WINDOW, rows[-1])
+        place, shape = jax.NamedSharding(self._mesh, P(None, "data")), (data.WINDOW, rows[-1])
         window = data.Batch(
             jax.ShapeDtypeStruct((*shape, 28, 28), np.uint8, sharding=place),
             jax.ShapeDtypeStruct(shape, np.int32, sharding=place),
@@ -229,11 +235,14 @@ class Streamed:
         )
         return {
             "train": self._train.lower(state, sums, window, 0, 1),
-            "evaluate": self._evaluate.lower(state.params, sums, window),
+            "evaluate": self._evaluate.lower(
+                state.params, self._no_sums(state.params, "data"), window
+            ),
         }
 
-    def _no_sums(self, params):
-        return sharding.spread(self._mesh, _no_sums(params))
+    def _no_sums(self, params, *axes):
+        shape = [self._mesh.shape[axis] for axis in axes]
+        return sharding.spread(self._mesh, _no_sums(params, tuple(shape)), *axes)
 
 
 def _no_sums(params, shape=()):

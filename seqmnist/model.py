@@ -120,33 +120,39 @@ class SequenceClassifier(nnx.Module):
             size = width
         self.readout = nnx.Linear(width, NUM_CLASSES, kernel_init=_glorot, rngs=rngs)
 
-    def __call__(self, images: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Classifies images.
 
         Args:
           images: uint8 [B, 28, 28].
-          dropout_key: of the dropout, in training; None does not drop out.
+          dropout_keys: of the dropout, in training, one for each image, [B]; None drops nothing.
 
         Returns:
           Logits [B, C].
         """
-        return self.classify(self.sequence(images), dropout_key)
+        return self.classify(self.sequence(images), dropout_keys)
 
     def sequence(self, images: jax.Array) -> jax.Array:
         """Returns what the layers read of images uint8 [B, 28, 28]: [T, B, F]."""
         x = sequence(self.config, images, self.readout.kernel.dtype)
         return jnp.swapaxes(x, 0, 1)  # time first: what a scan runs over
 
-    def classify(self, x: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+    def classify(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
         """Classifies sequences of any length: [T, B, F] -> logits [B, C]; see `__call__`."""
-        drop_out = nnx.Dropout(self.config.dropout, deterministic=dropout_key is None)
         if self.encoder is not None:
             x = self.encoder(x)
         *lower, top = self.layers
-        rngs = None if dropout_key is None else nnx.Rngs(dropout_key)
-        for layer in lower:
-            x = drop_out(layer(x, self.scan), rngs=rngs)
-        read = READOUTS[self.config.readout]
-        x = drop_out(read(top, x, self.scan), rngs=rngs)
+        for i, layer in enumerate(lower):
+            x = self._drop_out(layer(x, self.scan), dropout_keys, i)
+        x = READOUTS[self.config.readout](top, x, self.scan)
+        x = self._drop_out(x, dropout_keys, len(lower))
         with jax.named_scope("readout"):
             return self.readout(x)
+
+    def _drop_out(self, x, keys, layer):
+        """Drops outputs [..., B, W] of a layer."""
+        if keys is None:
+            return x
+        drop_out = nnx.Dropout(self.config.dropout)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
+        return jax.vmap(lambda x, key: drop_out(x, rngs=key), (-2, 0), -2)(x, keys)

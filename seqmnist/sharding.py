@@ -1,8 +1,8 @@
 """Meshes: how members and batches spread over devices and processes.
 
 A mesh has two axes: `member`, over which independent runs spread without communication, and
-`data`, over which a batch is split and its gradient reduced by XLA's partitioner. A process is
-one of the programs that run a job together, each with devices of its own.
+`data`, over which a batch is split and its gradient added up once a step. A process is one of
+the programs that run a job together, each with devices of its own.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -166,40 +167,57 @@ def agree(number: int) -> int:
     return number
 
 
-def over_members(function: Callable, mesh: Mesh, num_shared: int) -> Callable:
-    """Lifts a function of one member to a function of all.
+def over_mesh(
+    function: Callable, mesh: Mesh, own: Sequence[P], shared: Sequence[P], out: P, has_members: bool
+) -> Callable:
+    """Lifts a function of one run, on its device's part of each batch, to all runs and batches.
 
     Args:
-      function: (its own arguments..., shared arguments...) -> results.
-      mesh: where; members split evenly over its `member` axis.
-      num_shared: how many of the last arguments all members share.
+      function: (its own arguments..., shared arguments...) -> results; it may reduce over the
+        axis "data" of the mesh.
+      mesh: where.
+      own: how each of a run's own arguments is split, e.g. P("data").
+      shared: the same of the arguments that all members share.
+      out: the same of the results, all of which are a run's own.
+      has_members: own arguments and results have a leading axis S, which spreads over "member".
 
     Returns:
-      The same function, with a leading axis S on its own arguments and on its results.
+      The same function of whole arrays.
     """
     at_once = _AT_ONCE.get(mesh.devices.flat[0].platform)
 
     def of_local_members(*arguments):
-        own, shared = arguments[: len(arguments) - num_shared], arguments[-num_shared:]
-        num_local = len(jax.tree.leaves(own)[0])
+        local, common = arguments[: len(own)], arguments[len(own) :]
+        num_local = len(jax.tree.leaves(local)[0])
         return lax.map(
-            lambda one: function(*one, *shared),
-            own,
+            lambda one: function(*one, *common),
+            local,
             batch_size=min(at_once or num_local, num_local),
         )
 
-    def of_all_members(*arguments):
-        num_own = len(arguments) - num_shared
-        return jax.shard_map(
-            of_local_members,
-            mesh=mesh,
-            in_specs=(P("member"),) * num_own + (P(),) * num_shared,
-            out_specs=P("member"),
-            axis_names={"member"},
-            check_vma=False,
-        )(*arguments)
+    if has_members:
+        own, out = [P("member", *spec) for spec in own], P("member", *out)
+    return jax.shard_map(
+        of_local_members if has_members else function,
+        mesh=mesh,
+        in_specs=(*own, *shared),
+        out_specs=out,
+        check_vma=False,
+    )
 
-    return of_all_members
+
+def add_up(tree: Any, axis: str | None) -> Any:
+    """Sums arrays over the devices of a mesh axis, inside `over_mesh`; None leaves them alone.
+
+    They travel as one array: each array of its own would have all devices wait for each other.
+    Whole numbers stay exact up to 2²⁴.
+    """
+    if axis is None:
+        return tree
+    dtype = next(x.dtype for x in jax.tree.leaves(tree) if np.issubdtype(x.dtype, np.floating))
+    flat, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), tree))
+    total = unravel(lax.psum(flat, axis))
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), total, tree)
 
 
 def _divisors(number):

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax import lax
 
-from seqmnist import keys, members
+from seqmnist import keys, members, sharding
 from seqmnist.augment import AUGMENTATIONS
 from seqmnist.config import Config
 from seqmnist.data import Batch
@@ -40,7 +41,7 @@ class System(NamedTuple):
     Attributes:
       graphdef: the model without its parameters.
       optimizer: the gradient transformation.
-      augment: (images, key) -> images, for training.
+      augment: (images, a key for each) -> images, for training.
     """
 
     graphdef: nnx.GraphDef
@@ -48,10 +49,10 @@ class System(NamedTuple):
     augment: Callable[[jax.Array, jax.Array], jax.Array]
 
     def apply(
-        self, params: Any, images: jax.Array, dropout_key: jax.Array | None = None
+        self, params: Any, images: jax.Array, dropout_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Returns logits [B, C] for images uint8 [B, 28, 28]; without a key, no dropout."""
-        return nnx.merge(self.graphdef, params)(images, dropout_key)
+        """Returns logits [B, C] for images uint8 [B, 28, 28]; without keys [B], no dropout."""
+        return nnx.merge(self.graphdef, params)(images, dropout_keys)
 
 
 def make_system(config: Config, num_steps: int | None = None) -> System:
@@ -90,43 +91,54 @@ def init_state(
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.uint32))
 
 
-def train_step(system: System, state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+def train_step(
+    system: System, state: TrainState, batch: Batch, axis: str | None = None
+) -> tuple[TrainState, Sums]:
     """Takes one update on the mean loss of a batch.
 
     Args:
       system: the fixed half.
       state: before the update.
-      batch: image uint8 [B, 28, 28], label int32 [B], mask bool [B].
+      batch: image uint8 [B, 28, 28], label int32 [B], mask bool [B]; this device's part of it,
+        where the batch is split.
+      axis: the axis of the mesh over which the batch is split, inside `sharding.over_mesh`.
 
     Returns:
-      The state after the update, and the sums of the batch before it.
+      The state after the update, and the sums of the whole batch before it.
     """
+    size = len(batch.label)
+    first = 0 if axis is None else lax.axis_index(axis) * size
+    positions = first + jnp.arange(size, dtype=jnp.int32)
 
-    images = system.augment(batch.image, keys.key(state.seed, "augment", state.step))
-    dropout_key = keys.key(state.seed, "dropout", state.step)
+    def draw_keys(purpose):
+        return keys.per_example(keys.key(state.seed, purpose, state.step), positions)
 
-    def mean_loss(params):
-        logits = system.apply(params, images, dropout_key)
+    images = system.augment(batch.image, draw_keys("augment"))
+
+    def total_loss(params):
+        logits = system.apply(params, images, draw_keys("dropout"))
         with jax.named_scope("loss"):
             sums = classification_sums(logits, batch.label, batch.mask)
-            return sums.loss / sums.count.astype(sums.loss.dtype), sums
+        return sums.loss, sums
 
-    grads, sums = jax.grad(mean_loss, has_aux=True)(state.params)
+    grads, sums = jax.grad(total_loss, has_aux=True)(state.params)
+    grads, sums = sharding.add_up((grads, sums), axis)
     with jax.named_scope("optimizer"):
+        grads = jax.tree.map(lambda grad: grad / sums.count.astype(grad.dtype), grads)
         updates, opt_state = system.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
     return TrainState(params, opt_state, state.step + 1, state.seed), sums
 
 
 def guarded_step(
-    system: System, state: TrainState, sums: Sums, batch: Batch
+    system: System, state: TrainState, sums: Sums, batch: Batch, axis: str | None = None
 ) -> tuple[TrainState, Sums]:
-    """Takes a step, and adds up its sums, unless something in it is not finite.
+    """Takes a `train_step`, and adds up its sums, unless something in it is not finite.
 
     From such a step on, the state stays as it was before it, and the summed loss is NaN: where
     a run went wrong can be told at any later time, and nothing good is lost.
     """
-    after, batch_sums = train_step(system, state, batch)
+    after, batch_sums = train_step(system, state, batch, axis)
     sums = sums + batch_sums
     finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params)]
     is_finite = jnp.stack([jnp.isfinite(sums.loss), *finite]).all()

@@ -6,7 +6,7 @@ from scipy.ndimage import affine_transform
 
 from seqmnist import augment
 
-KEY = jax.random.key(0)
+KEYS = jax.random.split(jax.random.key(0), 50)
 
 
 def blob():
@@ -17,8 +17,8 @@ def blob():
 
 def test_no_distortion_is_the_identity(digits):
     images = jnp.array(digits[0][:5])
-    still = augment.affine(images, KEY, degrees=0, shift=0, stretch=0, shear=0)
-    chex.assert_trees_all_equal(still, images, augment.none(images, KEY))
+    still = augment.affine(images, KEYS[:5], degrees=0, shift=0, stretch=0, shear=0)
+    chex.assert_trees_all_equal(still, images, augment.none(images, KEYS[:5]))
 
 
 def test_each_image_is_distorted_as_scipy_does():
@@ -35,7 +35,7 @@ def test_each_image_is_distorted_as_scipy_does():
 
 def test_every_image_moves_its_own_way_and_keeps_its_ink():
     images = jnp.array(np.stack([blob()] * 50))
-    moved = jax.jit(augment.affine)(images, KEY)
+    moved = jax.jit(augment.affine)(images, KEYS)
     assert moved.dtype == jnp.uint8
     assert len({bytes(np.asarray(image)) for image in moved}) == 50
     ink = np.asarray(moved, float).sum((1, 2)) / blob().sum()

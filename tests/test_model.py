@@ -146,11 +146,13 @@ def test_a_residual_block_is_its_formula():
 def test_dropout_is_random_in_training_and_absent_otherwise(digits):
     images = jnp.array(digits[0][:8])
     model, still = make(dropout=0.5, num_layers=2), make(num_layers=2)
-    keys = jax.random.split(jax.random.key(0), 2)
+    keys = jax.random.split(jax.random.key(0), (2, 8))
     chex.assert_trees_all_equal(model(images), still(images), still(images, keys[0]))
     chex.assert_trees_all_equal(model(images, keys[0]), model(images, keys[0]))
     assert not np.allclose(model(images, keys[0]), model(images, keys[1]))
     assert not np.allclose(model(images, keys[0]), model(images))
+    part = model(images[3:5], keys[0, 3:5])
+    chex.assert_trees_all_close(part, model(images, keys[0])[3:5], atol=1e-6)
 
 
 @pytest.mark.parametrize("cell", CELLS)

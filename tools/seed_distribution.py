@@ -17,6 +17,7 @@ import time
 import jax
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from seqmnist import data, interop, sharding
 from seqmnist.config import Config
@@ -48,8 +49,10 @@ def train_here(config: Config, seeds: np.ndarray, images, labels, splits) -> dic
     system = make_system(config, num_steps)
     loop = Resident(system, images, labels, mesh, True)
     seeds = sharding.spread(mesh, np.asarray(seeds, np.uint32), "member")
-    each = sharding.over_members(lambda seed, _: init_state(config, system, seed), mesh, 1)
-    state = jax.jit(each)(seeds, 0)
+    each = sharding.over_mesh(
+        lambda seed: init_state(config, system, seed), mesh, [P()], [], P(), has_members=True
+    )
+    state = jax.jit(each)(seeds)
 
     @jax.jit
     def epoch_rows(epoch):
