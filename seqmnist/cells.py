@@ -28,7 +28,7 @@ class RecurrentParam(nnx.Param):
 
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """Returns x W + b: [..., F] with [F, H] and [H] -> [..., H]."""
-    return x @ kernel + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+    return scans.product(x, kernel) + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
 class Cell(nnx.Module):
@@ -349,7 +349,8 @@ class LRU(LinearCell):
     def project(self, x: jax.Array) -> jax.Array:
         """[..., F] -> [..., 2·H]: the real and imaginary part of γ x_t B, side by side."""
         gamma = jnp.exp(self.gamma_log[...])[None]
-        return x @ jnp.concatenate([self.B_re[...] * gamma, self.B_im[...] * gamma], axis=1)
+        kernel = jnp.concatenate([self.B_re[...] * gamma, self.B_im[...] * gamma], axis=1)
+        return scans.product(x, kernel)
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `LinearCell`: a = λ, the same at every time step, b = γ x_t B."""
@@ -361,7 +362,7 @@ class LRU(LinearCell):
     def emit(self, h: jax.Array, x: jax.Array) -> jax.Array:
         """(h complex [T, B, H], x [T, B, F]) -> y, [T, B, H]."""
         parts = jnp.concatenate([h.real, h.imag], axis=-1)
-        y = parts @ jnp.concatenate([self.C_re[...], -self.C_im[...]], axis=0)
+        y = scans.product(parts, jnp.concatenate([self.C_re[...], -self.C_im[...]], axis=0))
         return y if self.D is None else y + x * self.D[...].reshape(1, 1, -1)
 
 

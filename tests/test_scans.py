@@ -57,6 +57,20 @@ def test_gated_equals_the_plain_scan(name, unroll, dtype):
         chex.assert_trees_all_close(fast_pullback(dh), pullback(dh), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("shape", [(9, 4, 3), (4, 3)])
+def test_product_equals_the_plain_product(shape, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        x, kernel = (random_like(jnp.zeros(s), i, dtype) for i, s in enumerate((shape, (3, 5))))
+        (y, pullback), (fast_y, fast_pullback) = (
+            jax.vjp(function, x, kernel) for function in (jnp.matmul, scans.product)
+        )
+        dy = random_like(y, 2, dtype)
+        tolerance = 1e-12 if dtype == jnp.float64 else 1e-5
+        chex.assert_trees_all_close(fast_y, y, atol=tolerance)
+        chex.assert_trees_all_close(fast_pullback(dy), pullback(dy), rtol=tolerance, atol=tolerance)
+
+
 def linear_slow(a, b, carry):
     a = jnp.broadcast_to(a, b.shape)
     return jax.lax.scan(lambda h, ab: (ab[0] * h + ab[1],) * 2, carry, (a, b))[1]
