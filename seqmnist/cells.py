@@ -75,7 +75,7 @@ class Cell(nnx.Module):
 
 
 class GatedCell(Cell):
-    """A recurrence through a matrix: gates act on z_t, from the input, and r_t = h_{t-1} U.
+    """A recurrence through a matrix: gates act on z_t, from the input, and on h_{t-1} U.
 
     A subclass gives `gates`. Parameters are named, laid out and started as in Keras, the
     gates side by side in the order that the subclass documents.
@@ -105,15 +105,16 @@ class GatedCell(Cell):
         return affine(x, self.kernel[...], self.bias[...])
 
     @staticmethod
-    def gates(carry: Any, z: jax.Array, r: jax.Array) -> tuple[Any, jax.Array]:
-        """(carry, z_t [B, K·H], r_t [B, K·H]) -> (carry, h_t [B, H]); no parameters.
+    def gates(carry: Any, *inputs: jax.Array) -> tuple[Any, jax.Array]:
+        """(carry, z_t + h_{t-1} U [B, K·H]) -> (carry, h_t [B, H]); no parameters.
 
-        The first array of the carry is h.
+        Where `recurrence` gives a c, z_t and h_{t-1} U + c come apart. The first array of the
+        carry is h.
         """
         raise NotImplementedError
 
     def recurrence(self) -> tuple[jax.Array, jax.Array | None]:
-        """Returns U and, where r_t = h_{t-1} U + c, c; else None."""
+        """Returns U and c, or None."""
         return self.recurrent_kernel[...], None
 
     def step(self, carry: Any, z: jax.Array) -> tuple[Any, jax.Array]:
@@ -133,14 +134,22 @@ class SimpleRNN(GatedCell):
     Source: J. L. Elman, Finding structure in time, Cognitive Science 14 (1990).
     """
 
-    @staticmethod
-    def gates(carry: jax.Array, z: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
+    activation = staticmethod(jnp.tanh)
+    slope = staticmethod(lambda h: 1 - h * h)
+
+    def gates(self, carry: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """See `GatedCell`."""
-        h = jnp.tanh(z + r)
+        del carry
+        h = self.activation(z)
         return h, h
 
+    def scan(self, carry: jax.Array, z: jax.Array, config: ScanConfig) -> jax.Array:
+        """See `Cell`."""
+        kernel = self.recurrent_kernel[...]
+        return scans.ungated(self.activation, self.slope, kernel, carry, z, config)
 
-class IRNN(GatedCell):
+
+class IRNN(SimpleRNN):
     """The Elman network with rectified units, started as the identity; H (F + H + 1) parameters.
 
     h_t = max(0, x_t W + b + h_{t-1} U), h_0 = 0; U = I and W ~ N(0, 0.001²) at the start.
@@ -152,11 +161,8 @@ class IRNN(GatedCell):
     kernel_init = staticmethod(nnx.initializers.normal(1e-3))
     recurrent_init = staticmethod(lambda key, shape: jnp.eye(*shape))
 
-    @staticmethod
-    def gates(carry: jax.Array, z: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """See `GatedCell`."""
-        h = jax.nn.relu(z + r)
-        return h, h
+    activation = staticmethod(jax.nn.relu)
+    slope = staticmethod(lambda h: (h > 0).astype(h.dtype))
 
 
 class GRU(GatedCell):
@@ -236,9 +242,9 @@ class LSTM(GatedCell):
         return LSTMCarry(*[super().initial_carry(batch_size)] * 2)
 
     @staticmethod
-    def gates(carry: LSTMCarry, z: jax.Array, r: jax.Array) -> tuple[LSTMCarry, jax.Array]:
+    def gates(carry: LSTMCarry, z: jax.Array) -> tuple[LSTMCarry, jax.Array]:
         """See `GatedCell`."""
-        i, f, g, o = jnp.split(z + r, 4, axis=-1)
+        i, f, g, o = jnp.split(z, 4, axis=-1)
         c = jax.nn.sigmoid(f) * carry.c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(c)
         return LSTMCarry(h, c), h

@@ -86,8 +86,7 @@ class ScanConfig:
     Attributes:
       method: of linear recurrences: step by step, or in O(log T) `parallel` steps; `auto`
         decides by device and length.
-      unroll: time steps a loop iteration; `auto` is what was fastest: all of a short recurrence
-        without gates, else one.
+      unroll: time steps a loop iteration; `auto` is what was fastest, compilation included: one.
     """
 
     method: str = _field("auto", choices=("auto", "sequential", "parallel"))

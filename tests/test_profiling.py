@@ -6,7 +6,7 @@ import pytest
 
 from seqmnist import config as config_lib
 from seqmnist import data, loop, profiling, records
-from seqmnist.config import Config, ProfileConfig, ScanConfig
+from seqmnist.config import Config, ProfileConfig
 from seqmnist.errors import UserError
 from seqmnist.steps import init_state, make_system
 from tools import trace_summary
@@ -30,8 +30,7 @@ def test_stretches_pause_at_breaks():
 
 
 def test_a_trace_holds_exactly_its_steps(digits, tmp_path):
-    scan = ScanConfig(unroll="1")  # the counts below are of its loop
-    config = dataclasses.replace(Config(), profile=ProfileConfig("11:15"), scan=scan)
+    config = dataclasses.replace(Config(), profile=ProfileConfig("11:15"))
     system = make_system(config)
     resident = loop.Resident(system, *digits)
     state = init_state(config, system, 0)

@@ -12,7 +12,7 @@ from flax import nnx
 from seqmnist import cells, scans
 from seqmnist.config import ScanConfig
 
-GATED = ["simple_rnn", "irnn", "gru", "lstm"]
+RECURRENT = ["simple_rnn", "irnn", "gru", "lstm"]
 
 
 def random_like(tree, seed, dtype):
@@ -30,26 +30,23 @@ def random_like(tree, seed, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("unroll", ["auto", "1", "4"])
-@pytest.mark.parametrize("name", GATED)
-def test_gated_equals_the_plain_scan(name, unroll, dtype):
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_cell_scans_as_its_steps_one_by_one(name, unroll, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         cell = cells.CELLS[name](3, 5, rngs=nnx.Rngs(0))
-        kernel, bias = (
-            None if x is None else random_like(x, i, dtype) / 2
-            for i, x in enumerate(cell.recurrence())
-        )
+        graphdef, params = nnx.split(cell)
+        params = jax.tree.map(lambda leaf: leaf / 2, random_like(params, 1, dtype))
         carry = random_like(cell.initial_carry(2), 2, dtype)
-        z = random_like(jnp.zeros((9, 2, kernel.shape[1])), 3, dtype)
-        config = ScanConfig(unroll=unroll)
+        z = random_like(jnp.zeros((9, 2, cell.kernel.shape[1])), 3, dtype)
 
-        def slow(kernel, bias, carry, z):
-            step = functools.partial(scans.gated_step, cell.gates, kernel, bias)
+        def slow(params, carry, z):
+            step = nnx.merge(graphdef, params).step
             return scans.sequential(step, carry, z, ScanConfig())
 
-        def fast(kernel, bias, carry, z):
-            return scans.gated(cell.gates, kernel, bias, carry, z, config)
+        def fast(params, carry, z):
+            return nnx.merge(graphdef, params).scan(carry, z, ScanConfig(unroll=unroll))
 
-        inputs = (kernel, bias, carry, z)
+        inputs = (params, carry, z)
         (h, pullback), (fast_h, fast_pullback) = jax.vjp(slow, *inputs), jax.vjp(fast, *inputs)
         dh = random_like(h, 4, dtype)
         tolerance = 1e-12 if dtype == jnp.float64 else 1e-5
