@@ -6,6 +6,7 @@ where -1 marks padding; resident and streamed input both start from those rows, 
 visit the same examples in the same order.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -60,9 +61,26 @@ def make_splits(num_train: int, num_test: int, validation_fraction: float) -> di
     }
 
 
-def epoch_order(seed: jax.Array | int, epoch: jax.Array | int, size: int) -> jax.Array:
-    """Returns the order in which an epoch visits the training set: int32 [size]."""
-    return jax.random.permutation(keys.key(seed, "epoch_order", epoch), size)
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Returns the order in which an epoch visits the training set: int32 [size].
+
+    It is `jax.random.permutation`'s, for sizes in the thousands, but sorted by NumPy, which takes
+    a third of the time that XLA does on CPUs, and nothing to compile.
+    """
+    order = np.arange(size, dtype=np.int32)
+    for numbers in np.asarray(_numbers_to_sort_by(np.uint32(seed), epoch, size)):
+        order = order[np.argsort(numbers, kind="stable")]
+    return order
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _numbers_to_sort_by(seed, epoch, size):
+    """Draws two rounds, [2, size]: among so many numbers of 32 bits, some pairs are equal."""
+    key, rounds = keys.key(seed, "epoch_order", epoch), []
+    for _ in range(2):
+        key, subkey = jax.random.split(key)
+        rounds.append(jax.random.bits(subkey, (size,)))
+    return jnp.stack(rounds)
 
 
 def num_batches(size: int, batch_size: int) -> int:
@@ -70,7 +88,7 @@ def num_batches(size: int, batch_size: int) -> int:
     return -(-size // batch_size)
 
 
-def batch_rows(order: jax.Array | np.ndarray, batch_size: int) -> np.ndarray:
+def batch_rows(order: np.ndarray, batch_size: int) -> np.ndarray:
     """Cuts a list of example numbers into batches: [N] -> int32 [steps, B], padded."""
     steps = num_batches(len(order), batch_size)
     padding = (0, steps * batch_size - len(order))

@@ -28,10 +28,6 @@ from seqmnist.steps import System, init_state, make_system, train_step
 from seqmnist.views import permutation, permutation_sha256, sequence_shape
 
 
-# For what runs once, or once an epoch: a third of the time to compile is worth more than speed.
-_QUICKLY = {"xla_backend_optimization_level": 0}
-
-
 class Parts(NamedTuple):
     """What a run is made of, but for its state.
 
@@ -69,10 +65,12 @@ class Parts(NamedTuple):
         )
         return Saved(*arrays, 0, [], "", 0.0)
 
-    def start(self) -> Saved:
+    def start(self, like: Saved) -> Saved:
         """Returns the beginning of the run."""
-        shardings = jax.tree.map(lambda x: x.sharding, self.like().state)
-        init = jax.jit(self._init, out_shardings=shardings, compiler_options=_QUICKLY)
+        shardings = jax.tree.map(lambda x: x.sharding, like.state)
+        # It runs once: a third of the time to compile is worth more than how fast it runs.
+        options = {"xla_backend_optimization_level": 0}
+        init = jax.jit(self._init, out_shardings=shardings, compiler_options=options)
         progress = self.loop.start(init())
         return Saved(progress.state, progress.sums, 0, [], self.dataset.fingerprint, 0.0)
 
@@ -85,18 +83,17 @@ class Parts(NamedTuple):
         by_seed = dict(zip(set(seeds), rows, strict=True))
         return np.stack([by_seed[seed] for seed in seeds])
 
-    def compile_ahead(self, pool: futures.Executor) -> dict[str, futures.Future]:
+    def compile_ahead(self, pool: futures.Executor, like: Saved) -> dict[str, futures.Future]:
         """Begins to compile what the run will need: {program: its `profiling.program_cost`}.
 
         The compiler leaves Python's lock alone, so that programs compile side by side. Tracing
         does not, and it follows settings of JAX that hold for this thread alone.
         """
-        like, steps = self.like(), self.steps_per_epoch
         own = (len(self.plan),) if len(self.plan) > 1 else ()
         programs = self.loop.programs(
             like.state,
             like.sums,
-            (*own, steps, self.config.train.batch_size),
+            (*own, self.steps_per_epoch, self.config.train.batch_size),
             self.rows["test"].shape,
         )
         ahead = {name: pool.submit(profiling.program_cost, each) for name, each in programs.items()}
@@ -158,20 +155,20 @@ def train(
         # Closed where the run ends in order, not in a `with`: closing waits for other processes,
         # and one of them may have died.
         with futures.ThreadPoolExecutor() as pool:
-            ahead = parts.compile_ahead(pool)
+            like = parts.like()
+            ahead = parts.compile_ahead(pool, like)
             checkpoints = Checkpoints(workdir, config.checkpoint)
-            saved = checkpoints.restore(parts.like(), display.notice)
+            saved = checkpoints.restore(like, display.notice)
             if saved and saved.fingerprint != parts.dataset.fingerprint:
                 raise UserError(
                     f"--workdir={workdir} was trained on other data than {parts.dataset.name} in "
                     f"{parts.dataset.directory}; name the same dataset, or start with --overwrite"
                 )
-            params = parts.like().state.params
-            display.setup(config, parts.dataset, parts.splits, params, parts.mesh)
+            display.setup(config, parts.dataset, parts.splits, like.state.params, parts.mesh)
             if saved:
                 epoch, step = len(saved.history) + 1, saved.step % parts.steps_per_epoch
                 display.say(f"Resuming in epoch {epoch}, after {step} of its steps")
-            saved = saved or parts.start()
+            saved = saved or parts.start(like)
         costs = {name: cost.result() for name, cost in ahead.items()}
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(saved.state.params))
         events = records.Events(workdir, saved.history) if is_writer else None
@@ -461,11 +458,8 @@ def _means(sums):
     return sharding.gather(sums).means()
 
 
-_epoch_order = jax.jit(data.epoch_order, static_argnums=2, compiler_options=_QUICKLY)
-
-
 def _epoch_rows(seed, epoch, size, config):
-    order = _epoch_order(np.uint32(seed), epoch, size)
+    order = data.epoch_order(seed, epoch, size)
     return data.batch_rows(order, config.train.batch_size)
 
 

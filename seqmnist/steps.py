@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from seqmnist import keys, members, sharding
 from seqmnist.augment import AUGMENTATIONS
@@ -140,8 +141,7 @@ def guarded_step(
     """
     after, batch_sums = train_step(system, state, batch, axis)
     sums = sums + batch_sums
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after.params)]
-    is_finite = jnp.stack([jnp.isfinite(sums.loss), *finite]).all()
+    is_finite = jnp.isfinite(ravel_pytree((sums.loss, after.params))[0]).all()
     state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
     return state, sums._replace(loss=jnp.where(is_finite, sums.loss, jnp.nan))
 

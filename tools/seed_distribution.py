@@ -16,7 +16,6 @@ import time
 
 import jax
 import numpy as np
-from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from seqmnist import data, interop, sharding
@@ -48,21 +47,13 @@ def train_here(config: Config, seeds: np.ndarray, images, labels, splits) -> dic
     num_steps = config.train.num_epochs * data.num_batches(len(train), batch_size)
     system = make_system(config, num_steps)
     loop = Resident(system, images, labels, mesh, True)
-    seeds = sharding.spread(mesh, np.asarray(seeds, np.uint32), "member")
     each = sharding.over_mesh(
         lambda seed: init_state(config, system, seed), mesh, [P()], [], P(), has_members=True
     )
-    state = jax.jit(each)(seeds)
-
-    @jax.jit
-    def epoch_rows(epoch):
-        def rows(seed):
-            return data.batch_rows(data.epoch_order(seed, epoch, len(train)), batch_size)
-
-        return lax.map(rows, seeds)
-
+    state = jax.jit(each)(sharding.spread(mesh, np.asarray(seeds, np.uint32), "member"))
     for epoch in range(config.train.num_epochs):
-        rows = sharding.spread(mesh, epoch_rows(epoch), "member")
+        orders = [data.epoch_order(seed, epoch, len(train)) for seed in seeds]
+        rows = np.stack([data.batch_rows(order, batch_size) for order in orders])
         for progress in loop.train(loop.start(state), rows):
             state = progress.state
     test = data.batch_rows(np.array(splits["test"]), batch_size)
