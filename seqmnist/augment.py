@@ -6,12 +6,6 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
 
-def none(images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Returns the images as they are."""
-    del keys
-    return images
-
-
 def affine(
     images: jax.Array,
     keys: jax.Array,
@@ -49,4 +43,4 @@ def _affine_one(image, amounts):
     return jnp.round(values).astype(image.dtype).reshape(image.shape)
 
 
-AUGMENTATIONS = {"none": none, "affine": affine}
+AUGMENTATIONS = {"none": None, "affine": affine}

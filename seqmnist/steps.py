@@ -42,12 +42,14 @@ class System(NamedTuple):
     Attributes:
       graphdef: the model without its parameters.
       optimizer: the gradient transformation.
-      augment: (images, a key for each) -> images, for training.
+      augment: (images, a key for each) -> images, for training; or None.
+      drops_out: whether training drops outputs of layers.
     """
 
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
-    augment: Callable[[jax.Array, jax.Array], jax.Array]
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None
+    drops_out: bool
 
     def apply(
         self, params: Any, images: jax.Array, dropout_keys: jax.Array | None = None
@@ -70,7 +72,7 @@ def make_system(config: Config, num_steps: int | None = None) -> System:
     swept = tuple(name.removeprefix("optimizer.") for name in members.swept_fields(config))
     optimizer = make_optimizer(config.optimizer, num_steps, swept)
     augment = choose(AUGMENTATIONS, config.train.augment, "train.augment")
-    return System(graphdef, optimizer, augment)
+    return System(graphdef, optimizer, augment, config.model.dropout > 0)
 
 
 def init_state(
@@ -107,17 +109,19 @@ def train_step(
     Returns:
       The state after the update, and the sums of the whole batch before it.
     """
-    size = len(batch.label)
-    first = 0 if axis is None else lax.axis_index(axis) * size
-    positions = first + jnp.arange(size, dtype=jnp.int32)
 
     def draw_keys(purpose):
+        size = len(batch.label)
+        first = 0 if axis is None else lax.axis_index(axis) * size
+        positions = first + jnp.arange(size, dtype=jnp.int32)
         return keys.per_example(keys.key(state.seed, purpose, state.step), positions)
 
-    images = system.augment(batch.image, draw_keys("augment"))
+    images, dropout_keys = batch.image, draw_keys("dropout") if system.drops_out else None
+    if system.augment:
+        images = system.augment(images, draw_keys("augment"))
 
     def total_loss(params):
-        logits = system.apply(params, images, draw_keys("dropout"))
+        logits = system.apply(params, images, dropout_keys)
         with jax.named_scope("loss"):
             sums = classification_sums(logits, batch.label, batch.mask)
         return sums.loss, sums
