@@ -23,10 +23,10 @@ from seqmnist.errors import UserError
 # products over one product; an accelerator does.
 _AT_ONCE = {"cpu": 1}
 
-# Splitting a batch further costs more in communication than it saves. On two CPU cores, halves of
-# 64 examples train 1.25 (SimpleRNN), 1.4 (GRU) and 1.7 times (LSTM) as fast as the whole on one
-# device, whose threads leave the second core nearly idle between such small products.
-_LEAST_BATCH = {"cpu": 64}
+# No batch is split further than this. On two CPU cores, halves of 64 examples train 1.6 times as
+# fast as the whole on one device, whose threads leave the second core nearly idle between such
+# small products, and halves of 32 still 1.5 times (SimpleRNN, GRU and LSTM alike).
+_LEAST_BATCH = {"cpu": 32}
 _LEAST_BATCH_OF_ACCELERATORS = 128
 
 
