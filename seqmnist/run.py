@@ -86,8 +86,8 @@ class Parts(NamedTuple):
     def compile_ahead(self, pool: futures.Executor, like: Saved) -> dict[str, futures.Future]:
         """Begins to compile what the run will need: {program: its `profiling.program_cost`}.
 
-        The compiler leaves Python's lock alone, so that programs compile side by side. Tracing
-        does not, and it follows settings of JAX that hold for this thread alone.
+        The compiler leaves Python's lock alone, and so runs beside this thread. Tracing does not,
+        and it follows settings of JAX that hold for this thread alone.
         """
         own = (len(self.plan),) if len(self.plan) > 1 else ()
         programs = self.loop.programs(
@@ -154,7 +154,8 @@ def train(
             workdir_lib.clear(workdir)
         # Closed where the run ends in order, not in a `with`: closing waits for other processes,
         # and one of them may have died.
-        with futures.ThreadPoolExecutor() as pool:
+        # One program after the other: each keeps several cores busy, and takes 60 MB.
+        with futures.ThreadPoolExecutor(max_workers=1) as pool:
             like = parts.like()
             ahead = parts.compile_ahead(pool, like)
             checkpoints = Checkpoints(workdir, config.checkpoint)
