@@ -57,7 +57,7 @@ class Loop(Protocol):
     def programs(
         self, state: TrainState, sums: Sums, rows: tuple[int, ...], held_out: tuple[int, ...]
     ) -> dict[str, jax.stages.Lowered]:
-        """Returns "train" and "evaluate", to be compiled ahead of their first calls.
+        """Returns "train", "evaluate" and what else there is, to be compiled ahead of first calls.
 
         Args:
           state, sums: shapes, dtypes and shardings, as `start` places them.
@@ -188,14 +188,19 @@ class Streamed:
 
             return lax.scan(body, sums, window)[0]
 
+        def total(sums):
+            return sharding.add_up(jax.tree.map(lambda x: x[0], sums), "data")
+
         over_mesh = functools.partial(
             sharding.over_mesh, mesh=self._mesh, shared=(), has_members=False
         )
         train = over_mesh(train, own=(P(), P(), P(None, "data"), P(), P()), out=P())
-        # Each device keeps sums of its own, [1], until the end.
+        # Each device keeps sums of its own, [1], until all windows are read.
         evaluate = over_mesh(evaluate, own=(P(), P("data"), P(None, "data")), out=P("data"))
+        total = over_mesh(total, own=(P("data"),), out=P())
         self._train = jax.jit(train, donate_argnums=(0, 1))
         self._evaluate = jax.jit(evaluate, donate_argnums=1)
+        self._total = jax.jit(total)
 
     def start(self, state: TrainState) -> Progress:
         """See `Loop`."""
@@ -222,7 +227,7 @@ class Streamed:
         sums = self._no_sums(params, "data")
         for window in data.stream(self._records, rows, self._mesh):
             sums = self._evaluate(params, sums, window)
-        return jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), sharding.gather(sums))
+        return self._total(sums)
 
     def programs(self, state, sums, rows, held_out):
         """See `Loop`."""
@@ -233,11 +238,11 @@ class Streamed:
             jax.ShapeDtypeStruct(shape, np.int32, sharding=place),
             jax.ShapeDtypeStruct(shape, np.bool_, sharding=place),
         )
+        own = self._no_sums(state.params, "data")
         return {
             "train": self._train.lower(state, sums, window, 0, 1),
-            "evaluate": self._evaluate.lower(
-                state.params, self._no_sums(state.params, "data"), window
-            ),
+            "evaluate": self._evaluate.lower(state.params, own, window),
+            "total": self._total.lower(own),
         }
 
     def _no_sums(self, params, *axes):

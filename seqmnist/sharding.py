@@ -25,8 +25,8 @@ _ONE_BY_ONE = ("cpu",)
 
 # No batch is split further than this. On two CPU cores, halves of 64 examples train 1.6 times as
 # fast as the whole on one device, whose threads leave the second core nearly idle between such
-# small products, and halves of 32 still 1.5 times (SimpleRNN, GRU and LSTM alike).
-_LEAST_BATCH = {"cpu": 32}
+# small products (SimpleRNN, GRU and LSTM alike). More than two have not been measured.
+_LEAST_BATCH = {"cpu": 64}
 _LEAST_BATCH_OF_ACCELERATORS = 128
 
 

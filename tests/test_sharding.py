@@ -101,8 +101,7 @@ def test_a_split_batch_is_reduced_once_a_step(digits):
 
 PLANS = [
     # members, batch, devices, asked for, (member, data) on CPUs
-    (1, 128, 8, {}, [1, 4]),
-    (1, 48, 8, {}, [1, 1]),
+    (1, 128, 8, {}, [1, 2]),
     (8, 128, 8, {}, [8, 1]),
     (6, 128, 8, {}, [6, 1]),
     (5, 128, 2, {}, [1, 2]),
