@@ -29,7 +29,7 @@ def _product_backward(residuals, dy):
     return dy @ kernel.T, _kernel_gradient(x, dy)
 
 
-product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
 
 
 def _kernel_gradient(x, dy):
