@@ -270,8 +270,8 @@ def _stretches(
 ) -> Iterator[tuple[int, int]]:
     """Cuts an epoch into stretches (start, stop), each as long as fits in half a second.
 
-    No stretch goes beyond one of `breaks`. A short epoch is a few calls that double in length; a
-    long one can show its progress and answer a signal.
+    No stretch goes beyond one of `breaks`. A few steps tell the pace: a short epoch is two calls,
+    and a long one can show its progress and answer a signal.
     """
     size = 8
     while start < num_steps:
@@ -279,6 +279,7 @@ def _stretches(
         ends = [step for step in (*breaks, num_steps) if step > start]
         stop = min(start + size, *ends)
         yield start, stop
-        size = 2 * size if time.monotonic() - began < 0.25 else max(1, size // 2)
-        size = sharding.agree(size)  # or processes would reduce gradients of different steps
+        pace = (stop - start) / max(time.monotonic() - began, 1e-9)
+        # Agreed on, or processes would reduce gradients of different steps.
+        size = sharding.agree(max(1, int(min(pace / 2, num_steps))))
         start = stop

@@ -67,10 +67,19 @@ def test_a_whole_run_compiles_once(digits, mode, monkeypatch):
         loops[mode].evaluate(progress.state.params, data.batch_rows(np.arange(130), 8))
 
 
-def test_stretches_cover_an_epoch():
-    stretches = list(loop._stretches(0, 375))
-    assert [i for start, stop in stretches for i in range(start, stop)] == list(range(375))
-    assert len(stretches) < 10
+@pytest.mark.parametrize(
+    ("seconds_a_step", "sizes"),
+    [(0.001, [8, 42]), (0.12, [8, *[4] * 10, 2]), (2.0, [8, *[1] * 42])],
+)
+def test_stretches_take_half_a_second(seconds_a_step, sizes, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    stretches = []
+    for start, stop in loop._stretches(10, 60):
+        now[0] += seconds_a_step * (stop - start)
+        stretches.append((start, stop))
+    assert [i for start, stop in stretches for i in range(start, stop)] == list(range(10, 60))
+    assert [stop - start for start, stop in stretches] == sizes
 
 
 def test_a_step_that_is_not_finite_changes_nothing(digits):
