@@ -5,6 +5,7 @@ as JSON, the epochs that are done and a SHA-256 of everything, so that damage is
 it is.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -48,9 +49,12 @@ class Checkpoints:
     """The checkpoints of a workdir, for the run that writes them; close it to finish writing."""
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
-        """Opens them; the folder is made where it does not exist."""
+        """Touches nothing yet."""
         self._workdir, self._config = workdir, config
-        self._manager = _manager(workdir, config)
+
+    @functools.cached_property
+    def _manager(self):
+        return _manager(self._workdir, self._config)
 
     def save(self, saved: Saved) -> None:
         """Saves in the background; a step that is saved already stays as it is."""
@@ -86,6 +90,8 @@ class Checkpoints:
         Raises:
           UserError: all are damaged.
         """
+        if not (self._workdir / DIRECTORY).exists():
+            return None
         found = None
         for step, saved, reason in _newest_first(self._manager, like):
             if saved:
@@ -95,8 +101,8 @@ class Checkpoints:
                 say(f"checkpoints/{step} is damaged ({reason}); set aside as {DAMAGED}/{step}")
                 found.parent.mkdir(exist_ok=True)
                 (self._workdir / DIRECTORY / str(step)).rename(_unused(found))
-        self._manager.close()
-        self._manager = _manager(self._workdir, self._config)
+        self.close()
+        del self._manager  # it knows those that are set aside
         if found:
             raise UserError(
                 f"no checkpoint of {self._workdir} is whole; train from the start with --overwrite"

@@ -1,5 +1,6 @@
 """Records in a workdir: config.json, metrics.jsonl, results.json, TensorBoard events."""
 
+import functools
 import importlib.metadata
 import json
 import math
@@ -70,33 +71,24 @@ class Events:
     """TensorBoard's event file of a workdir: what `metrics.jsonl` holds, as curves."""
 
     def __init__(self, workdir: pathlib.Path, history: list[dict[str, Any]]):
-        """Starts the file afresh, with the epochs that are done."""
-        # Here, not above: only training needs it.
+        """Takes the epochs that are done, with which the file is started afresh."""
+        self._workdir, self._history = workdir, list(history)
+
+    @functools.cached_property
+    def _writer(self):
+        # Not before it is needed: it takes long to import.
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        for old in workdir.glob("events.out.tfevents.*"):
+        for old in self._workdir.glob("events.out.tfevents.*"):
             old.unlink()
-        self._writer = EventFileWriter(str(workdir))
-        for record in history:
-            self.add(record)
+        writer = EventFileWriter(str(self._workdir))
+        for record in self._history:
+            _add_event(writer, record)
+        return writer
 
     def add(self, record: dict[str, Any]) -> None:
         """Adds an epoch; of members, mean, least and greatest."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = {}
-        for name, value in record.items():
-            if isinstance(value, list):
-                scalars |= {f"{name}/mean": sum(value) / len(value)}
-                scalars |= {f"{name}/min": min(value), f"{name}/max": max(value)}
-            elif isinstance(value, float):
-                scalars[name] = value
-        summary = Summary(
-            value=[Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()]
-        )
-        event = Event(wall_time=time.time(), step=record["step"], summary=summary)
-        self._writer.add_event(event)
+        _add_event(self._writer, record)
         self._writer.flush()
 
     def close(self) -> None:
@@ -107,6 +99,22 @@ class Events:
 def versions() -> dict[str, str]:
     """Returns the exact version of every package that a result depends on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _add_event(writer, record):
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    scalars = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            scalars |= {f"{name}/mean": sum(value) / len(value)}
+            scalars |= {f"{name}/min": min(value), f"{name}/max": max(value)}
+        elif isinstance(value, float):
+            scalars[name] = value
+    summary = Summary(value=[Summary.Value(tag=tag, simple_value=x) for tag, x in scalars.items()])
+    event = Event(wall_time=time.time(), step=record["step"], summary=summary)
+    writer.add_event(event)
 
 
 def _dump(value, indent=None):

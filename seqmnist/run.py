@@ -1,9 +1,11 @@
 """A run: data, state, loop, checkpoints and records composed. The one place that knows all."""
 
 import contextlib
+import importlib
 import os
 import pathlib
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -96,9 +98,7 @@ class Parts(NamedTuple):
             (*own, self.steps_per_epoch, self.config.train.batch_size),
             self.rows["test"].shape,
         )
-        ahead = {name: pool.submit(profiling.program_cost, each) for name, each in programs.items()}
-        pool.submit(self.epoch_rows, 0)
-        return ahead
+        return {name: pool.submit(profiling.program_cost, each) for name, each in programs.items()}
 
     def _init(self):
         """Lone states are drawn one by one, so that members equal lone runs."""
@@ -170,6 +170,8 @@ def train(
                 epoch, step = len(saved.history) + 1, saved.step % parts.steps_per_epoch
                 display.say(f"Resuming in epoch {epoch}, after {step} of its steps")
             saved = saved or parts.start(like)
+            threading.Thread(target=_import_ahead).start()
+            data.epoch_order(0, 0, len(parts.splits["train"]))  # compiles what draws it
         costs = {name: cost.result() for name, cost in ahead.items()}
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(saved.state.params))
         events = records.Events(workdir, saved.history) if is_writer else None
@@ -195,10 +197,10 @@ def train(
                         f"Stopped after step {saved.step}, and saved; the same command goes on"
                     )
                     raise SystemExit(128 + number)
+        scores = _scores(parts, saved)
         checkpoints.close()
         if is_writer:
             events.close()
-        scores = _scores(parts, saved)
         results = {
             "dataset": _describe(parts.dataset, parts.splits),
             "sequence": _describe_sequence(config.model),
@@ -253,6 +255,12 @@ def _set_up_jax(config):
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "seqmnist"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _import_ahead():
+    """Imports what the end of an epoch needs, while devices compile or train."""
+    for name in ("orbax.checkpoint", "tensorboard.summary.writer.event_file_writer"):
+        importlib.import_module(name)
 
 
 def _check_resumable(config, workdir) -> dict[str, Any] | None:
