@@ -170,8 +170,8 @@ def train(
                 epoch, step = len(saved.history) + 1, saved.step % parts.steps_per_epoch
                 display.say(f"Resuming in epoch {epoch}, after {step} of its steps")
             saved = saved or parts.start(like)
-            threading.Thread(target=_import_ahead).start()
             data.epoch_order(0, 0, len(parts.splits["train"]))  # compiles what draws it
+            threading.Thread(target=_import_ahead).start()
         costs = {name: cost.result() for name, cost in ahead.items()}
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(saved.state.params))
         events = records.Events(workdir, saved.history) if is_writer else None
@@ -309,7 +309,7 @@ def _compose(config: Config, display: Display) -> Parts:
         loop = Streamed(system, reader, mesh)
     else:
         arrays = zip(*(dataset.arrays(split) for split in ("train", "test")), strict=True)
-        loop = Resident(system, *map(np.concatenate, arrays), mesh, len(plan) > 1)
+        loop = Resident(system, *map(data.join, arrays), mesh, len(plan) > 1)
     rows = _evaluation_rows(splits, batch_size)
     return Parts(config, dataset, splits, plan, steps_per_epoch, system, mesh, loop, rows)
 

@@ -41,6 +41,17 @@ def test_batches_hold_every_example_once(size):
     assert rows.size - size < 128
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32])
+def test_devices_share_what_is_joined(dtype):
+    parts = [np.arange(n * 6, dtype=dtype).reshape(n, 2, 3) for n in (5, 2, 0)]
+    joined = data.join(parts)
+    np.testing.assert_array_equal(joined, np.concatenate(parts))
+    assert joined.dtype == dtype
+    placed = sharding.spread(sharding.make_mesh(1, 2), joined)
+    addresses = {shard.data.unsafe_buffer_pointer() for shard in placed.addressable_shards}
+    assert addresses == {joined.ctypes.data}
+
+
 def test_stream_brings_what_take_gathers(digits):
     images, labels = digits
     records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))

@@ -39,9 +39,10 @@ class Ours:
         self.state = init_state(self.config, system, 0)
 
     def make_loop(self, system, splits, mesh):
+        from seqmnist import data
         from seqmnist.loop import Resident
 
-        return Resident(system, *map(np.concatenate, zip(*splits, strict=True)), mesh)
+        return Resident(system, *map(data.join, zip(*splits, strict=True)), mesh)
 
     def train(self, num_steps):
         from seqmnist import data
