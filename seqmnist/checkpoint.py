@@ -90,7 +90,8 @@ class Checkpoints:
         Raises:
           UserError: all are damaged.
         """
-        if not (self._workdir / DIRECTORY).exists():
+        # Agreed on: another process may be removing an old run, or has not seen it removed.
+        if not sharding.agree((self._workdir / DIRECTORY).exists()):
             return None
         found = None
         for step, saved, reason in _newest_first(self._manager, like):

@@ -78,6 +78,8 @@ def _main(_) -> None:
     from seqmnist import distributed, run  # here, not above: --help and mistakes need no JAX
 
     gc.freeze()
+    # Libraries that are imported later, and traced programs, stay as well: not every 700 objects.
+    gc.set_threshold(100_000)
     gc.enable()
     with distributed.joined(
         _DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
