@@ -10,14 +10,18 @@ ours is faster or smaller. Sections: `job`, the notebook's whole job as a proces
 `floor`, what the arithmetic alone would take at the rate of a large matrix product.
 
 Measured on two CPU cores, and left out because it gains less than 5 % or loses:
-  time steps written out (`scan.unroll`): without gates 6 % of an epoch of rows, but twice the time
-    to compile, which makes the whole job longer; with gates nothing;
+  time steps written out (`scan.unroll`): none to 5 % slower, twice the time to compile;
   gates and states of a GRU or LSTM in the memory of their inputs, as `scans.ungated` does: XLA
     copies whole arrays at every time step, 1.4 times as slow for rows, 40 times for a GRU's pixels;
   a batch as two independent loops of one program: XLA runs them one after the other;
   `xla_cpu_use_fusion_emitters=false`: a third less to compile, 8 % more to train;
   `xla_cpu_prefer_vector_width=512`: no difference above the noise;
-  reading the dataset beside compilation: the decoded copy is read in 1 % of a job's time.
+  Eigen's products instead of YNNPACK's (`xla_cpu_experimental_ynn_fusion_type=`): a sixth slower;
+  an all-gather or a permutation of gradients instead of their all-reduce: no difference;
+  a kernel's gradient as the sum of two halves of the time steps: 9 % slower;
+  evaluation in batches of 512 instead of 128: no faster;
+  reading the dataset beside compilation: the decoded copy is read in 1 % of a job's time;
+  SciPy, which JAX's QR wants for orthogonal kernels, imported beside that reading: no difference.
 """
 
 import contextlib
