@@ -20,7 +20,7 @@ from seqmnist.errors import UserError
 
 PADDING = -1
 CHUNK = 512  # examples at once, at most, where nothing is trained
-WINDOW = 16  # batches that a stream brings at once; one by one, their dispatch would cost as much
+WINDOW = 32  # batches that a stream brings at once; one by one, their dispatch would cost as much
 
 
 class Batch(NamedTuple):
@@ -183,6 +183,6 @@ def stream(records: Records, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Itera
     rows = np.pad(rows, ((0, -len(rows) % WINDOW), (0, 0)), constant_values=PADDING)
     rows = rows.reshape(-1, WINDOW, rows.shape[1])
     windows = grain.MapDataset.range(len(rows)).map(lambda i: records.read(rows[i]))
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     for window in windows.to_iter_dataset(options):
         yield sharding.spread_local(mesh, window)
