@@ -52,6 +52,16 @@ def test_devices_share_what_is_joined(dtype):
     assert addresses == {joined.ctypes.data}
 
 
+@pytest.mark.parametrize("row", [[0, 99, 5], [100, 129, 101], [7, 128, 99], [-1, 100, 3]])
+def test_records_read_either_archive_or_both(row, digits):
+    images, labels = digits
+    records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
+    batch, numbers = records.read(np.array([row])), np.maximum([row], 0)
+    np.testing.assert_array_equal(batch.image, images[numbers])
+    np.testing.assert_array_equal(batch.label, labels[numbers])
+    np.testing.assert_array_equal(batch.mask, np.array([row]) >= 0)
+
+
 def test_stream_brings_what_take_gathers(digits):
     images, labels = digits
     records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
