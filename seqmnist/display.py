@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from seqmnist import members
 from seqmnist.config import Config
 from seqmnist.datasets.sources import Prepared
+from seqmnist.training import members
 
 
 class Display:

@@ -15,19 +15,22 @@ import jax
 import numpy as np
 from jax import lax
 
-from seqmnist import checkpoint, data, members, profiling, records, sharding
+from seqmnist import checkpoints as checkpoint_lib
 from seqmnist import config as config_lib
+from seqmnist import records
 from seqmnist import workdir as workdir_lib
-from seqmnist.checkpoint import Checkpoints, Saved
+from seqmnist.checkpoints import Checkpoints, Saved
 from seqmnist.config import Config
 from seqmnist.datasets import sources
 from seqmnist.display import Display
 from seqmnist.errors import UserError
-from seqmnist.loop import Loop, Progress, Resident, Streamed
-from seqmnist.metrics import Sums
-from seqmnist.optim import make_schedule
-from seqmnist.steps import System, init_state, make_system, train_step
-from seqmnist.views import permutation, permutation_sha256, sequence_shape
+from seqmnist.networks.views import permutation, permutation_sha256, sequence_shape
+from seqmnist.study import profiling
+from seqmnist.training import batches, devices, members
+from seqmnist.training.loop import Loop, Progress, Resident, Streamed
+from seqmnist.training.metrics import Sums
+from seqmnist.training.optim import make_schedule
+from seqmnist.training.steps import System, init_state, make_system, train_step
 
 
 class Parts(NamedTuple):
@@ -170,7 +173,7 @@ def train(
                 epoch, step = len(saved.history) + 1, saved.step % parts.steps_per_epoch
                 display.say(f"Resuming in epoch {epoch}, after {step} of its steps")
             saved = saved or parts.start(like)
-            data.epoch_order(0, 0, len(parts.splits["train"]))  # compiles what draws it
+            batches.epoch_order(0, 0, len(parts.splits["train"]))  # compiles what draws it
             threading.Thread(target=_import_ahead).start()
         costs = {name: cost.result() for name, cost in ahead.items()}
         num_parameters = sum(leaf.size for leaf in jax.tree.leaves(saved.state.params))
@@ -181,14 +184,14 @@ def train(
             records.write_lines(workdir / records.METRICS, saved.history)
         with _stop_requests() as received:
             for saved in _epochs(parts, saved, profile, display, received):  # noqa: B020
-                if not np.isfinite(sharding.gather(saved.sums.loss)).any():
+                if not np.isfinite(devices.gather(saved.sums.loss)).any():
                     checkpoints.close()
                     raise UserError(_explain_nonfinite(parts, saved, workdir, debug_nans))
                 if is_writer and saved.history and saved.step == saved.history[-1]["step"]:
                     records.append_line(workdir / records.METRICS, saved.history[-1])
                     events.add(saved.history[-1])
                 # Of several processes all stop, whichever of them was asked to.
-                number = sharding.agree(received[0] if received else 0)
+                number = devices.agree(received[0] if received else 0)
                 if _is_due(parts, saved) or number:
                     checkpoints.save(saved)
                 if number:
@@ -239,9 +242,9 @@ def evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
     display = Display()
     make_system(config, num_steps=1)
     config_lib.check_same_network(records.read_config(workdir), config)
-    checkpoint.check(workdir)
+    checkpoint_lib.check(workdir)
     parts = _compose(config, display)
-    state = checkpoint.restore(workdir, parts.like().state)
+    state = checkpoint_lib.restore(workdir, parts.like().state)
     test = _means(parts.loop.evaluate(state.params, parts.rows["test"]))
     display.test_line(_describe(parts.dataset, parts.splits), test)
     return test
@@ -249,7 +252,7 @@ def evaluate(config: Config, workdir: pathlib.Path) -> dict[str, Any]:
 
 def _set_up_jax(config):
     """Chooses CPU devices, and keeps compiled programs for the next process."""
-    sharding.use_cores(len(members.plan(config)), config.train.batch_size)
+    devices.use_cores(len(members.plan(config)), config.train.batch_size)
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "seqmnist"))
@@ -266,7 +269,7 @@ def _import_ahead():
 def _check_resumable(config, workdir) -> dict[str, Any] | None:
     """Compares with what the workdir holds; returns its results where nothing is left to do."""
     if not (workdir / records.CONFIG).is_file():
-        if any((workdir / checkpoint.DIRECTORY).glob("[0-9]*")):
+        if any((workdir / checkpoint_lib.DIRECTORY).glob("[0-9]*")):
             raise UserError(
                 f"--workdir={workdir} holds checkpoints but no {records.CONFIG}; choose another, "
                 "or start afresh with --overwrite"
@@ -288,28 +291,26 @@ def _compose(config: Config, display: Display) -> Parts:
         verify_checksums=config.data.verify_checksums,
         say=display.say,
     )
-    splits = data.make_splits(
+    splits = batches.make_splits(
         dataset.num_examples("train"),
         dataset.num_examples("test"),
         config.data.validation_fraction,
     )
     plan = members.plan(config)
     batch_size = config.train.batch_size
-    mesh = sharding.make_mesh(
-        *sharding.plan(config.mesh, len(plan), batch_size, len(jax.devices()))
-    )
-    steps_per_epoch = data.num_batches(len(splits["train"]), batch_size)
+    mesh = devices.make_mesh(*devices.plan(config.mesh, len(plan), batch_size, len(jax.devices())))
+    steps_per_epoch = batches.num_batches(len(splits["train"]), batch_size)
     system = make_system(config, config.train.num_epochs * steps_per_epoch)
     if config.data.input_mode == "stream":
         if len(plan) > 1:
             raise UserError(
                 f"config.data.input_mode='stream' feeds one member, not {len(plan)}; use 'resident'"
             )
-        reader = data.Records(dataset.mapped("train"), dataset.mapped("test"))
+        reader = batches.Records(dataset.mapped("train"), dataset.mapped("test"))
         loop = Streamed(system, reader, mesh)
     else:
         arrays = zip(*(dataset.arrays(split) for split in ("train", "test")), strict=True)
-        loop = Resident(system, *map(data.join, arrays), mesh, len(plan) > 1)
+        loop = Resident(system, *map(batches.join, arrays), mesh, len(plan) > 1)
     rows = _evaluation_rows(splits, batch_size)
     return Parts(config, dataset, splits, plan, steps_per_epoch, system, mesh, loop, rows)
 
@@ -337,7 +338,7 @@ def _epochs(parts, saved, profile, display, received) -> Iterator[Saved]:
                     seconds=before + time.monotonic() - began,
                 )
                 is_finite = np.isfinite(means["loss"]).any()
-                if not is_finite or sharding.agree(len(received)) or now.step in due:
+                if not is_finite or devices.agree(len(received)) or now.step in due:
                     yield saved
         train_means = _means(now.sums)
         validation = {"loss": None, "accuracy": None}
@@ -396,10 +397,10 @@ def _stop_requests() -> Iterator[list[int]]:
 
 def _explain_nonfinite(parts, saved, workdir, debug_nans):
     """Says where a run went wrong; `guarded_step` has left the last good state."""
-    step = int(np.max(sharding.gather(saved.state.step)))
+    step = int(np.max(devices.gather(saved.state.step)))
     schedule = make_schedule(parts.config.optimizer, parts.config.train.num_epochs * step)
     rate = float(schedule(step)) if callable(schedule) else schedule
-    steps = sorted(int(path.name) for path in (workdir / checkpoint.DIRECTORY).glob("[0-9]*"))
+    steps = sorted(int(path.name) for path in (workdir / checkpoint_lib.DIRECTORY).glob("[0-9]*"))
     last = f"checkpoints/{steps[-1]}" if steps else "none"
     epoch, row = divmod(step, parts.steps_per_epoch)
     where = ""
@@ -420,7 +421,7 @@ def _explain_nonfinite(parts, saved, workdir, debug_nans):
 
 def _read_batch(parts, row):
     arrays = zip(*(parts.dataset.arrays(split) for split in ("train", "test")), strict=True)
-    return data.take(*map(np.concatenate, arrays), row)
+    return batches.take(*map(np.concatenate, arrays), row)
 
 
 def _blame(error):
@@ -464,22 +465,22 @@ def _show_test(display, results):
 
 
 def _means(sums):
-    return sharding.gather(sums).means()
+    return devices.gather(sums).means()
 
 
 def _epoch_rows(seed, epoch, size, config):
-    order = data.epoch_order(seed, epoch, size)
-    return data.batch_rows(order, config.train.batch_size)
+    order = batches.epoch_order(seed, epoch, size)
+    return batches.batch_rows(order, config.train.batch_size)
 
 
 def _evaluation_rows(splits, batch_size):
     """Rows of both evaluations, padded to one shape so that they compile once."""
     most = max(len(splits[name]) for name in ("validation", "test"))
     padded = {
-        name: np.pad(splits[name], (0, most - len(splits[name])), constant_values=data.PADDING)
+        name: np.pad(splits[name], (0, most - len(splits[name])), constant_values=batches.PADDING)
         for name in ("validation", "test")
     }
-    return {name: data.batch_rows(numbers, batch_size) for name, numbers in padded.items()}
+    return {name: batches.batch_rows(numbers, batch_size) for name, numbers in padded.items()}
 
 
 def _describe(dataset, splits):

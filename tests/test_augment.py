@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.ndimage import affine_transform
 
-from seqmnist import augment
+from seqmnist.training import augment
 
 KEYS = jax.random.split(jax.random.key(0), 50)
 

@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 from jax.test_util import check_grads
 
-from seqmnist import cells
-from seqmnist.cells import CELLS
 from seqmnist.config import ScanConfig
+from seqmnist.networks import cells
+from seqmnist.networks.cells import CELLS
 
 SCAN = ScanConfig()
 F, H, T, B = 5, 7, 11, 3

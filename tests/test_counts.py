@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from seqmnist import data, profiling
 from seqmnist.config import Config, ModelConfig
-from seqmnist.loop import Resident, Streamed
-from seqmnist.steps import init_state, make_system
+from seqmnist.study import profiling
+from seqmnist.training import batches
+from seqmnist.training.loop import Resident, Streamed
+from seqmnist.training.steps import init_state, make_system
 
 
 @pytest.fixture
@@ -30,10 +31,10 @@ def test_only_the_first_epoch_compiles(digits, compilations):
     system = make_system(Config())
     resident = Resident(system, *digits)
     state, counts = init_state(Config(), system, 0), []
-    held_out = data.batch_rows(np.arange(100, 130), 8)
+    held_out = batches.batch_rows(np.arange(100, 130), 8)
     for epoch in range(4):
         before = len(compilations)
-        rows = data.batch_rows(data.epoch_order(0, epoch, 100), 8)
+        rows = batches.batch_rows(batches.epoch_order(0, epoch, 100), 8)
         *_, progress = resident.train(resident.start(state), rows)
         state = progress.state
         resident.evaluate(state.params, held_out).means()
@@ -46,9 +47,9 @@ def test_only_the_first_epoch_compiles(digits, compilations):
 def test_what_is_compiled_ahead_is_not_compiled_again(mode, digits, compilations):
     system, state = make_system(Config()), init_state(Config(), make_system(Config()), 0)
     images, labels = digits
-    records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
+    records = batches.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
     looped = Resident(system, *digits) if mode == "resident" else Streamed(system, records)
-    rows, held_out = (data.batch_rows(np.arange(n), 8) for n in (100, 30))
+    rows, held_out = (batches.batch_rows(np.arange(n), 8) for n in (100, 30))
     start = looped.start(state)
     shapes = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -66,7 +67,7 @@ def test_evaluation_moves_nothing_to_the_device(digits):
     system = make_system(Config())
     resident = Resident(system, *digits)
     params = init_state(Config(), system, 0).params
-    rows = data.batch_rows(np.arange(130), 8)
+    rows = batches.batch_rows(np.arange(130), 8)
     with jax.transfer_guard("disallow"):
         jax.block_until_ready(resident.evaluate(params, rows))
 

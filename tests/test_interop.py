@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqmnist import interop
-from seqmnist.cells import CELLS
 from seqmnist.config import Config, ModelConfig, ScanConfig
 from seqmnist.errors import UserError
-from seqmnist.steps import init_state, make_system
-from seqmnist.views import sequence
+from seqmnist.networks.cells import CELLS
+from seqmnist.networks.views import sequence
+from seqmnist.study import interop
+from seqmnist.training.steps import init_state, make_system
 
 ARCHITECTURES = [
     ModelConfig(),

@@ -15,7 +15,7 @@ import pytest
 from conftest import REPOSITORY
 
 from seqmnist.config import OptimizerConfig
-from seqmnist.optim import make_optimizer
+from seqmnist.training.optim import make_optimizer
 from tools import keras_parity, seed_distribution
 
 

@@ -3,10 +3,10 @@ import jax
 import numpy as np
 import pytest
 
-from seqmnist import data, loop
 from seqmnist.config import Config
-from seqmnist.metrics import Sums
-from seqmnist.steps import eval_step, guarded_step, init_state, make_system, train_step
+from seqmnist.training import batches, loop
+from seqmnist.training.metrics import Sums
+from seqmnist.training.steps import eval_step, guarded_step, init_state, make_system, train_step
 
 CONFIG = Config()
 
@@ -14,7 +14,7 @@ CONFIG = Config()
 def make_loops(digits):
     images, labels = digits
     system = make_system(CONFIG)
-    records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
+    records = batches.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
     return system, {
         "resident": loop.Resident(system, images, labels),
         "stream": loop.Streamed(system, records),
@@ -24,7 +24,7 @@ def make_loops(digits):
 def run_epochs(system, one_loop, num_epochs, size=100, batch_size=8):
     state = init_state(CONFIG, system, 0)
     for epoch in range(num_epochs):
-        rows = data.batch_rows(data.epoch_order(0, epoch, size), batch_size)
+        rows = batches.batch_rows(batches.epoch_order(0, epoch, size), batch_size)
         *_, progress = one_loop.train(one_loop.start(state), rows)
         state = progress.state
     return progress
@@ -34,7 +34,7 @@ def test_resident_equals_streamed_bit_for_bit(digits):
     system, loops = make_loops(digits)
     ends = {name: run_epochs(system, one_loop, 3) for name, one_loop in loops.items()}
     chex.assert_trees_all_equal(ends["resident"], ends["stream"])
-    rows = data.batch_rows(np.arange(100, 130), 8)
+    rows = batches.batch_rows(np.arange(100, 130), 8)
     params = ends["resident"].state.params
     scores = [one_loop.evaluate(params, rows) for one_loop in loops.values()]
     chex.assert_trees_all_equal(*scores)
@@ -47,8 +47,8 @@ def test_an_epoch_is_its_steps_one_after_the_other(digits, mode):
     progress = run_epochs(system, loops[mode], 1)
     state, sums = init_state(CONFIG, system, 0), Sums.zeros()
     images, labels = (jax.numpy.array(x) for x in digits)
-    for row in data.batch_rows(data.epoch_order(0, 0, 100), 8):
-        state, batch_sums = train_step(system, state, data.take(images, labels, row))
+    for row in batches.batch_rows(batches.epoch_order(0, 0, 100), 8):
+        state, batch_sums = train_step(system, state, batches.take(images, labels, row))
         sums += batch_sums
     chex.assert_trees_all_close(progress.state, state, atol=1e-5)
     chex.assert_trees_all_close(progress.sums, sums, rtol=1e-5)
@@ -64,7 +64,7 @@ def test_a_whole_run_compiles_once(digits, mode, monkeypatch):
     system, loops = make_loops(digits)
     progress = run_epochs(system, loops[mode], 3)
     for _ in range(2):
-        loops[mode].evaluate(progress.state.params, data.batch_rows(np.arange(130), 8))
+        loops[mode].evaluate(progress.state.params, batches.batch_rows(np.arange(130), 8))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_step_that_is_not_finite_changes_nothing(digits):
         params=jax.tree.map(lambda leaf: leaf.at[...].set(jax.numpy.inf), state.params)
     )
     before = jax.tree.map(np.asarray, poisoned)
-    rows = data.batch_rows(data.epoch_order(0, 0, 100), 8)
+    rows = batches.batch_rows(batches.epoch_order(0, 0, 100), 8)
     for one_loop in loops.values():
         start = one_loop.start(jax.tree.map(jax.numpy.array, before))
         *_, progress = one_loop.train(start, rows)
@@ -100,7 +100,7 @@ def test_a_step_that_is_not_finite_changes_nothing(digits):
 def test_an_epoch_goes_on_where_it_stopped(digits):
     for name, one_loop in make_loops(digits)[1].items():
         system = make_system(CONFIG)
-        rows = data.batch_rows(data.epoch_order(0, 0, 100), 8)
+        rows = batches.batch_rows(batches.epoch_order(0, 0, 100), 8)
         *_, whole = one_loop.train(one_loop.start(init_state(CONFIG, system, 0)), rows)
         for middle in one_loop.train(one_loop.start(init_state(CONFIG, system, 0)), rows, (5,)):
             if middle.step == 5:

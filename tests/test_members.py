@@ -8,9 +8,10 @@ import pytest
 from scipy import stats
 
 from seqmnist import config as config_lib
-from seqmnist import members, run
+from seqmnist import run
 from seqmnist.config import Config, MembersConfig
 from seqmnist.errors import UserError
+from seqmnist.training import members
 
 
 def config_of(num=1, sweep=None, seed=0):

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqmnist.metrics import Sums, classification_sums
+from seqmnist.training.metrics import Sums, classification_sums
 
 
 def numpy_sums(logits, labels, mask):

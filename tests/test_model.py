@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqmnist import cells
-from seqmnist.cells import CELLS
 from seqmnist.config import Config, ModelConfig, ScanConfig
-from seqmnist.data import Batch
 from seqmnist.errors import UserError
-from seqmnist.model import READOUTS, Bidirectional, SequenceClassifier
-from seqmnist.steps import init_state, make_system, train_step
-from seqmnist.views import VIEWS, sequence_shape
+from seqmnist.networks import cells
+from seqmnist.networks.cells import CELLS
+from seqmnist.networks.model import READOUTS, Bidirectional, SequenceClassifier
+from seqmnist.networks.views import VIEWS, sequence_shape
+from seqmnist.training.batches import Batch
+from seqmnist.training.steps import init_state, make_system, train_step
 
 SCAN = ScanConfig()
 

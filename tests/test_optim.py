@@ -6,10 +6,10 @@ import optax
 import pytest
 from flax import nnx
 
-from seqmnist import cells
 from seqmnist.config import OptimizerConfig
 from seqmnist.errors import UserError
-from seqmnist.optim import OPTIMIZERS, make_optimizer, make_schedule
+from seqmnist.networks import cells
+from seqmnist.training.optim import OPTIMIZERS, make_optimizer, make_schedule
 
 
 def test_rmsprop_follows_its_formula_in_float64():

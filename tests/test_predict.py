@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from seqmnist import trained
+from seqmnist.study import trained
 from tools import cli
 from tools import predict as predict_tool
 

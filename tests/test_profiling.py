@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 
 from seqmnist import config as config_lib
-from seqmnist import data, loop, profiling, records
+from seqmnist import records
 from seqmnist.config import Config, ProfileConfig
 from seqmnist.errors import UserError
-from seqmnist.steps import init_state, make_system
+from seqmnist.study import profiling
+from seqmnist.training import batches, loop
+from seqmnist.training.steps import init_state, make_system
 from tools import trace_summary
 
 
@@ -36,7 +38,7 @@ def test_a_trace_holds_exactly_its_steps(digits, tmp_path):
     state = init_state(config, system, 0)
     profile = profiling.Profile(config, tmp_path, 26)
     for epoch in range(2):
-        rows = data.batch_rows(data.epoch_order(0, epoch, 100), 8)
+        rows = batches.batch_rows(batches.epoch_order(0, epoch, 100), 8)
         first = 13 * epoch
         progresses = resident.train(resident.start(state), rows, profile.breaks(first))
         for progress in profile.follow(progresses, first, 13):

@@ -14,10 +14,11 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from seqmnist import config as config_lib
-from seqmnist import records, trained
+from seqmnist import records
 from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
-from seqmnist.steps import init_state, make_system
+from seqmnist.study import trained
+from seqmnist.training.steps import init_state, make_system
 from tools import figures, report
 
 

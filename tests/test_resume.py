@@ -12,8 +12,9 @@ import time
 import jax
 import pytest
 
-from seqmnist import checkpoint, records, run
+from seqmnist import checkpoints as checkpoint_lib
 from seqmnist import config as config_lib
+from seqmnist import records, run
 from seqmnist.display import Display
 from seqmnist.errors import UserError
 from tools import kill_stress
@@ -243,11 +244,11 @@ def test_a_checkpoint_of_other_data_is_refused(make_config, tmp_path):
     config = make_config(2)
     run.train(config, tmp_path)
     like = run._compose(config, Display())._replace(dataset=run._compose(config, Display()).dataset)
-    checkpoints = checkpoint.Checkpoints(tmp_path, config.checkpoint)
+    checkpoints = checkpoint_lib.Checkpoints(tmp_path, config.checkpoint)
     saved = checkpoints.restore(like.like(), print)
     checkpoints.close()
     shutil.rmtree(tmp_path / "checkpoints")
-    checkpoints = checkpoint.Checkpoints(tmp_path, config.checkpoint)
+    checkpoints = checkpoint_lib.Checkpoints(tmp_path, config.checkpoint)
     checkpoints.save(saved._replace(fingerprint="of other data"))
     checkpoints.close()
     with pytest.raises(UserError, match="trained on other data"):

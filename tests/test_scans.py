@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from seqmnist import cells, scans
 from seqmnist.config import ScanConfig
+from seqmnist.networks import cells, scans
 
 RECURRENT = ["simple_rnn", "irnn", "gru", "lstm"]
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from seqmnist import data, run
+from seqmnist import run
 from seqmnist.config import Config, DataConfig, ModelConfig, TrainConfig
 from seqmnist.datasets import sources
+from seqmnist.training import batches
 from tools import seed_distribution
 
 
@@ -19,7 +20,7 @@ def test_seeds_score_as_their_runs_do(data_dir, tmp_path):
         "mnist_5k", data_dir=str(data_dir), manual_dir=None, verify_checksums=True
     )
     arrays = zip(*(prepared.arrays(split) for split in ("train", "test")), strict=True)
-    splits = data.make_splits(4000, 1000, 0.2)
+    splits = batches.make_splits(4000, 1000, 0.2)
     seeds = np.arange(2, dtype=np.uint32)
     scores = seed_distribution.train_here(config, seeds, *map(np.concatenate, arrays), splits)
     alone = run.train(config, tmp_path / "alone")["test"]

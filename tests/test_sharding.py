@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from seqmnist import data, sharding
 from seqmnist.config import Config, MeshConfig, ModelConfig, TrainConfig
 from seqmnist.errors import UserError
-from seqmnist.loop import Resident, Streamed
-from seqmnist.steps import init_state, make_system
+from seqmnist.training import batches, devices
+from seqmnist.training.loop import Resident, Streamed
+from seqmnist.training.steps import init_state, make_system
 
 CONFIG = Config(model=ModelConfig(hidden_size=8))
 SEEDS = np.arange(8, dtype=np.uint32)
@@ -23,7 +23,7 @@ def make_resident(system, digits, mesh):
 
 def make_streamed(system, digits, mesh):
     images, labels = digits
-    records = data.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
+    records = batches.Records((images[:100], labels[:100]), (images[100:], labels[100:]))
     return Streamed(system, records, mesh)
 
 
@@ -33,23 +33,23 @@ def in_float64(tree):
 
 
 def rows_of(seed):
-    return data.batch_rows(data.epoch_order(seed, 0, 100), 32)
+    return batches.batch_rows(batches.epoch_order(seed, 0, 100), 32)
 
 
 def train(loop, state, rows):
     *_, last = loop.train(loop.start(state), rows)
-    evaluation = loop.evaluate(last.state.params, data.batch_rows(np.arange(130), 32))
+    evaluation = loop.evaluate(last.state.params, batches.batch_rows(np.arange(130), 32))
     return last.state.params, last.sums.means(), evaluation.means()
 
 
 @pytest.mark.parametrize("num_devices", [1, 4, 8])
 def test_members_equal_lone_runs(num_devices, digits):
     system = make_system(CONFIG)
-    mesh = sharding.make_mesh(num_devices, 1)
+    mesh = devices.make_mesh(num_devices, 1)
     states = jax.vmap(lambda seed: init_state(CONFIG, system, seed))(SEEDS)
     rows = np.stack([rows_of(seed) for seed in SEEDS])
     loop = Resident(system, *digits, mesh, True)
-    params, *together = train(loop, sharding.spread(mesh, states, "member"), rows)
+    params, *together = train(loop, devices.spread(mesh, states, "member"), rows)
     for member in (0, 7):
         lone = Resident(system, *digits)
         state = init_state(CONFIG, system, SEEDS[member])
@@ -67,10 +67,10 @@ def test_every_mesh_agrees_with_one_device(num_members, num_data, digits):
     system = make_system(CONFIG)
     rows = np.stack([rows_of(seed) for seed in SEEDS])
     results = []
-    for mesh in (sharding.make_mesh(1, 1), sharding.make_mesh(num_members, num_data)):
+    for mesh in (devices.make_mesh(1, 1), devices.make_mesh(num_members, num_data)):
         states = jax.vmap(lambda seed: init_state(CONFIG, system, seed))(SEEDS)
         loop = Resident(system, *digits, mesh, True)
-        results.append(train(loop, sharding.spread(mesh, states, "member"), rows))
+        results.append(train(loop, devices.spread(mesh, states, "member"), rows))
     chex.assert_trees_all_close(*jax.tree.map(np.asarray, results), atol=1e-5)
 
 
@@ -81,19 +81,19 @@ def test_a_split_batch_is_the_batch_whatever_is_drawn(make, digits):
         train=TrainConfig(augment="affine"),
     )
     system, results = make_system(config), []
-    for mesh in (sharding.make_mesh(1, 1), sharding.make_mesh(1, 8)):
-        state = sharding.spread(mesh, init_state(config, system, 0))
+    for mesh in (devices.make_mesh(1, 1), devices.make_mesh(1, 8)):
+        state = devices.spread(mesh, init_state(config, system, 0))
         results.append(train(make(system, digits, mesh), state, rows_of(0)))
     chex.assert_trees_all_close(*jax.tree.map(np.asarray, results), atol=1e-5)
 
 
 def test_a_split_batch_is_reduced_once_a_step(digits):
     system = make_system(CONFIG)
-    mesh = sharding.make_mesh(1, 8)
+    mesh = devices.make_mesh(1, 8)
     loop = make_resident(system, digits, mesh)
-    state = sharding.spread(mesh, init_state(CONFIG, system, 0))
+    state = devices.spread(mesh, init_state(CONFIG, system, 0))
     start = loop.start(state)
-    rows = sharding.spread(mesh, np.asarray(rows_of(0)), None, "data")
+    rows = devices.spread(mesh, np.asarray(rows_of(0)), None, "data")
     lowered = loop._train.lower(state, start.sums, rows, loop._arrays, 0, 4)
     found = re.findall(r"= (.*?) (all-\w+|reduce-scatter)\(", lowered.compile().as_text())
     ((what, how),) = found  # none for a single parameter, sum or time step
@@ -116,7 +116,7 @@ PLANS = [
 
 @pytest.mark.parametrize(("members", "batch", "devices", "asked", "expected"), PLANS)
 def test_devices_are_shared_out(members, batch, devices, asked, expected):
-    assert sharding.plan(MeshConfig(**asked), members, batch, devices) == expected
+    assert devices.plan(MeshConfig(**asked), members, batch, devices) == expected
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_devices_are_shared_out(members, batch, devices, asked, expected):
 )
 def test_impossible_meshes_are_refused(asked, message):
     with pytest.raises(UserError, match=message):
-        sharding.plan(MeshConfig(**asked), 4, 128, 8)
+        devices.plan(MeshConfig(**asked), 4, 128, 8)
 
 
 def test_members_equal_lone_runs_in_float64(digits):
@@ -138,10 +138,10 @@ def test_members_equal_lone_runs_in_float64(digits):
         states = [in_float64(init_state(CONFIG, system, seed)) for seed in SEEDS[:2]]
         lone_state = states[1]
         states = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
-        mesh = sharding.make_mesh(2, 1)
+        mesh = devices.make_mesh(2, 1)
         loop = Resident(system, *digits, mesh, True)
         rows = np.stack([rows_of(seed) for seed in SEEDS[:2]])
-        params, *together = train(loop, sharding.spread(mesh, states, "member"), rows)
+        params, *together = train(loop, devices.spread(mesh, states, "member"), rows)
         lone, *alone = train(Resident(system, *digits), lone_state, rows_of(1))
     assert jax.tree.leaves(lone)[0].dtype == np.float64
     one = jax.tree.map(lambda leaf: leaf[1], jax.tree.map(np.asarray, params))

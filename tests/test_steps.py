@@ -3,9 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmnist import data
 from seqmnist.config import Config
-from seqmnist.steps import eval_step, init_state, make_system, train_step
+from seqmnist.training import batches
+from seqmnist.training.steps import eval_step, init_state, make_system, train_step
 
 CONFIG = Config()
 GOLDEN_LOSS = 2.5023
@@ -13,7 +13,7 @@ GOLDEN_LOSS = 2.5023
 
 def batch_of(digits, size, rows=None):
     images, labels = (jnp.array(x) for x in digits)
-    return data.take(images, labels, data.batch_rows(np.arange(size), rows or size)[0])
+    return batches.take(images, labels, batches.batch_rows(np.arange(size), rows or size)[0])
 
 
 def test_a_run_is_a_function_of_its_seed():

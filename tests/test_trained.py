@@ -3,11 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmnist import checkpoint, records, trained
+from seqmnist import checkpoints as checkpoint_lib
 from seqmnist import config as config_lib
+from seqmnist import records
 from seqmnist.config import Config, MembersConfig, ModelConfig
 from seqmnist.errors import UserError
-from seqmnist.steps import TrainState, init_state, make_system
+from seqmnist.study import trained
+from seqmnist.training.steps import TrainState, init_state, make_system
 
 
 def test_it_scores_as_the_run_did(finished_run):
@@ -45,7 +47,7 @@ def test_a_member_is_taken_out_of_many(tmp_path, monkeypatch):
         assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, state)
         return state
 
-    monkeypatch.setattr(checkpoint, "restore", restore)
+    monkeypatch.setattr(checkpoint_lib, "restore", restore)
     records.write_json(tmp_path / records.CONFIG, config_lib.to_dict(config))
     records.write_json(tmp_path / records.RESULTS, {"validation": {"loss": [None, 0.1, 0.2]}})
     best = trained.load(tmp_path)

@@ -12,8 +12,8 @@ import pathlib
 
 import numpy as np
 
-from seqmnist import images
 from seqmnist.errors import UserError
+from seqmnist.study import images
 from tools import cli
 
 PAGE = pathlib.Path(__file__).with_suffix(".html")
@@ -52,7 +52,7 @@ def make_app(network):
     from starlette.responses import FileResponse, JSONResponse
     from starlette.routing import Route
 
-    from seqmnist import views
+    from seqmnist.networks import views
     from tools import report
 
     model = network.config.model
@@ -103,7 +103,7 @@ def _main(arguments):
         import uvicorn
     except ModuleNotFoundError:
         raise UserError("this tool needs the extra draw; pip install -e '.[draw]'") from None
-    from seqmnist import trained
+    from seqmnist.study import trained
 
     network = trained.load(arguments.workdir, arguments.member)
     network.beliefs(np.zeros((1, 28, 28), np.uint8))  # compiles, before anyone waits

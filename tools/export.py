@@ -14,7 +14,7 @@ from tools import cli
 
 def _main(arguments):
     from seqmnist import config as config_lib
-    from seqmnist import export, trained
+    from seqmnist.study import export, trained
 
     network = trained.load(arguments.workdir, arguments.member)
     card = export.model_card(

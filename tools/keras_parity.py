@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmnist import data, interop
 from seqmnist.config import Config
 from seqmnist.datasets.sources import Prepared
-from seqmnist.loop import Resident
-from seqmnist.steps import init_state, make_system, train_step
+from seqmnist.study import interop
+from seqmnist.training import batches
+from seqmnist.training.loop import Resident
+from seqmnist.training.steps import init_state, make_system, train_step
 from tools import cli
 
 
@@ -53,9 +54,9 @@ def compare(
         np.concatenate(pair) for pair in zip(*map(dataset.arrays, ("train", "test")), strict=True)
     )
     sizes = [dataset.num_examples(split) for split in ("train", "test")]
-    splits = data.make_splits(*sizes, config.data.validation_fraction)
-    order = data.epoch_order(seed, 0, len(splits["train"]))
-    rows = data.batch_rows(order, config.train.batch_size)[:num_steps]
+    splits = batches.make_splits(*sizes, config.data.validation_fraction)
+    order = batches.epoch_order(seed, 0, len(splits["train"]))
+    rows = batches.batch_rows(order, config.train.batch_size)[:num_steps]
 
     keras.utils.set_random_seed(seed)
     theirs = interop.build_keras(config.model)
@@ -71,12 +72,12 @@ def compare(
     )
     interop.from_keras(config.model, state.params, theirs.get_weights())
 
-    batches = [
+    pairs = [
         (images[row] / np.asarray(255, dtype), labels[row])
-        for row in (np.asarray(row[row != data.PADDING]) for row in rows)
+        for row in (np.asarray(row[row != batches.PADDING]) for row in rows)
     ]
     logits = system.apply(state.params, jnp.asarray(images[np.asarray(rows[0])]))
-    their_logits = np.asarray(theirs(batches[0][0]))
+    their_logits = np.asarray(theirs(pairs[0][0]))
     figures = {
         "dataset": dataset.name,
         "dtype": dtype.name,
@@ -84,19 +85,19 @@ def compare(
         "initial_logits": _difference(jax.nn.softmax(logits) if softmax else logits, their_logits),
         "first_gradients": _difference(
             interop.to_keras(config.model, _our_gradients(system, state, images, labels, rows[0])),
-            _their_gradients(theirs, loss, *batches[0]),
+            _their_gradients(theirs, loss, *pairs[0]),
         ),
     }
 
     arrays = jax.device_put((images, labels))
-    step = jax.jit(lambda state, row: train_step(system, state, data.take(*arrays, row)))
+    step = jax.jit(lambda state, row: train_step(system, state, batches.take(*arrays, row)))
     losses = []
     for row in rows:
         state, sums = step(state, row)
         losses.append(sums.means()["loss"])
     # Reset after each batch, so that Keras reports the batch and not a running mean.
     their_losses = []
-    for batch in batches:
+    for batch in pairs:
         theirs.reset_metrics()
         their_losses.append(float(theirs.train_on_batch(*batch)[0]))
     gaps = np.abs(np.array(losses) - their_losses)
@@ -158,7 +159,7 @@ def _their_gradients(model, loss, x, y):
 
 
 def _score_here(config, system, params, images, labels, split):
-    rows = data.batch_rows(np.array(split), config.train.batch_size)
+    rows = batches.batch_rows(np.array(split), config.train.batch_size)
     return Resident(system, images, labels).evaluate(params, rows).means()
 
 

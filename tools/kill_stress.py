@@ -21,7 +21,8 @@ import numpy as np
 from absl import logging
 from rich.console import Console
 
-from seqmnist import checkpoint, records
+from seqmnist import checkpoints as checkpoint_lib
+from seqmnist import records
 from seqmnist.errors import UserError
 from tools import cli
 
@@ -53,10 +54,10 @@ def outcome(workdir: pathlib.Path) -> dict:
         del line["seconds"]
     results = records.read_json(workdir / records.RESULTS)
     with ocp.CheckpointManager(
-        workdir / checkpoint.DIRECTORY, options=ocp.CheckpointManagerOptions(read_only=True)
+        workdir / checkpoint_lib.DIRECTORY, options=ocp.CheckpointManagerOptions(read_only=True)
     ) as manager:
         step = manager.latest_step()
-        folder = workdir / checkpoint.DIRECTORY / str(step) / "arrays"
+        folder = workdir / checkpoint_lib.DIRECTORY / str(step) / "arrays"
     arrays = ocp.StandardCheckpointer().restore(folder)
     return {
         "metrics": lines,
@@ -80,7 +81,7 @@ def _finish(process):
 
 def _moment(workdir):
     """Says what a process was doing, from what its workdir holds."""
-    folder = workdir / checkpoint.DIRECTORY
+    folder = workdir / checkpoint_lib.DIRECTORY
     if not folder.is_dir():
         return "before training"
     names = [path.name for path in folder.iterdir()]

@@ -19,9 +19,9 @@ class Ours:
     def __init__(self, case, file):
         import jax
 
-        from seqmnist import sharding
         from seqmnist.config import Config, MeshConfig, ModelConfig, TrainConfig
-        from seqmnist.steps import init_state, make_system
+        from seqmnist.training import devices
+        from seqmnist.training.steps import init_state, make_system
 
         model = ModelConfig(
             view=case["view"],
@@ -33,22 +33,22 @@ class Ours:
         splits = [_load(file, split) for split in _SPLITS]
         self.num_train, self.num_test = (len(labels) for _, labels in splits)
         system = make_system(self.config, 1)
-        sharding.use_cores(1, case["batch_size"])
-        plan = sharding.plan(MeshConfig(), 1, case["batch_size"], len(jax.devices()))
-        self.loop = self.make_loop(system, splits, sharding.make_mesh(*plan))
+        devices.use_cores(1, case["batch_size"])
+        plan = devices.plan(MeshConfig(), 1, case["batch_size"], len(jax.devices()))
+        self.loop = self.make_loop(system, splits, devices.make_mesh(*plan))
         self.state = init_state(self.config, system, 0)
 
     def make_loop(self, system, splits, mesh):
-        from seqmnist import data
-        from seqmnist.loop import Resident
+        from seqmnist.training import batches
+        from seqmnist.training.loop import Resident
 
-        return Resident(system, *map(data.join, zip(*splits, strict=True)), mesh)
+        return Resident(system, *map(batches.join, zip(*splits, strict=True)), mesh)
 
     def train(self, num_steps):
-        from seqmnist import data
+        from seqmnist.training import batches
 
-        order = data.epoch_order(0, 0, self.num_train)
-        self.rows = data.batch_rows(order, self.config.train.batch_size)
+        order = batches.epoch_order(0, 0, self.num_train)
+        self.rows = batches.batch_rows(order, self.config.train.batch_size)
         self.steps(num_steps)
 
     def steps(self, num_steps):
@@ -58,14 +58,14 @@ class Ours:
         progress.sums.means()
 
     def evaluate(self):
-        from seqmnist import data
+        from seqmnist.training import batches
 
         rows = np.arange(self.num_train, self.num_train + self.num_test)
-        rows = data.batch_rows(rows, self.config.train.batch_size)
+        rows = batches.batch_rows(rows, self.config.train.batch_size)
         self.loop.evaluate(self.state.params, rows).means()
 
     def cost(self):
-        from seqmnist import profiling
+        from seqmnist.study import profiling
 
         return profiling.step_cost(self.config) | profiling.rates()
 
@@ -74,10 +74,10 @@ class Streamed(Ours):
     """This project, with batches streamed from the host."""
 
     def make_loop(self, system, splits, mesh):
-        from seqmnist import data
-        from seqmnist.loop import Streamed
+        from seqmnist.training import batches
+        from seqmnist.training.loop import Streamed
 
-        return Streamed(system, data.Records(*splits), mesh)
+        return Streamed(system, batches.Records(*splits), mesh)
 
 
 class Keras:

@@ -13,8 +13,8 @@ import pathlib
 
 import numpy as np
 
-from seqmnist import images
 from seqmnist.errors import UserError
+from seqmnist.study import images
 from tools import cli
 
 
@@ -47,11 +47,11 @@ def _main(arguments):
         raise UserError("--by_row needs --workdir; an artifact answers whole images only")
     titles, arrays = gather(arguments.images, not arguments.no_prepare)
     if arguments.artifact:
-        from seqmnist import export
+        from seqmnist.study import export
 
         network = export.load(arguments.artifact)
     else:
-        from seqmnist import trained
+        from seqmnist.study import trained
 
         network = trained.load(arguments.workdir, arguments.member)
     probabilities = network.probabilities(arrays)

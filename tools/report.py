@@ -132,7 +132,8 @@ def examine(workdir: pathlib.Path, member: int | None) -> tuple[list[Section], d
     Raises:
       UserError: the workdir holds no usable run, or its data cannot be had.
     """
-    from seqmnist import insight, trained, views
+    from seqmnist.networks import views
+    from seqmnist.study import insight, trained
     from tools import figures
 
     metrics = read_metrics(workdir)

@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from seqmnist import data, interop, sharding
 from seqmnist.config import Config
-from seqmnist.loop import Resident
-from seqmnist.steps import init_state, make_system
+from seqmnist.study import interop
+from seqmnist.training import batches, devices
+from seqmnist.training.loop import Resident
+from seqmnist.training.steps import init_state, make_system
 from tools import cli
 
 # What the notebook prints at its end.
@@ -36,27 +37,27 @@ def train_here(config: Config, seeds: np.ndarray, images, labels, splits) -> dic
       seeds: uint32 [S].
       images: uint8 [N, 28, 28].
       labels: int32 [N].
-      splits: as `data.make_splits` returns them.
+      splits: as `batches.make_splits` returns them.
 
     Returns:
       {"loss", "accuracy"} on the test set, a list of S each.
     """
     num_devices = max(n for n in range(1, len(jax.devices()) + 1) if len(seeds) % n == 0)
-    mesh = sharding.make_mesh(num_devices, 1)
+    mesh = devices.make_mesh(num_devices, 1)
     batch_size, train = config.train.batch_size, splits["train"]
-    num_steps = config.train.num_epochs * data.num_batches(len(train), batch_size)
+    num_steps = config.train.num_epochs * batches.num_batches(len(train), batch_size)
     system = make_system(config, num_steps)
     loop = Resident(system, images, labels, mesh, True)
-    each = sharding.over_mesh(
+    each = devices.over_mesh(
         lambda seed: init_state(config, system, seed), mesh, [P()], [], P(), has_members=True
     )
-    state = jax.jit(each)(sharding.spread(mesh, np.asarray(seeds, np.uint32), "member"))
+    state = jax.jit(each)(devices.spread(mesh, np.asarray(seeds, np.uint32), "member"))
     for epoch in range(config.train.num_epochs):
-        orders = [data.epoch_order(seed, epoch, len(train)) for seed in seeds]
-        rows = np.stack([data.batch_rows(order, batch_size) for order in orders])
+        orders = [batches.epoch_order(seed, epoch, len(train)) for seed in seeds]
+        rows = np.stack([batches.batch_rows(order, batch_size) for order in orders])
         for progress in loop.train(loop.start(state), rows):
             state = progress.state
-    test = data.batch_rows(np.array(splits["test"]), batch_size)
+    test = batches.batch_rows(np.array(splits["test"]), batch_size)
     return loop.evaluate(state.params, test).means()
 
 
@@ -139,7 +140,7 @@ def _main(arguments):
         np.concatenate(pair) for pair in zip(*map(dataset.arrays, ("train", "test")), strict=True)
     )
     sizes = [dataset.num_examples(split) for split in ("train", "test")]
-    splits = data.make_splits(*sizes, config.data.validation_fraction)
+    splits = batches.make_splits(*sizes, config.data.validation_fraction)
 
     began = time.monotonic()
     ours = train_here(config, np.arange(arguments.seeds), images, labels, splits)

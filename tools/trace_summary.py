@@ -17,8 +17,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from seqmnist import profiling, records
+from seqmnist import records
 from seqmnist.errors import UserError
+from seqmnist.study import profiling
 from tools import cli
 
 NUM_OPERATIONS = 15

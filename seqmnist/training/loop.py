@@ -17,9 +17,9 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from seqmnist import data, sharding
-from seqmnist.metrics import Sums, classification_sums
-from seqmnist.steps import System, TrainState, eval_step, guarded_step
+from seqmnist.training import batches, devices
+from seqmnist.training.metrics import Sums, classification_sums
+from seqmnist.training.steps import System, TrainState, eval_step, guarded_step
 
 # LLVM's higher levels, the default among them, make code of copies that takes twice as long. On
 # rows, SimpleRNN(64) trains a tenth faster at this level, a minimal GRU a sixth, an LRU 3 % slower;
@@ -87,27 +87,27 @@ class Resident:
         With members, states, rows of training and sums have a leading axis S, which is spread over
         the mesh; rows of an evaluation are common to all members.
         """
-        self._mesh = mesh or sharding.make_mesh(1, 1)
+        self._mesh = mesh or devices.make_mesh(1, 1)
         self._axes = ("member",) if has_members else ()
-        self._arrays = sharding.spread(self._mesh, (images, labels))
+        self._arrays = devices.spread(self._mesh, (images, labels))
 
         def train(state, sums, rows, arrays, start, stop):
             def body(i, carry):
-                return guarded_step(system, *carry, data.take(*arrays, rows[i]), "data")
+                return guarded_step(system, *carry, batches.take(*arrays, rows[i]), "data")
 
             return lax.fori_loop(start, stop, body, (state, sums))
 
         def evaluate(params, arrays, rows):
             def body(sums, row):
-                return sums + eval_step(system, params, data.take(*arrays, row)), None
+                return sums + eval_step(system, params, batches.take(*arrays, row)), None
 
             sums = lax.scan(body, _no_sums(params), rows)[0]
-            return sharding.add_up(sums, "data")
+            return devices.add_up(sums, "data")
 
         def classify(params, arrays, row):
-            return jax.nn.softmax(system.apply(params, data.take(*arrays, row).image))
+            return jax.nn.softmax(system.apply(params, batches.take(*arrays, row).image))
 
-        over_mesh = functools.partial(sharding.over_mesh, mesh=self._mesh, has_members=has_members)
+        over_mesh = functools.partial(devices.over_mesh, mesh=self._mesh, has_members=has_members)
         train = over_mesh(train, own=(P(), P(), P(None, "data")), shared=(P(), P(), P()), out=P())
         evaluate = over_mesh(evaluate, own=(P(),), shared=(P(), P(None, "data")), out=P())
         classify = over_mesh(classify, own=(P(),), shared=(P(), P("data")), out=P("data"))
@@ -115,7 +115,7 @@ class Resident:
         def evaluate_ensemble(params, arrays, rows, weights):
             def body(sums, row):
                 mixture = jnp.tensordot(weights, classify(params, arrays, row), 1)
-                batch = data.take(*arrays, row)
+                batch = batches.take(*arrays, row)
                 return sums + classification_sums(jnp.log(mixture), batch.label, batch.mask), None
 
             return lax.scan(body, Sums.zeros(weights.dtype), rows)[0]
@@ -129,14 +129,14 @@ class Resident:
     def start(self, state: TrainState) -> Progress:
         """See `Loop`."""
         sums = _no_sums(state.params, state.step.shape)
-        return Progress(*sharding.spread(self._mesh, (state, sums), *self._axes), 0)
+        return Progress(*devices.spread(self._mesh, (state, sums), *self._axes), 0)
 
     def train(
         self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
     ) -> Iterator[Progress]:
         """See `Loop`."""
         state, sums, first = progress
-        rows = sharding.spread(self._mesh, np.asarray(rows), *self._axes, None, "data")
+        rows = devices.spread(self._mesh, np.asarray(rows), *self._axes, None, "data")
         for start, stop in _stretches(first, rows.shape[-2], breaks):
             state, sums = self._train(state, sums, rows, self._arrays, start, stop)
             yield Progress(state, jax.block_until_ready(sums), stop)
@@ -169,17 +169,17 @@ class Resident:
         return jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
 
     def _place(self, rows):
-        return sharding.spread(self._mesh, np.asarray(rows), None, "data")
+        return devices.spread(self._mesh, np.asarray(rows), None, "data")
 
 
 class Streamed:
     """A loop over batches that a reader brings while the device computes."""
 
     def __init__(
-        self, system: System, records: data.Records, mesh: jax.sharding.Mesh | None = None
+        self, system: System, records: batches.Records, mesh: jax.sharding.Mesh | None = None
     ):
         """Takes the reader of all examples, and a mesh, by default of one device."""
-        self._records, self._mesh = records, mesh or sharding.make_mesh(1, 1)
+        self._records, self._mesh = records, mesh or devices.make_mesh(1, 1)
 
         def train(state, sums, window, start, stop):
             def body(i, carry):
@@ -195,10 +195,10 @@ class Streamed:
             return lax.scan(body, sums, window)[0]
 
         def total(sums):
-            return sharding.add_up(jax.tree.map(lambda x: x[0], sums), "data")
+            return devices.add_up(jax.tree.map(lambda x: x[0], sums), "data")
 
         over_mesh = functools.partial(
-            sharding.over_mesh, mesh=self._mesh, shared=(), has_members=False
+            devices.over_mesh, mesh=self._mesh, shared=(), has_members=False
         )
         train = over_mesh(train, own=(P(), P(), P(None, "data"), P(), P()), out=P())
         # Each device keeps sums of its own, [1], until all windows are read.
@@ -211,19 +211,19 @@ class Streamed:
 
     def start(self, state: TrainState) -> Progress:
         """See `Loop`."""
-        return Progress(sharding.spread(self._mesh, state), self._no_sums(state.params), 0)
+        return Progress(devices.spread(self._mesh, state), self._no_sums(state.params), 0)
 
     def train(
         self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
     ) -> Iterator[Progress]:
         """See `Loop`."""
         state, sums, first = progress
-        windows = data.stream(self._records, rows[first:], self._mesh)
+        windows = batches.stream(self._records, rows[first:], self._mesh)
         begin = end = first  # of the window at hand
         for start, stop in _stretches(first, len(rows), breaks):
             while start < stop:
                 if start == end:
-                    window, begin, end = next(windows), end, end + data.WINDOW
+                    window, begin, end = next(windows), end, end + batches.WINDOW
                 until = min(stop, end)
                 state, sums = self._train(state, sums, window, start - begin, until - begin)
                 start = until
@@ -232,15 +232,15 @@ class Streamed:
     def evaluate(self, params, rows: np.ndarray) -> Sums:
         """See `Loop`."""
         sums = self._no_sums(params, "data")
-        for window in data.stream(self._records, rows, self._mesh):
+        for window in batches.stream(self._records, rows, self._mesh):
             sums = self._evaluate(params, sums, window)
         return self._total(sums)
 
     def programs(self, state, sums, rows, held_out):
         """See `Loop`."""
         del held_out  # windows are all alike
-        place, shape = jax.NamedSharding(self._mesh, P(None, "data")), (data.WINDOW, rows[-1])
-        window = data.Batch(
+        place, shape = jax.NamedSharding(self._mesh, P(None, "data")), (batches.WINDOW, rows[-1])
+        window = batches.Batch(
             jax.ShapeDtypeStruct((*shape, 28, 28), np.uint8, sharding=place),
             jax.ShapeDtypeStruct(shape, np.int32, sharding=place),
             jax.ShapeDtypeStruct(shape, np.bool_, sharding=place),
@@ -254,7 +254,7 @@ class Streamed:
 
     def _no_sums(self, params, *axes):
         shape = [self._mesh.shape[axis] for axis in axes]
-        return sharding.spread(self._mesh, _no_sums(params, tuple(shape)), *axes)
+        return devices.spread(self._mesh, _no_sums(params, tuple(shape)), *axes)
 
 
 def _jit(mesh):
@@ -282,5 +282,5 @@ def _stretches(
         yield start, stop
         pace = (stop - start) / max(time.monotonic() - began, 1e-9)
         # Agreed on, or processes would reduce gradients of different steps.
-        size = sharding.agree(max(1, int(min(pace / 2, num_steps))))
+        size = devices.agree(max(1, int(min(pace / 2, num_steps))))
         start = stop

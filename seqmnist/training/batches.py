@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmnist import keys, sharding
 from seqmnist.errors import UserError
+from seqmnist.training import devices, keys
 
 PADDING = -1
 CHUNK = 512  # examples at once, at most, where nothing is trained
@@ -179,10 +179,10 @@ def stream(records: Records, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Itera
     """
     import grain  # here, not above: resident input never needs it
 
-    rows = rows[:, sharding.local_columns(mesh, rows.shape[1])]
+    rows = rows[:, devices.local_columns(mesh, rows.shape[1])]
     rows = np.pad(rows, ((0, -len(rows) % WINDOW), (0, 0)), constant_values=PADDING)
     rows = rows.reshape(-1, WINDOW, rows.shape[1])
     windows = grain.MapDataset.range(len(rows)).map(lambda i: records.read(rows[i]))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     for window in windows.to_iter_dataset(options):
-        yield sharding.spread_local(mesh, window)
+        yield devices.spread_local(mesh, window)

@@ -14,10 +14,10 @@ import optax
 from flax import nnx
 from jax import lax
 
-from seqmnist.cells import Cell
 from seqmnist.config import ScanConfig
-from seqmnist.model import Bidirectional, ResidualBlock, SequenceClassifier
-from seqmnist.steps import System
+from seqmnist.networks.cells import Cell
+from seqmnist.networks.model import Bidirectional, ResidualBlock, SequenceClassifier
+from seqmnist.training.steps import System
 
 # What a readout takes from the outputs [T, B, W] of the top layer, had it ended at each time step.
 _PREFIX_READOUTS = {

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from seqmnist import scans
 from seqmnist.config import ScanConfig
+from seqmnist.networks import scans
 
 
 class RecurrentParam(nnx.Param):

@@ -7,9 +7,9 @@ import jax
 import optax
 from flax import nnx
 
-from seqmnist.cells import RecurrentParam
 from seqmnist.config import OptimizerConfig
 from seqmnist.errors import choose
+from seqmnist.networks.cells import RecurrentParam
 
 OPTIMIZERS = {
     # RMSprop as Keras 3 computes it: decay 0.9, and epsilon 1e-7 inside the root.

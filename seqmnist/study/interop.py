@@ -8,8 +8,8 @@ import numpy as np
 
 from seqmnist.config import ModelConfig
 from seqmnist.errors import UserError
-from seqmnist.model import NUM_CLASSES
-from seqmnist.views import sequence_shape
+from seqmnist.networks.model import NUM_CLASSES
+from seqmnist.networks.views import sequence_shape
 
 if TYPE_CHECKING:
     import keras

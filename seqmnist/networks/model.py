@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from seqmnist.cells import CELLS, Cell
 from seqmnist.config import ModelConfig, ScanConfig
 from seqmnist.errors import UserError, choose
-from seqmnist.views import sequence, sequence_shape
+from seqmnist.networks.cells import CELLS, Cell
+from seqmnist.networks.views import sequence, sequence_shape
 
 NUM_CLASSES = 10
 

@@ -10,14 +10,14 @@ from flax import nnx
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from seqmnist import keys, members, sharding
-from seqmnist.augment import AUGMENTATIONS
 from seqmnist.config import Config
-from seqmnist.data import Batch
 from seqmnist.errors import choose
-from seqmnist.metrics import Sums, classification_sums
-from seqmnist.model import SequenceClassifier
-from seqmnist.optim import make_optimizer
+from seqmnist.networks.model import SequenceClassifier
+from seqmnist.training import devices, keys, members
+from seqmnist.training.augment import AUGMENTATIONS
+from seqmnist.training.batches import Batch
+from seqmnist.training.metrics import Sums, classification_sums
+from seqmnist.training.optim import make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -104,7 +104,7 @@ def train_step(
       state: before the update.
       batch: image uint8 [B, 28, 28], label int32 [B], mask bool [B]; this device's part of it,
         where the batch is split.
-      axis: the axis of the mesh over which the batch is split, inside `sharding.over_mesh`.
+      axis: the axis of the mesh over which the batch is split, inside `devices.over_mesh`.
 
     Returns:
       The state after the update, and the sums of the whole batch before it.
@@ -127,7 +127,7 @@ def train_step(
         return sums.loss, sums
 
     grads, sums = jax.grad(total_loss, has_aux=True)(state.params)
-    grads, sums = sharding.add_up((grads, sums), axis)
+    grads, sums = devices.add_up((grads, sums), axis)
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda grad: grad / sums.count.astype(grad.dtype), grads)
         updates, opt_state = system.optimizer.update(grads, state.opt_state, state.params)

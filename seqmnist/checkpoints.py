@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from seqmnist import sharding
 from seqmnist.config import CheckpointConfig
 from seqmnist.errors import UserError
-from seqmnist.metrics import Sums
-from seqmnist.steps import TrainState
+from seqmnist.training import devices
+from seqmnist.training.metrics import Sums
+from seqmnist.training.steps import TrainState
 
 DIRECTORY, DAMAGED = "checkpoints", "damaged"
 
@@ -64,7 +64,7 @@ class Checkpoints:
             return
         arrays, facts = _split(saved)
         # Copies on the host: the state is donated to the next step while Orbax writes.
-        arrays = jax.tree.map(np.array, sharding.gather(arrays))
+        arrays = jax.tree.map(np.array, devices.gather(arrays))
         facts["sha256"] = _digest(arrays, facts)
         accuracy = saved.history[-1]["validation/accuracy"] if saved.history else None
         mean = _mean(accuracy)
@@ -91,7 +91,7 @@ class Checkpoints:
           UserError: all are damaged.
         """
         # Agreed on: another process may be removing an old run, or has not seen it removed.
-        if not sharding.agree((self._workdir / DIRECTORY).exists()):
+        if not devices.agree((self._workdir / DIRECTORY).exists()):
             return None
         found = None
         for step, saved, reason in _newest_first(self._manager, like):
@@ -204,7 +204,7 @@ def _split(saved):
 
 def _digest(arrays, facts):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for leaf in jax.tree.leaves(sharding.gather(arrays)):
+    for leaf in jax.tree.leaves(devices.gather(arrays)):
         digest.update(leaf.tobytes())
     return digest.hexdigest()
 

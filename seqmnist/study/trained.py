@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmnist import checkpoint, data, insight, members, metrics, records
+from seqmnist import checkpoints as checkpoint_lib
+from seqmnist import records
 from seqmnist.config import Config
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
-from seqmnist.steps import System, init_state, make_system
-from seqmnist.views import sequence_shape
+from seqmnist.networks.views import sequence_shape
+from seqmnist.study import insight
+from seqmnist.training import batches, members, metrics
+from seqmnist.training.steps import System, init_state, make_system
 
 _MOST_AT_ONCE = 1 << 15  # time steps × examples, where something is kept of each
 
@@ -46,7 +49,7 @@ class Trained:
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, 28, 28]: logits [N, C]."""
-        return data.in_chunks(functools.partial(_logits, self.system, self.params), images)
+        return batches.in_chunks(functools.partial(_logits, self.system, self.params), images)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, 28, 28]: probabilities [N, C]."""
@@ -89,9 +92,9 @@ class Trained:
         return dataset.arrays("test")
 
     def _by_step(self, function, *arrays, axis=1):
-        at_once = max(1, min(data.CHUNK, _MOST_AT_ONCE // self.sequence_shape[0]))
+        at_once = max(1, min(batches.CHUNK, _MOST_AT_ONCE // self.sequence_shape[0]))
         function = functools.partial(function, self.system, self.params)
-        return data.in_chunks(function, *arrays, most=at_once, axis=axis)
+        return batches.in_chunks(function, *arrays, most=at_once, axis=axis)
 
 
 def load(workdir: pathlib.Path, member: int | None = None) -> Trained:
@@ -114,7 +117,9 @@ def load(workdir: pathlib.Path, member: int | None = None) -> Trained:
         if member is not None:
             raise UserError(f"{workdir} holds one network; leave the member away")
         like = jax.eval_shape(lambda: init_state(config, system, config.seed))
-        return Trained(workdir, config, system, checkpoint.restore(workdir, like).params, results)
+        return Trained(
+            workdir, config, system, checkpoint_lib.restore(workdir, like).params, results
+        )
     if member is None:
         losses = np.array((results.get("validation") or {}).get("loss") or [0.0], np.float64)
         member = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
@@ -122,7 +127,7 @@ def load(workdir: pathlib.Path, member: int | None = None) -> Trained:
         raise UserError(f"{workdir} holds members 0 to {count - 1}, not {member}")
     each = jax.vmap(lambda seed: init_state(config, system, seed))
     like = jax.eval_shape(each, jnp.zeros(count, jnp.uint32))
-    params = jax.tree.map(lambda leaf: leaf[member], checkpoint.restore(workdir, like).params)
+    params = jax.tree.map(lambda leaf: leaf[member], checkpoint_lib.restore(workdir, like).params)
     return Trained(workdir, config, system, params, results, member)
 
 

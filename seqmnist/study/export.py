@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from seqmnist import data, metrics
 from seqmnist.errors import UserError
+from seqmnist.training import batches, metrics
 
 DIRECTORY, ARTIFACT, PARAMETERS, CARD = (
     "export", "classifier.jax_export", "parameters.safetensors", "README.md"
@@ -37,7 +37,7 @@ class Artifact:
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, 28, 28]: logits [N, C]."""
-        return data.in_chunks(self._call, images)
+        return batches.in_chunks(self._call, images)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, 28, 28]: probabilities [N, C]."""
@@ -212,7 +212,7 @@ def answer(artifact: str, questions: str, answers: str) -> None:
     network = jax_export.deserialize(bytearray(pathlib.Path(artifact).read_bytes()))
     with np.load(questions, allow_pickle=False) as arrays:
         logits = {name: np.asarray(network.call(arrays[name])) for name in arrays.files}
-    if "seqmnist.model" in sys.modules:
+    if "seqmnist.networks" in sys.modules:
         raise RuntimeError("what checks an artifact must not know the model")
     np.savez(answers, **logits)
 
@@ -224,10 +224,10 @@ def _check(artifact, classify):
     with tempfile.TemporaryDirectory() as folder:
         asked, answered = f"{folder}/questions.npz", f"{folder}/answers.npz"
         np.savez(asked, **questions)
-        code = "import sys; from seqmnist import export; export.answer(*sys.argv[1:])"
+        code = "import sys; from seqmnist.study import export; export.answer(*sys.argv[1:])"
         result = subprocess.run(
             [sys.executable, "-c", code, str(artifact), asked, answered],
-            cwd=pathlib.Path(__file__).parent.parent,
+            cwd=pathlib.Path(__file__).parents[2],
             capture_output=True,
             text=True,
             check=False,

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmnist import data, records
+from seqmnist import records
 from seqmnist.config import Config
 from seqmnist.errors import UserError
-from seqmnist.steps import init_state, make_system, train_step
-from seqmnist.views import sequence_shape
+from seqmnist.networks.views import sequence_shape
+from seqmnist.training import batches
+from seqmnist.training.steps import init_state, make_system, train_step
 
 DIRECTORY, SUMMARY = "profile", "step.json"
 MARKER = "train"
@@ -122,7 +123,7 @@ def compile_step(config: Config) -> jax.stages.Compiled:
     system = make_system(config, num_steps=1)
     state = jax.eval_shape(lambda: init_state(config, system, config.seed))
     size = config.train.batch_size
-    batch = data.Batch(
+    batch = batches.Batch(
         jax.ShapeDtypeStruct((size, 28, 28), np.uint8),
         jax.ShapeDtypeStruct((size,), np.int32),
         jax.ShapeDtypeStruct((size,), np.bool_),

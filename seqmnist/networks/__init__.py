@@ -1,0 +1,1 @@
+"""What reads: views, cells, recurrences, and the network they make up."""

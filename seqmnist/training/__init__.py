@@ -1,0 +1,1 @@
+"""What trains: steps, optimizers, batches, the loop, members and devices."""
