@@ -1,17 +1,26 @@
-"""The one exception that means: the user can mend this."""
+"""Errors that a user can fix, and the one way to report them."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Mapping
+import errno
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
 
+_STORAGE_ERRORS = (
+    "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "EMFILE", "ENFILE", "ENOENT",
+    "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "ESTALE", "ENOLCK", "ENXIO", "ENODEV",
+)  # fmt: skip
+_ERRNOS = {getattr(errno, name) for name in _STORAGE_ERRORS if hasattr(errno, name)}
+
 
 class UserError(Exception):
-    """What a user got wrong, in one line that names the thing and the remedy.
+    """An error that a user can fix: one line that names the thing and the remedy.
 
-    `main` prints the message on standard error and exits with code 2. Everything else
-    that goes wrong keeps its traceback.
+    Command lines print the message on standard error and exit with code 2. Every other error
+    keeps its traceback.
     """
 
 
@@ -37,3 +46,43 @@ def choose(table: Mapping[str, T], name: str, what: str) -> T:
         raise UserError(
             f"config.{what}={name!r} does not exist; choose one of: {', '.join(table)}"
         ) from None
+
+
+def one_line(error: BaseException) -> str:
+    """Returns an error's message on one line, or the error's type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def storage_reason(error: BaseException | None) -> str | None:
+    """Returns why the disk refused, e.g. "No space left on device"; None for any other error.
+
+    Storage libraries report what the operating system said as text in errors of their own.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _ERRNOS:
+            return error.strerror
+        for number in _ERRNOS:
+            if os.strerror(number) in str(error):
+                return os.strerror(number)
+        error = error.__cause__
+    return None
+
+
+@contextlib.contextmanager
+def explain_storage(what: str, remedy: str) -> Iterator[None]:
+    """Turns an error of the disk into one line; every other error passes.
+
+    Args:
+      what: what is written, e.g. "--workdir=runs/a".
+      remedy: what the user can do.
+
+    Raises:
+      UserError: in place of an error that `storage_reason` recognizes.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = None if isinstance(error, UserError) else storage_reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"{what} cannot be written ({reason}); {remedy}") from error

@@ -1,0 +1,59 @@
+"""Paths that a user writes: expanded, absolute and checked, or refused in one line."""
+
+import os
+import pathlib
+import re
+
+from seqmnist.errors import UserError
+
+# Orbax, TensorStore and ArrayRecord take these as patterns, separators or cloud addresses.
+_NOT_STORABLE = re.compile(r"[\[\]*?\\]|gs:|s3:")
+
+
+def resolve(path: str | os.PathLike, name: str) -> pathlib.Path:
+    """Returns the absolute path that a user means; nothing is made, links are kept.
+
+    Args:
+      path: what the user wrote; `~` and `~user` are home folders.
+      name: the flag or field, for the message, e.g. "--workdir".
+
+    Raises:
+      UserError: no file can have this path.
+    """
+    text = os.fspath(path)
+
+    def refuse(reason):
+        shown = ascii(text)[1:-1]
+        shown = shown if len(shown) <= 80 else f"{shown[:80]}…"
+        raise UserError(f"{name}={shown} {reason}; choose another path")
+
+    if not isinstance(text, str) or not text.isprintable():  # surrogates are not printable
+        refuse("is not printable text")
+    if not text.strip():
+        refuse("is empty")
+    if re.match(r"\w[\w+.-]+:/", text):
+        refuse("is an address; only folders and files of this machine's disks are supported")
+    try:
+        absolute = pathlib.Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        refuse(f"has no home folder ({error})")
+    try:
+        absolute.exists()
+    except OSError as error:
+        refuse(f"cannot be used ({error.strerror})")
+    return absolute
+
+
+def resolve_storage(path: str | os.PathLike, name: str) -> pathlib.Path:
+    """Returns what `resolve` does, for a folder in which storage libraries write.
+
+    Raises:
+      UserError: no file can have this path, or those libraries would take it for another.
+    """
+    absolute = resolve(path, name)
+    if found := _NOT_STORABLE.search(str(absolute)):
+        raise UserError(
+            f"{name}={absolute} contains {found[0]!r}, which storage libraries do not take as part "
+            "of a name; choose another path"
+        )
+    return absolute
