@@ -1,3 +1,5 @@
+"""Augmentation, against SciPy's affine transformation."""
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,11 @@ def blob():
 
 def test_no_distortion_is_the_identity(digits):
     images = jnp.array(digits[0][:5])
-    still = augment.affine(images, KEYS[:5], degrees=0, shift=0, stretch=0, shear=0)
-    chex.assert_trees_all_equal(still, images)
+    unchanged = augment.affine(images, KEYS[:5], degrees=0, shift=0, stretch=0, shear=0)
+    chex.assert_trees_all_equal(unchanged, images)
 
 
-def test_each_image_is_distorted_as_scipy_does():
+def test_an_image_is_distorted_as_in_scipy():
     amounts = np.array([0.2, 1.5, -0.75, 0.1, -0.05, 0.12])
     got = augment._affine_one(jnp.array(blob()), jnp.array(amounts, jnp.float32))
     angle, down, right, tall, wide, shear = amounts
@@ -30,10 +32,11 @@ def test_each_image_is_distorted_as_scipy_does():
     offset = 13.5 + np.array([down, right]) - matrix @ [13.5, 13.5]
     expected = affine_transform(blob().astype(float), matrix, offset, order=1, mode="constant")
     inside = (slice(2, -2),) * 2
-    np.testing.assert_allclose(got[inside], expected[inside], atol=1)
+    # Ours rounds to whole grey levels, 0 to 255.
+    np.testing.assert_allclose(got[inside], expected[inside], atol=0.6)
 
 
-def test_every_image_moves_its_own_way_and_keeps_its_ink():
+def test_images_move_differently_and_keep_their_ink():
     images = jnp.array(np.stack([blob()] * 50))
     moved = jax.jit(augment.affine)(images, KEYS)
     assert moved.dtype == jnp.uint8

@@ -1,7 +1,10 @@
+"""Sums over examples, against a plain count."""
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +12,7 @@ from seqmnist.training.metrics import Sums, classification_sums
 
 
 def numpy_sums(logits, labels, mask):
-    """The same totals, example by example in float64."""
+    """The totals, example by example in float64."""
     loss, correct, count = 0.0, 0, 0
     for row, label, kept in zip(logits.astype(np.float64), labels, mask, strict=True):
         if kept:
@@ -32,7 +35,7 @@ def test_masked_sums_equal_a_plain_count(seed, kept):
     assert (int(sums.correct), int(sums.count)) == (correct, count)
 
 
-def test_padding_counts_for_nothing_even_where_it_is_not_finite():
+def test_padding_is_not_counted_even_if_it_is_not_finite():
     logits = jnp.array([[0.0, 1.0], [jnp.nan, jnp.inf]])
     sums = classification_sums(logits, jnp.array([1, 0]), jnp.array([True, False]))
     assert sums.means() == {"loss": float(np.log1p(np.exp(np.float32(-1)))), "accuracy": 1.0}
@@ -44,3 +47,14 @@ def test_sums_add_field_by_field_and_divide_once():
     assert (one + two).means() == {"loss": 0.5, "accuracy": 0.25}
     chex.assert_trees_all_equal(Sums.zeros() + one, one)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.jit(Sums.zeros)(), one)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_sums_restart_at_zero_but_divergence_stays_marked(dtype):
+    losses = jnp.array([3.0, jnp.nan, jnp.inf, 0.0], dtype)
+    sums = Sums(losses, jnp.arange(4, dtype=jnp.int32), jnp.full(4, 9, jnp.int32))
+    expected = Sums.zeros(dtype, (4,))._replace(loss=jnp.array([0, jnp.nan, jnp.nan, 0], dtype))
+    chex.assert_trees_all_equal(sums.restart(), expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(sums.restart(), sums)
+    next_epoch = sums.restart() + sums
+    np.testing.assert_array_equal(np.isfinite(next_epoch.loss), [True, False, False, True])

@@ -1,4 +1,4 @@
-"""Augmentation: random distortions of training images, on the device."""
+"""Augmentation: random distortions of training images, computed on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,18 @@ def affine(
     stretch: float = 0.12,
     shear: float = 0.15,
 ) -> jax.Array:
-    """Rotates, shifts, stretches and shears each image a little, by its own random amounts.
+    """Rotates, shifts, stretches and shears each image by random amounts of its own.
 
-    Every amount is uniform between minus and plus its limit; pixels are interpolated
-    bilinearly, and zero outside.
+    Amounts are uniform between minus and plus their limits. Pixels are interpolated bilinearly;
+    outside of the image they are zero.
 
     Args:
       images: uint8 [B, 28, 28].
-      keys: of the randomness, one for each image, [B].
-      degrees, shift, stretch, shear: the limits, in degrees, pixels and shares.
+      keys: random keys [B].
+      degrees: limit of the rotation.
+      shift: limit of the shifts down and right, in pixels.
+      stretch: limit of the relative changes of height and width.
+      shear: limit of the vertical shear, in pixels per pixel of width.
 
     Returns:
       uint8 [B, 28, 28].

@@ -1,4 +1,4 @@
-"""Metrics: masked sums and counts, divided once at the end."""
+"""Metrics: masked sums and counts that are divided once, at the end."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,12 @@ import optax
 
 
 class Sums(NamedTuple):
-    """Running totals over examples; they add over batches, devices and hosts.
-
-    Of S members together, each field is [S].
+    """Running totals over examples, which add over batches, devices and hosts.
 
     Attributes:
-      loss: float, the summed cross-entropy in nats.
-      correct: int32, how many predictions were right.
-      count: int32, how many examples were seen.
+      loss: float [] or, of members, [S]: summed cross-entropy in nats.
+      correct: int32, same shape: number of correct predictions.
+      count: int32, same shape: number of examples.
     """
 
     loss: jax.Array
@@ -25,25 +23,33 @@ class Sums(NamedTuple):
 
     @classmethod
     def zeros(cls, dtype=jnp.float32, shape: tuple[int, ...] = ()) -> "Sums":
-        """Returns the totals over no example, of one run or of `shape` runs."""
+        """Returns the totals of no examples."""
         return cls(*(jnp.zeros(shape, kind) for kind in (dtype, jnp.int32, jnp.int32)))
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def restart(self) -> "Sums":
+        """Returns zeros for the next epoch, but a loss of NaN where it is not finite now.
+
+        A member that has diverged stays marked, and `steps.guarded_step` leaves its state alone.
+        """
+        zeros = jax.tree.map(jnp.zeros_like, self)
+        return zeros._replace(loss=jnp.where(jnp.isfinite(self.loss), zeros.loss, jnp.nan))
+
     def means(self) -> dict[str, float | list[float]]:
-        """Returns {"loss", "accuracy"} over all examples counted: floats, or lists of S."""
+        """Returns {"loss", "accuracy"} per example: floats, or lists of S values."""
         loss, correct, count = (np.asarray(x, np.float64) for x in self)
         return {"loss": (loss / count).tolist(), "accuracy": (correct / count).tolist()}
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
-    """Totals of a batch.
+    """Returns the totals of a batch.
 
     Args:
       logits: [B, C].
       labels: int32 [B].
-      mask: bool [B]; False marks padding, which counts for nothing.
+      mask: bool [B]; False marks padding, which is not counted.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     hits = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
@@ -55,6 +61,6 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Turns logits [..., C] into probabilities, on the host."""
+    """Converts logits [..., C] into probabilities, in NumPy."""
     powers = np.exp(logits - logits.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
