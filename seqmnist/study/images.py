@@ -1,74 +1,68 @@
-"""Images from files, and their preparation as that of MNIST.
+"""Reads image files and prepares images as MNIST's were prepared.
 
-Whatever a person draws or photographs becomes what the networks were trained on: a light digit
-on dark ground, 20 pixels tall or wide, its centre of mass in the middle of 28 × 28.
+The result is what the networks were trained on: a light digit on a dark ground, 20 pixels tall or
+wide, with its centre of mass in the middle of 28 × 28 pixels.
 """
 
-import fnmatch
+import functools
 import glob
 import math
 import pathlib
+import re
+import struct
 import warnings
 from collections.abc import Iterable
 
 import numpy as np
 
+from seqmnist import paths
 from seqmnist.datasets import idx
-from seqmnist.errors import UserError
+from seqmnist.errors import UserError, one_line
 
-MOST_PIXELS = 50_000_000  # of an image; more would only exhaust the memory
-_LEAST_CONTRAST = 16  # bytes between the darkest and the lightest pixel of what shows something
-_FAINTEST_INK = 0.2  # of the strongest; what is fainter does not extend a digit's box
+MAX_PIXELS = 50_000_000  # per image
+_MIN_CONTRAST = 16  # bytes between the darkest and the lightest pixel
+_MIN_INK = 0.2  # of the strongest; fainter pixels do not extend a digit's bounding box
 _BOX, _SIZE, _MIDDLE = 20, 28, 14
 
-_PATTERNS = ("*.png", "*.jpg", "*.jpeg", "*.npy", "*idx3-ubyte", "*idx3-ubyte.gz")
+_IS_IMAGE = re.compile(r"(\.(png|jpe?g|npy)|idx3-ubyte(\.gz)?)$")
 _KINDS = "PNG, JPEG, NPY or IDX"
 
 
 def find(names: Iterable[str]) -> list[pathlib.Path]:
-    """Returns the image files that names stand for, in order.
-
-    Args:
-      names: files, folders (of which all files named like images are taken), or patterns such as
-        `scans/*.png`.
+    """Returns the image files in order: of files, folders, or patterns such as `scans/*.png`.
 
     Raises:
       UserError: a name stands for nothing.
     """
-    found: list[pathlib.Path] = []
+    files: list[pathlib.Path] = []
     for name in names:
-        path = pathlib.Path(name)
+        paths.resolve(name, "IMAGE")
+        path = pathlib.Path(name).expanduser()
         if path.is_dir():
-            matches = [
-                file
-                for file in sorted(path.iterdir())
-                if any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in _PATTERNS)
-            ]
+            matches = [f for f in sorted(path.iterdir()) if _IS_IMAGE.search(f.name.lower())]
             if not matches:
-                raise UserError(f"{name} holds no image ({_KINDS}); name another folder")
+                raise UserError(f"{name} contains no image ({_KINDS}); name another folder")
         elif path.exists() or not glob.has_magic(name):
             matches = [path]
         else:
-            matches = sorted(map(pathlib.Path, glob.glob(name)))
+            matches = [pathlib.Path(match) for match in sorted(glob.glob(str(path)))]
             if not matches:
                 raise UserError(f"no file matches {name}; name images that exist")
-        found += matches
-    return found
+        files += matches
+    return files
 
 
 def read(path: pathlib.Path) -> list[np.ndarray]:
-    """Reads all images of a PNG, JPEG, NPY or IDX file, whatever its name says.
+    """Reads all images of a PNG, JPEG, NPY or IDX file, whatever its name.
 
-    Colours become grey, transparency the ground: white under dark strokes, black under light ones.
-
-    Args:
-      path: a file. NPY holds [H, W] or [N, H, W], bytes, or numbers in 0 to 1 or 0 to 255.
+    Colors become gray. Transparent pixels become white behind dark strokes and black behind light
+    ones. NPY contains [H, W] or [N, H, W], bytes or numbers in 0 to 1 or 0 to 255.
 
     Returns:
       Images uint8 [H, W], at least one.
 
     Raises:
-      UserError: there is no such file, it is no image, damaged, empty or too large.
+      UserError: the file is missing, not an image, damaged, empty or too large.
     """
     try:
         with path.open("rb") as file:
@@ -79,23 +73,21 @@ def read(path: pathlib.Path) -> list[np.ndarray]:
         raise UserError(f"{path} cannot be read ({error.strerror}); name an image") from None
     if not beginning:
         raise UserError(f"{path} is empty; name an image")
-    for signature, reader in _READERS.items():
-        if beginning.startswith(signature):
-            images = reader(path)
-            break
-    else:
+    readers = [reader for signature, reader in _READERS.items() if beginning.startswith(signature)]
+    if not readers:
         raise UserError(f"{path} is not an image; name one that is {_KINDS}")
+    images = readers[0](path)
     if not len(images) or not images[0].size:
         shape = " × ".join(map(str, np.shape(images)))
-        raise UserError(f"{path} holds no pixels ({shape}); name an image that shows something")
+        raise UserError(f"{path} contains no pixels ({shape}); name another image")
     return list(images)
 
 
 def as_it_is(image: np.ndarray, name: object) -> np.ndarray:
-    """Returns an image uint8 [H, W] unchanged, if it is of MNIST's size.
+    """Returns an image uint8 [H, W] unchanged if it has MNIST's size.
 
     Raises:
-      UserError: it is of another size; `name` says which image it is.
+      UserError: it has another size; the message calls the image `name`.
     """
     if image.shape != (_SIZE, _SIZE):
         height, width = image.shape
@@ -106,37 +98,29 @@ def as_it_is(image: np.ndarray, name: object) -> np.ndarray:
 
 
 def prepare(image: np.ndarray, name: object) -> np.ndarray:
-    """Prepares an image as MNIST's were: of any size, light strokes or dark ones.
+    """Prepares an image as MNIST's were: uint8 [H, W], light or dark strokes -> uint8 [28, 28].
 
-    The ground, which most of the border shows, becomes 0 and the strongest stroke 255; the box
-    around the digit is scaled to 20 pixels at its longer side, anti-aliased, and moved so that
-    the digit's centre of mass comes to lie on the middle pixel.
+    The ground, the median of the border, becomes 0 and the strongest stroke 255. The bounding box
+    of the digit is scaled to 20 pixels at its longer side, with anti-aliasing, and moved so that
+    the digit's centre of mass is on the middle pixel. Messages call the image `name`.
 
     Source: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits".
-
-    Args:
-      image: uint8 [H, W].
-      name: says which image it is.
-
-    Returns:
-      uint8 [28, 28].
 
     Raises:
       UserError: all pixels are alike.
     """
-    from PIL import Image  # here, not above: only images from files need it
+    from PIL import Image  # here, not above: only image files need it
 
     ink = image.astype(np.float32)
     low, high = ink.min(), ink.max()
-    if high - low < _LEAST_CONTRAST:
+    if high - low < _MIN_CONTRAST:
         raise UserError(f"{name} shows nothing: all its pixels are alike; name another image")
-    border = np.concatenate([ink[0], ink[-1], ink[1:-1, 0], ink[1:-1, -1]])
-    ground = np.median(border)
+    ground = np.median(np.concatenate([ink[0], ink[-1], ink[1:-1, 0], ink[1:-1, -1]]))
     if ground > (low + high) / 2:
         ink, ground, high = -ink, -ground, -low
     ink = np.clip((ink - ground) / (high - ground), 0, 1)
 
-    is_ink = ink > _FAINTEST_INK
+    is_ink = ink > _MIN_INK
     rows, columns = (np.flatnonzero(is_ink.any(axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = _BOX / max(ink.shape)
@@ -146,7 +130,7 @@ def prepare(image: np.ndarray, name: object) -> np.ndarray:
     ink = ink / ink.max()
 
     top, left = (
-        # A digit with all its mass at one end stays whole rather than centred.
+        # A digit with all its mass at one end stays in the frame rather than centred.
         min(max(_MIDDLE - math.floor(_centre(ink.sum(1 - axis)) + 0.5), 0), _SIZE - length)
         for axis, length in enumerate(ink.shape)
     )
@@ -162,66 +146,64 @@ def _centre(masses):
 def _read_picture(path):
     from PIL import Image, ImageOps
 
+    # What Pillow raises for damaged files and, the last three, for damaged EXIF data in them.
+    damaged = (OSError, SyntaxError, EOFError, ValueError, TypeError, struct.error)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(path, formats=("PNG", "JPEG"))
-        with picture:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(path, formats=("PNG", "JPEG")) as picture,
+        ):
             _check_size(path, picture.height, picture.width)
-            if picture.mode.startswith("I"):  # 16 bits a pixel
+            if picture.mode.startswith("I"):  # 16 bits per pixel
                 return [np.rint(np.asarray(picture, np.float64) / 257).astype(np.uint8)]
             picture = ImageOps.exif_transpose(picture)
             if not picture.has_transparency_data:
                 return [np.asarray(picture.convert("L"))]
-            grey, alpha = np.asarray(picture.convert("RGBA").convert("LA"), np.float64).T
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises whatever the damage leads to
-        raise UserError(f"{path} cannot be read as an image ({error}); get it again") from error
-    grey, alpha = grey.T, alpha.T / 255
-    mean = (grey * alpha).sum() / max(alpha.sum(), 1)
+            channels = np.asarray(picture.convert("RGBA").convert("LA"), np.float64)
+    except (*damaged, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{path} cannot be read as an image ({one_line(error)}); save it again"
+        ) from error
+    gray, alpha = channels[..., 0], channels[..., 1] / 255
+    mean = (gray * alpha).sum() / max(alpha.sum(), 1)
     ground = 255 if mean < 128 else 0
-    return [np.rint(grey * alpha + ground * (1 - alpha)).astype(np.uint8)]
+    return [np.rint(gray * alpha + ground * (1 - alpha)).astype(np.uint8)]
 
 
 def _read_npy(path):
     try:
-        # The header first: an array that promises too much is never loaded.
+        # Mapped first: an array larger than memory is refused by its size, not loaded.
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} cannot be read as an array ({reason}); save it again") from error
+        raise UserError(
+            f"{path} cannot be read as an array ({one_line(error)}); save it again"
+        ) from error
     if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
         raise UserError(
-            f"{path} holds {array.dtype} {list(array.shape)}; numbers [H, W] or [N, H, W] are "
-            "expected"
+            f"{path} contains {array.dtype} {list(array.shape)} instead of numbers [H, W] or "
+            "[N, H, W]; convert it"
         )
     _check_size(path, *array.shape[-2:])
     array = np.array(array if array.ndim == 3 else array[None])
     if array.dtype == np.uint8 or not array.size:
         return array
     if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 255):
-        raise UserError(f"{path} holds numbers beyond 0 to 255; scale them")
+        raise UserError(f"{path} contains numbers outside 0 to 255; scale them")
     is_unit = array.dtype.kind in "bf" and array.max() <= 1
     return np.rint(array * (255.0 if is_unit else 1.0)).astype(np.uint8)
-
-
-def _read_idx(path):
-    return idx.read_images(path, shape=None)
 
 
 _READERS = {
     b"\x89PNG\r\n\x1a\n": _read_picture,
     b"\xff\xd8\xff": _read_picture,
     b"\x93NUMPY": _read_npy,
-    b"\0\0\x08\x03": _read_idx,
-    b"\x1f\x8b": _read_idx,
+    b"\0\0\x08\x03": functools.partial(idx.read_images, shape=None),
+    b"\x1f\x8b": functools.partial(idx.read_images, shape=None),
 }
 
 
 def _check_size(path, height, width):
-    if height * width > MOST_PIXELS:
+    if height * width > MAX_PIXELS:
         raise UserError(
-            f"{path} has {width:,} × {height:,} pixels; at most {MOST_PIXELS:,} are read: scale it "
-            "down"
+            f"{path} has {width:,} × {height:,} pixels, more than {MAX_PIXELS:,}; scale it down"
         )
