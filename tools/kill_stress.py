@@ -1,140 +1,139 @@
-"""Kills training runs at random moments, resumes them, and compares what comes out, bit for bit.
+"""Stops training runs at random moments by random signals, resumes them, and compares the results.
 
 Example:
   python -m tools.kill_stress --kills=100 --data_dir=DIR
 
-For each way of input, one run is left alone; others are killed by SIGKILL at random moments, while
-they start, compile, train or write a checkpoint, and started again by the same command until they
-finish. Parameters, optimizer state, metrics (but for seconds) and scores must be equal.
+A moment may be anywhere in a run: start-up, training, saving, scoring, exit. The same command
+resumes a run until it has finished. Then parameters, optimizer state, metrics (except seconds) and
+scores must equal those of an uninterrupted run, bit for bit. No run may end with a traceback.
 """
 
-import json
-import os
+import collections
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
+import jax
 import numpy as np
-from absl import logging
-from rich.console import Console
 
-from seqmnist import checkpoints as checkpoint_lib
-from seqmnist import records
 from seqmnist.errors import UserError
+from seqmnist.workdir import Workdir
 from tools import cli
 
 SETTINGS = {"train.num_epochs": 30, "checkpoint.every_steps": 7, "data.name": "mnist_5k"}
-INPUT_MODES = ("resident", "stream")
+KINDS = {
+    "resident": {},
+    "stream": {"data.input_mode": "stream"},
+    "members": {"members.num": 2},
+    "sweep": {"members.num": 2, "members.sweep": '{"optimizer.learning_rate": [0.001, 0.01]}'},
+}
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
+MOMENTS = ("start-up", "training", "scoring", "exit")
 
 
-def start(workdir: pathlib.Path, data_dir: str | None, input_mode: str) -> subprocess.Popen:
-    """Starts, or goes on with, the run of `workdir`."""
-    settings = {**SETTINGS, "data.input_mode": input_mode}
-    if data_dir:
-        settings["data.data_dir"] = data_dir
-    return subprocess.Popen(
-        [sys.executable, "-m", "seqmnist.main", f"--workdir={workdir}"]
-        + [f"--config.{name}={value}" for name, value in settings.items()],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(workdir: pathlib.Path, data_dir: str | None, kind: str) -> subprocess.Popen:
+    """Starts or resumes the run of `workdir`, one of `KINDS`."""
+    settings = SETTINGS | KINDS[kind] | ({"data.data_dir": data_dir} if data_dir else {})
+    command = [sys.executable, "-m", "seqmnist.main", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def outcome(workdir: pathlib.Path) -> dict:
-    """Returns all that must not depend on how often a run was killed."""
-    import orbax.checkpoint as ocp
+def outcome(workdir: pathlib.Path) -> dict[str, Any]:
+    """Returns everything that must not depend on how often a run was interrupted."""
+    import orbax.checkpoint as ocp  # here, not above: command lines answer --help without it
 
-    logging.set_verbosity(logging.ERROR)
-    lines = [json.loads(line) for line in (workdir / records.METRICS).read_text().splitlines()]
-    for line in lines:
+    run = Workdir(workdir)
+    metrics, results = run.read_metrics(), run.read_results()
+    for line in metrics:
         del line["seconds"]
-    results = records.read_json(workdir / records.RESULTS)
-    with ocp.CheckpointManager(
-        workdir / checkpoint_lib.DIRECTORY, options=ocp.CheckpointManagerOptions(read_only=True)
-    ) as manager:
+    folder, options = run.path / "checkpoints", ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder, options=options) as manager:
         step = manager.latest_step()
-        folder = workdir / checkpoint_lib.DIRECTORY / str(step) / "arrays"
-    arrays = ocp.StandardCheckpointer().restore(folder)
+    arrays = ocp.StandardCheckpointer().restore(folder / str(step) / "arrays")
     return {
-        "metrics": lines,
-        "scores": [results["validation"], results["test"]],
-        "step": step,
-        "arrays": [np.asarray(leaf).tobytes() for leaf in _leaves(arrays)],
+        "metrics": metrics,
+        "scores": [results.get(name) for name in ("validation", "test", "settings", "ensemble")],
+        "arrays": [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(arrays)],
     }
 
 
-def _leaves(tree):
-    import jax
-
-    return jax.tree.leaves(tree)
-
-
-def _finish(process):
-    _, message = process.communicate()
-    if process.returncode:
-        raise UserError(f"a run ended with exit code {process.returncode}: {message[-500:]}")
-
-
 def _moment(workdir):
-    """Says what a process was doing, from what its workdir holds."""
-    folder = workdir / checkpoint_lib.DIRECTORY
-    if not folder.is_dir():
-        return "before training"
-    names = [path.name for path in folder.iterdir()]
-    return "while a checkpoint was written" if any("tmp" in n for n in names) else "later"
+    """Returns what a run was doing; the start of a resumed one counts as training."""
+    metrics = workdir / "metrics.jsonl"
+    if not metrics.exists():
+        return "start-up"
+    if len(metrics.read_text().splitlines()) < SETTINGS["train.num_epochs"]:
+        return "training"
+    return "exit" if (workdir / "results.json").exists() else "scoring"
+
+
+def _finish(process, number=0, seconds=None):
+    """Ends a run by a signal, unless it finishes within some seconds; returns its exit code."""
+    try:
+        _, message = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(number)
+        _, message = process.communicate()
+    # SIGINT can reach Python's own start-up, whose traceback names no file of this project.
+    is_ours = "Traceback" in message and "seqmnist" in message
+    if is_ours or process.returncode not in {0, 128 + number, -number}:
+        raise UserError(f"a run ended with exit code {process.returncode}: {message[-500:]}")
+    return process.returncode
+
+
+def _stress(folder, arguments, names, kills):
+    """Counts `kills` by signal and moment; returns the number of runs and what differed."""
+    generator, num_runs, different = random.Random(arguments.seed), 0, []
+    references, durations = {}, {}
+    for kind in KINDS:
+        for workdir in (folder / kind, folder / f"{kind}-again"):  # the first fills the cache
+            began = time.monotonic()
+            _finish(start(workdir, arguments.data_dir, kind))
+            durations[kind] = time.monotonic() - began
+            if outcome(workdir) != references.setdefault(kind, outcome(workdir)):
+                different.append(f"{kind}, uninterrupted")
+    if references["stream"] != references["resident"]:
+        different.append("stream and resident")
+    while kills.total() < arguments.kills:
+        kind = list(KINDS)[num_runs % len(KINDS)]
+        workdir = folder / f"{kind}-{num_runs}"
+        for _ in range(10):  # kills per run at most
+            name, seconds = generator.choice(names), generator.uniform(0, durations[kind])
+            process = start(workdir, arguments.data_dir, kind)
+            if _finish(process, getattr(signal, name), seconds) == 0:
+                break
+            kills[name, _moment(workdir)] += 1
+        _finish(start(workdir, arguments.data_dir, kind))
+        num_runs += 1
+        if outcome(workdir) != references[kind]:
+            different.append(f"{kind}, run {num_runs}")
+        print(f"{kills.total()} kills, {num_runs} runs, {len(different)} different", flush=True)
+    return num_runs, different
 
 
 def _main(arguments):
-    console, generator = Console(highlight=False), random.Random(arguments.seed)
-    kills, runs, different = {}, 0, []
+    names = arguments.signals.split(",")
+    if not set(names) <= set(SIGNALS):
+        raise UserError(f"--signals={arguments.signals} must be some of {','.join(SIGNALS)}")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:  # child processes would ignore it, too
+            signal.signal(number, signal.SIG_DFL)
+    kills = collections.Counter()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary)
-        references, durations = {}, {}
-        for mode in INPUT_MODES:
-            _finish(start(folder / mode, arguments.data_dir, mode))  # fills the caches
-            began = time.monotonic()
-            _finish(start(folder / f"{mode}-again", arguments.data_dir, mode))
-            durations[mode] = time.monotonic() - began
-            references[mode] = outcome(folder / mode)
-            if outcome(folder / f"{mode}-again") != references[mode]:
-                different.append(f"{mode}, left alone")
-        if references["stream"] != references["resident"]:
-            different.append("stream and resident")
-        while sum(kills.values()) < arguments.kills:
-            mode = INPUT_MODES[runs % 2]
-            workdir = folder / f"{mode}-{runs}"
-            for _ in range(10):
-                began = time.monotonic()
-                process = start(workdir, arguments.data_dir, mode)
-                try:
-                    process.wait(generator.uniform(0.1, 0.9) * durations[mode])
-                    durations[mode] = time.monotonic() - began  # the machine is faster than before
-                    break
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.communicate()
-                    moment = _moment(workdir)
-                    kills[moment] = kills.get(moment, 0) + 1
-            else:
-                process = start(workdir, arguments.data_dir, mode)
-            _finish(process)
-            runs += 1
-            if outcome(workdir) != references[mode]:
-                different.append(f"{mode}, run {runs}")
-            console.print(
-                f"{sum(kills.values())} kills, {runs} runs, {len(different)} different", end="\r"
-            )
-    console.print(f"{sum(kills.values())} kills: {kills}")
-    console.print(
-        f"{runs} runs were killed and resumed; different from one left alone: {different}"
-    )
+        num_runs, different = _stress(pathlib.Path(temporary), arguments, names, kills)
+    for name in names:
+        print(f"{name}: " + ", ".join(f"{kills[name, moment]} {moment}" for moment in MOMENTS))
+    print(f"{num_runs} runs were interrupted and resumed; different: {different or 'none'}")
     if different:
-        raise UserError("resumed runs differ from undisturbed ones; see above")
-    return {"kills": kills, "runs": runs, "different": different, "cores": os.cpu_count()}
+        raise UserError("resumed runs differ from uninterrupted ones; see above")
+    counts = {name: {moment: kills[name, moment] for moment in MOMENTS} for name in names}
+    return {"kills": counts, "runs": num_runs, "different": different}
 
 
 def _make_parser():
@@ -142,6 +141,7 @@ def _make_parser():
     parser.add_argument("--kills", type=cli.positive, default=100, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
     parser.add_argument("--data_dir", help="as --config.data.data_dir")
+    parser.add_argument("--signals", default=",".join(SIGNALS), help="(default: %(default)s)")
     return parser
 
 
