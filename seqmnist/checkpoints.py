@@ -1,8 +1,9 @@
-"""Checkpoints: all that a run needs to go on, saved and restored whole by Orbax.
+"""Checkpoints: all that a run needs to resume, saved and restored by Orbax.
 
-A checkpoint is a step of `DIR/checkpoints`: the `TrainState`, the sums of the epoch so far, and,
-as JSON, the epochs that are done and a SHA-256 of everything, so that damage is noticed wherever
-it is.
+A checkpoint is a folder `checkpoints/STEP`: arrays (the `TrainState` and the sums of the epoch so
+far) and, as JSON, the finished epochs and a SHA-256 of everything. It is restored as it was
+written and only then compared with what the configuration needs, so that damage, another
+network and another version are told apart.
 """
 
 import functools
@@ -10,19 +11,24 @@ import hashlib
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from seqmnist.config import CheckpointConfig
-from seqmnist.errors import UserError
+from seqmnist.errors import UserError, one_line, storage_reason
 from seqmnist.training import devices
 from seqmnist.training.metrics import Sums
 from seqmnist.training.steps import TrainState
 
 DIRECTORY, DAMAGED = "checkpoints", "damaged"
+
+# What Orbax raises for content that is missing or cannot be decoded.
+_UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, FileNotFoundError)
+# What TensorStore says in a ValueError that has other causes.
+_NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED", "CANCELLED")
 
 
 class Saved(NamedTuple):
@@ -32,7 +38,7 @@ class Saved(NamedTuple):
       state: after `step` steps.
       sums: of the epoch so far.
       step: steps of the run that are done.
-      history: a record for each epoch that is done, as in `metrics.jsonl`.
+      history: a record for each finished epoch, as in `metrics.jsonl`.
       fingerprint: of the dataset.
       seconds: spent on training so far.
     """
@@ -45,172 +51,241 @@ class Saved(NamedTuple):
     seconds: float
 
 
-class Checkpoints:
-    """The checkpoints of a workdir, for the run that writes them; close it to finish writing."""
+class _DamagedError(Exception):
+    """Content is missing, undecodable or differs from its digest."""
 
-    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig):
-        """Touches nothing yet."""
+
+class Checkpoints:
+    """The checkpoints of a workdir. Of several processes, all call every method."""
+
+    def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
+        """Takes the workdir's path, and for saving when and what is kept; touches nothing yet."""
         self._workdir, self._config = workdir, config
+
+    @property
+    def directory(self) -> pathlib.Path:
+        """The folder of all checkpoints."""
+        return self._workdir / DIRECTORY
+
+    def steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, the newest last."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def check(self) -> None:
+        """Raises UserError if something else has the place of the checkpoints' folder."""
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory} is not a folder; move it, or choose another workdir")
 
     @functools.cached_property
     def _manager(self):
-        return _manager(self._workdir, self._config)
-
-    def save(self, saved: Saved) -> None:
-        """Saves in the background; a step that is saved already stays as it is."""
         import orbax.checkpoint as ocp  # here, not above: it takes long to import
+        from orbax.checkpoint import checkpoint_managers as policies
 
-        if saved.step in self._manager.all_steps():
-            return
-        arrays, facts = _split(saved)
+        keep = [policies.LatestN(self._config.keep)]
+        if self._config.keep_best:
+            best = policies.BestN(
+                get_metric_fn=lambda metrics: metrics["accuracy"],
+                n=1,
+                keep_checkpoints_without_metrics=False,
+            )
+            keep.append(best)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def save(self, saved: Saved, accuracy: float | None = None) -> None:
+        """Saves in the background.
+
+        Args:
+          saved: at a step that has not been saved yet.
+          accuracy: on the validation set, where it was measured for this very state; the best
+            checkpoint is chosen by it.
+        """
+        import orbax.checkpoint as ocp
+
         # Copies on the host: the state is donated to the next step while Orbax writes.
-        arrays = jax.tree.map(np.array, devices.gather(arrays))
-        facts["sha256"] = _digest(arrays, facts)
-        accuracy = saved.history[-1]["validation/accuracy"] if saved.history else None
-        mean = _mean(accuracy)
+        arrays = jax.tree.map(np.array, devices.gather((saved.state, saved.sums)))
+        facts = saved._asdict()
+        del facts["state"], facts["sums"]
+        facts["sha256"] = _digest(_by_name(arrays), facts)
         self._manager.save(
             saved.step,
             args=ocp.args.Composite(
                 arrays=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts)
             ),
-            metrics=None if mean is None else {"accuracy": mean},
+            metrics=None if accuracy is None else {"accuracy": accuracy},
             force=True,
         )
 
-    def restore(self, like: Saved, say: Callable[[str], None]) -> Saved | None:
-        """Restores the newest checkpoint that is whole; damaged ones are set aside.
+    def restore(self, template: Saved, notice: Callable[[str], None]) -> Saved | None:
+        """Restores the newest checkpoint that is whole; sets damaged ones aside.
 
         Args:
-          like: what it holds, or its shapes, dtypes and shardings.
-          say: is told of each damaged one.
+          template: its state and sums are shapes, dtypes and shardings of what is expected.
+          notice: is told of each damaged checkpoint.
 
         Returns:
-          None where nothing has been saved yet.
+          None if nothing has been saved yet.
 
         Raises:
-          UserError: all are damaged.
+          UserError: one cannot be read, or is of another network; or all are damaged.
         """
+        expected = _by_name((template.state, template.sums))
         # Agreed on: another process may be removing an old run, or has not seen it removed.
-        if not devices.agree((self._workdir / DIRECTORY).exists()):
-            return None
-        found = None
-        for step, saved, reason in _newest_first(self._manager, like):
-            if saved:
-                return saved
-            found = self._workdir / DAMAGED / str(step)
+        steps = self.steps() if devices.agree(bool(self.steps())) else []
+        for step in reversed(steps):
+            reason, (leaves, facts) = self._try_read(step)
+            if not reason:
+                arrays = [_fitted(step, leaves, name, like) for name, like in expected.items()]
+                _check_names(step, leaves, expected)
+                structure = jax.tree.structure((template.state, template.sums))
+                return Saved(*jax.tree.unflatten(structure, arrays), **facts)
+            aside = _unused(self._workdir / DAMAGED / str(step))
+            notice(f"checkpoints/{step} is damaged ({reason}); moved to {DAMAGED}/{aside.name}")
             if jax.process_index() == 0:
-                say(f"checkpoints/{step} is damaged ({reason}); set aside as {DAMAGED}/{step}")
-                found.parent.mkdir(exist_ok=True)
-                (self._workdir / DIRECTORY / str(step)).rename(_unused(found))
-        self.close()
-        del self._manager  # it knows those that are set aside
-        if found:
+                aside.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(aside)
+        if steps:
             raise UserError(
-                f"no checkpoint of {self._workdir} is whole; train from the start with --overwrite"
+                f"all checkpoints of {self._workdir} are damaged and were moved to {DAMAGED}; run "
+                "the same command again to train from the start"
             )
         return None
 
+    def restore_params(
+        self, template: Any, notice: Callable[[str], None]
+    ) -> tuple[Any, dict[str, Any]]:
+        """Restores the parameters of the newest checkpoint that is whole; writes nothing.
+
+        Args:
+          template: shapes and dtypes of the parameters.
+          notice: is told of each damaged checkpoint.
+
+        Returns:
+          The parameters, and {"step", "history", "fingerprint", "seconds"} as in `Saved`.
+
+        Raises:
+          UserError: there is none, or it cannot be read, or is of another network.
+        """
+        expected = {f"0.params.{name}": like for name, like in _by_name(template).items()}
+        for step in reversed(self.steps()):
+            reason, (leaves, facts) = self._try_read(step)
+            if not reason:
+                params = {k: v for k, v in leaves.items() if k.startswith("0.params.")}
+                arrays = [_fitted(step, params, name, like) for name, like in expected.items()]
+                _check_names(step, params, expected)
+                return jax.tree.unflatten(jax.tree.structure(template), arrays), facts
+            notice(f"{self.directory / str(step)} is damaged ({reason}); an older one is used")
+        raise UserError(f"{self.directory} holds no usable checkpoint; train with this workdir")
+
     def close(self) -> None:
         """Waits until all is written."""
-        self._manager.close()
+        if "_manager" in self.__dict__:
+            self._manager.close()
+
+    def _try_read(self, step):
+        """Returns why a checkpoint is damaged, or "", and its content; see `_read`."""
+        reason, content = "", (None, None)
+        with devices.together():
+            try:
+                content = _read(self.directory / str(step))
+            except _DamagedError as error:
+                reason = one_line(error)[:200]
+        if devices.agree(bool(reason)):
+            if not all(devices.collect(bool(reason))):
+                raise UserError(
+                    f"{self.directory / str(step)} can be read by some processes only; let all "
+                    "hosts see the same disk"
+                )
+            reason = reason or "see the first process"
+        return reason, content
 
 
-def check(workdir: pathlib.Path) -> None:
-    """Sees to it that a workdir may hold checkpoints, before anything else is done.
+def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads a checkpoint as it was written: its arrays by name, and its facts.
 
     Raises:
-      UserError: it does not.
+      _DamagedError: its content is missing, undecodable or differs from its digest.
+      UserError: a file cannot be read.
     """
-    if not (workdir / DIRECTORY).is_dir():
-        raise UserError(f"{workdir / DIRECTORY} does not exist; train with this --workdir first")
+    import orbax.checkpoint as ocp
 
-
-def restore(workdir: pathlib.Path, like: TrainState) -> TrainState:
-    """Restores the newest state that is whole, and writes nothing.
-
-    Args:
-      workdir: where a run has written.
-      like: a state, or its shapes and dtypes, of the same structure.
-
-    Raises:
-      UserError: there is none, or all are damaged or of another structure.
-    """
-    check(workdir)
-    directory = workdir / DIRECTORY
-    dtype = jax.tree.leaves(like.params)[0].dtype
-    sums = jax.eval_shape(lambda: Sums.zeros(dtype, like.step.shape))
-    reason = "it is empty"
-    manager = _manager(workdir, None)
+    restore = ocp.args.Composite(arrays=ocp.args.StandardRestore(), facts=ocp.args.JsonRestore())
     try:
-        for step, saved, why in _newest_first(manager, Saved(like, sums, 0, [], "", 0.0)):
-            if saved:
-                return saved.state
-            reason = f"{step}: {why}"
-    finally:
-        manager.close()
-    raise UserError(f"{directory} holds no usable checkpoint ({reason}); train again")
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            content = checkpointer.restore(folder, args=restore)
+        leaves, facts = _by_name(content.arrays), dict(content.facts)
+        is_whole = facts.pop("sha256") == _digest(leaves, facts)
+        facts = {name: facts[name] for name in ("step", "history", "fingerprint", "seconds")}
+    except _UNDECODABLE as error:
+        _check_readable(folder)
+        if str(error).startswith(_NOT_DAMAGE):
+            raise
+        raise _DamagedError(one_line(error)) from error
+    if not is_whole or facts["step"] != int(folder.name):
+        raise _DamagedError("its content has changed since it was written")
+    return leaves, facts
 
 
-def _manager(workdir, config):
-    """A manager that writes as configured, or one that only reads."""
-    import orbax.checkpoint as ocp
-    from orbax.checkpoint import checkpoint_managers as policies
+def _check_readable(folder):
+    """Raises UserError if the system refuses to read a file: that is no damage."""
+    try:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                path.read_bytes()
+    except OSError as error:
+        reason = storage_reason(error) or one_line(error)
+        raise UserError(
+            f"{error.filename or folder} cannot be read ({reason}); make it readable, nothing was "
+            "changed"
+        ) from error
 
-    if config is None:
-        options = ocp.CheckpointManagerOptions(read_only=True)
-    else:
-        keep = [policies.LatestN(config.keep)]
-        if config.keep_best:
-            best = policies.BestN(get_metric_fn=lambda metrics: metrics["accuracy"], n=1)
-            keep.append(best)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            cleanup_tmp_directories=True,
+
+def _fitted(step, leaves: Mapping[str, np.ndarray], name, like):
+    """Returns an array of a checkpoint where the template has it."""
+    found = leaves.get(name)
+    if found is None or (found.shape, found.dtype) != (like.shape, like.dtype):
+        holds = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
+        raise UserError(
+            f"checkpoints/{step} holds {holds} for {name} where config.json and the installed "
+            f"versions need {like.dtype}{list(like.shape)}; restore the config.json and the "
+            "versions that it was trained with; nothing was changed"
         )
-    return ocp.CheckpointManager(workdir / DIRECTORY, options=options)
+    place = getattr(like, "sharding", None)
+    return found if place is None else jax.device_put(found, place)
 
 
-def _newest_first(manager, like) -> Iterator[tuple[int, Saved | None, str]]:
-    """Yields (step, what it holds, "") or (step, None, what is wrong with it)."""
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            yield step, _read(manager, step, like), ""
-        except Exception as error:  # whatever the layers below make of damaged files
-            yield step, None, str(error).partition("\n")[0][:200] or type(error).__name__
+def _check_names(step, leaves, expected):
+    if more := sorted(leaves.keys() - expected.keys()):
+        raise UserError(
+            f"checkpoints/{step} holds {more[0]}, which config.json and the installed versions do "
+            "not have; restore the config.json and the versions that it was trained with; nothing "
+            "was changed"
+        )
 
 
-def _read(manager, step, like):
-    import orbax.checkpoint as ocp
-
-    arrays, _ = _split(like)
-    read = manager.restore(
-        step,
-        args=ocp.args.Composite(
-            arrays=ocp.args.StandardRestore(arrays), facts=ocp.args.JsonRestore()
-        ),
-    )
-    facts = dict(read.facts)
-    sha256 = facts.pop("sha256")
-    if _digest(read.arrays, facts) != sha256 or facts["step"] != step:
-        raise ValueError("its content has changed since it was written")
-    return Saved(*read.arrays, **facts)
+def _by_name(tree) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, e.g. "0.params.readout.bias.value", in its order."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _split(saved):
-    """Arrays on one side, facts for JSON on the other."""
-    facts = saved._asdict()
-    return (facts.pop("state"), facts.pop("sums")), facts
+def _digest(leaves: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of facts and arrays; the order of the arrays follows from their names."""
 
+    def order(name):
+        index, field, *rest = name.split(".")
+        fields = (TrainState, Sums)[int(index)]._fields
+        keys = [(0, int(x), "") if x.isdecimal() else (1, 0, x) for x in rest]
+        return int(index), fields.index(field), keys
 
-def _digest(arrays, facts):
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for leaf in jax.tree.leaves(devices.gather(arrays)):
-        digest.update(leaf.tobytes())
+    for name in sorted(leaves, key=order):
+        digest.update(leaves[name].tobytes())
     return digest.hexdigest()
-
-
-def _mean(accuracy):
-    return sum(accuracy) / len(accuracy) if isinstance(accuracy, list) else accuracy
 
 
 def _unused(path):

@@ -1,294 +1,243 @@
-"""The configuration: frozen, typed, validated, and free of JAX.
+"""The configuration: typed, validated, and free of JAX.
 
-The dataclasses below are the only list of fields, defaults and valid values. An experiment
-is a Python file whose `get_config()` starts from the one below and sets what differs; the
-command line overrides single fields; `from_dict` turns the result into a `Config`.
+The dataclasses below are the only list of fields: names, types, defaults, meanings and valid
+values. An experiment is a Python file whose `get_config()` returns a `Config`; the command line
+overrides single fields; `validated` checks the whole. From there on it is only read.
 """
 
+import copy
 import dataclasses
+import functools
 import math
 import re
+import runpy
 import types
 import typing
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from ml_collections import config_dict
+from seqmnist import paths
+from seqmnist.errors import UserError, nearest, one_line
 
-from seqmnist.errors import UserError, nearest
+# What float32 can hold.
+_SMALLEST, LARGEST = 1e-37, 3.4e38
+_COUNT = "[0, 1000000000]"
 
 
 def _field(
-    default, *, within: str | None = None, choices: tuple[str, ...] = (), form: str | None = None
-):
-    """A field with its valid values: an interval such as "[0, 1)", or names, or a form."""
-    metadata = {"within": within, "choices": choices, "form": form}
+    default: Any,
+    meaning: str,
+    *,
+    within: str | None = None,
+    choices: tuple[str, ...] = (),
+    form: str | None = None,
+) -> Any:
+    """A field, what it means, and its valid values: an interval like "[0, 1)", names or a form."""
+    metadata = {"meaning": meaning, "within": within, "choices": choices, "form": form}
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Which images, and how they reach the device.
-
-    Attributes:
-      name: the dataset. `auto` is mnist, or mnist_5k where mnist is not to be had.
-      data_dir: where prepared datasets live; None is TFDS's own folder.
-      manual_dir: a folder with the four IDX archives, used instead of downloading.
-      verify_checksums: refuse archives whose SHA-256 is not the registered one.
-      validation_fraction: the share of the training split, its tail in archive order, that
-        is held out for validation.
-      input_mode: `resident` keeps the dataset in device memory; `stream` reads each batch
-        from disk.
-    """
-
-    name: str = _field("auto", choices=("auto", "mnist", "fashion_mnist", "kmnist", "mnist_5k"))
-    data_dir: str | None = None
-    manual_dir: str | None = None
-    verify_checksums: bool = True
-    validation_fraction: float = _field(0.2, within="[0, 1)")
-    input_mode: str = _field("resident", choices=("resident", "stream"))
+class _Group:
+    def __setattr__(self, name, value):
+        if name not in type(self).__dataclass_fields__:
+            group = type(self).__name__.removesuffix("Config").lower()
+            check_field_name(f"{group}.{name}".removeprefix("."))
+        super().__setattr__(name, value)
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """How an image becomes a sequence, and what reads it.
+@dataclasses.dataclass
+class DataConfig(_Group):
+    """Which images, and how they reach the device."""
 
-    Attributes:
-      view: a name in `views.VIEWS`.
-      reverse: read the sequence from its end.
-      subsample: read every `subsample`-th time step.
-      cell: a name in `cells.CELLS`.
-      hidden_size: H, the units of each layer, in each direction.
-      num_layers: recurrent layers, one on top of the other.
-      bidirectional: each layer reads in both directions, side by side: 2 H outputs.
-      block: `plain` puts cell on cell; `residual` is what a deep stack of linear recurrences
-        needs, see `model.ResidualBlock`.
-      dropout: the probability with which an output of a layer is zero in training.
-      readout: which outputs of the last layer are read: the `last`, their `mean` or their `max`.
-    """
-
-    view: str = "rows"
-    reverse: bool = False
-    subsample: int = _field(1, within="[1, 784]")
-    cell: str = "simple_rnn"
-    hidden_size: int = _field(64, within="[1, inf)")
-    num_layers: int = _field(1, within="[1, inf)")
-    bidirectional: bool = False
-    block: str = _field("plain", choices=("plain", "residual"))
-    dropout: float = _field(0.0, within="[0, 1)")
-    readout: str = "last"
+    name: str = _field(
+        "auto",
+        "the dataset; auto is mnist if available, else mnist_5k",
+        choices=("auto", "mnist", "fashion_mnist", "kmnist", "mnist_5k"),
+    )
+    data_dir: str | None = _field(None, "folder of prepared datasets; none is TFDS's own")
+    manual_dir: str | None = _field(None, "folder of the four IDX archives, instead of a download")
+    verify_checksums: bool = _field(True, "refuse archives whose SHA-256 is not the registered one")
+    validation_fraction: float = _field(
+        0.2, "share of the training archive, its tail, that is held out", within="[0, 1)"
+    )
+    input_mode: str = _field(
+        "resident",
+        "resident: the dataset lives in device memory; stream: batches are read from disk",
+        choices=("resident", "stream"),
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class ScanConfig:
-    """How a recurrence is computed; every way gives the same numbers but for rounding.
+@dataclasses.dataclass(unsafe_hash=True)  # a network is compiled for its configuration
+class ModelConfig(_Group):
+    """How an image becomes a sequence, and what reads it."""
 
-    Attributes:
-      method: of linear recurrences: step by step, or in O(log T) `parallel` steps; `auto`
-        decides by device and length.
-      unroll: time steps a loop iteration; `auto` is what was fastest, compilation included: one.
-    """
-
-    method: str = _field("auto", choices=("auto", "sequential", "parallel"))
-    unroll: str = _field("auto", choices=("auto", "1", "2", "4", "7", "14", "28"))
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """How gradients become updates.
-
-    Attributes:
-      name: a name in `optim.OPTIMIZERS`; rmsprop is Keras's, as the notebook uses it.
-      learning_rate: the step size, at its highest.
-      schedule: the learning rate over a run: `constant`, or a half `cosine` down to zero.
-      warmup_fraction: the share of a run's steps in which the learning rate rises from zero.
-      momentum: of sgd.
-      weight_decay: of adamw, decoupled, for all parameters but biases and RecurrentParams.
-      clip_norm: the largest global norm of a gradient; None does not clip.
-      recurrent_factor: the learning rate of RecurrentParams (the eigenvalues and input
-        normalization of linear recurrences), as a share of the others'.
-    """
-
-    name: str = "rmsprop"
-    learning_rate: float = _field(1e-3, within="(0, inf)")
-    schedule: str = _field("constant", choices=("constant", "cosine"))
-    warmup_fraction: float = _field(0.0, within="[0, 1)")
-    momentum: float = _field(0.9, within="[0, 1)")
-    weight_decay: float = _field(1e-4, within="[0, inf)")
-    clip_norm: float | None = _field(None, within="(0, inf)")
-    recurrent_factor: float = _field(1.0, within="[0, 1]")
+    view: str = _field("rows", "how an image is read, a name in views.VIEWS")
+    reverse: bool = _field(False, "read the sequence from its end")
+    subsample: int = _field(1, "read every n-th time step", within="[1, 784]")
+    cell: str = _field("simple_rnn", "the recurrent layer, a name in cells.CELLS")
+    hidden_size: int = _field(64, "units per layer and direction", within="[1, 65536]")
+    num_layers: int = _field(1, "number of recurrent layers", within="[1, 128]")
+    bidirectional: bool = _field(False, "each layer reads in both directions: 2 H outputs")
+    block: str = _field(
+        "plain",
+        "plain: cell on cell; residual: norm, cell, gate and a skip connection",
+        choices=("plain", "residual"),
+    )
+    dropout: float = _field(0.0, "probability of dropping a layer's output", within="[0, 1)")
+    readout: str = _field("last", "which outputs of the last layer are read: last, mean or max")
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How long and in which portions.
+@dataclasses.dataclass
+class OptimizerConfig(_Group):
+    """How gradients become updates."""
 
-    Attributes:
-      batch_size: B, examples a step.
-      num_epochs: passes over the training set.
-      augment: what happens to training images, a name in `augment.AUGMENTATIONS`.
-    """
-
-    batch_size: int = _field(128, within="[1, inf)")
-    num_epochs: int = _field(5, within="[1, inf)")
-    augment: str = "none"
-
-
-@dataclasses.dataclass(frozen=True)
-class MembersConfig:
-    """How many networks one program trains; see `members`.
-
-    Attributes:
-      num: independent runs of each setting, of the seeds seed, seed + 1, …
-      sweep: settings, as JSON: {"optimizer.learning_rate": [0.001, 0.01], …} is a grid; a list of
-        objects with one value a field is a list. See `members.SWEEPABLE` for the fields.
-    """
-
-    num: int = _field(1, within="[1, inf)")
-    sweep: str = "{}"
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """How the work spreads over devices; changes results by rounding only.
-
-    Attributes:
-      member: devices over which members spread; 0 is as many as divide them.
-      data: devices over which each batch is split; 0 decides by device and batch size.
-    """
-
-    member: int = _field(0, within="[0, inf)")
-    data: int = _field(0, within="[0, inf)")
+    name: str = _field("rmsprop", "a name in optim.OPTIMIZERS; rmsprop is computed as in Keras")
+    learning_rate: float = _field(1e-3, "peak learning rate", within=f"[{_SMALLEST}, {LARGEST}]")
+    schedule: str = _field(
+        "constant",
+        "constant, or cosine: half a cosine down to zero",
+        choices=("constant", "cosine"),
+    )
+    warmup_fraction: float = _field(
+        0.0, "share of the run in which the learning rate rises from zero", within="[0, 1)"
+    )
+    momentum: float = _field(0.9, "momentum of sgd", within="[0, 1)")
+    weight_decay: float = _field(
+        1e-4,
+        "decoupled weight decay of adamw, not for biases and RecurrentParams",
+        within=f"[0, {LARGEST}]",
+    )
+    clip_norm: float | None = _field(
+        None,
+        "largest global norm of a gradient; none does not clip",
+        within=f"[{_SMALLEST}, {LARGEST}]",
+    )
+    recurrent_factor: float = _field(
+        1.0,
+        "learning rate of RecurrentParams (eigenvalues and input kernels of the lru) as a share",
+        within="[0, 1]",
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """When the state of a run is saved; it is always saved at the end and when stopped.
+@dataclasses.dataclass
+class TrainConfig(_Group):
+    """How long, and in batches of which size."""
 
-    Attributes:
-      every_epochs: save after every so many epochs; 0 does not.
-      every_steps: save after every so many steps of the run; 0 does not.
-      keep: how many of the newest checkpoints are kept.
-      keep_best: keep, besides, the one with the highest validation accuracy.
-    """
-
-    every_epochs: int = _field(1, within="[0, inf)")
-    every_steps: int = _field(0, within="[0, inf)")
-    keep: int = _field(3, within="[1, inf)")
-    keep_best: bool = False
+    batch_size: int = _field(128, "examples per step", within="[1, 65536]")
+    num_epochs: int = _field(5, "passes over the training set", within="[1, 1000000]")
+    augment: str = _field("none", "distortion of training images, in augment.AUGMENTATIONS")
 
 
-@dataclasses.dataclass(frozen=True)
-class ProfileConfig:
-    """What is measured on the way; changes no result.
+@dataclasses.dataclass
+class MembersConfig(_Group):
+    """How many networks one program trains."""
 
-    Attributes:
-      steps: START:STOP, the steps of the run, counted from 0, of which a profiler's trace is
-        written to the workdir; None is none.
-    """
-
-    steps: str | None = _field(None, form="START:STOP")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Everything that determines a run, but for the machine.
-
-    Attributes:
-      seed: the one source of randomness: initialization, epoch order, dropout, augmentation.
-    """
-
-    seed: int = _field(0, within="[0, 4294967295]")
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    scan: ScanConfig = ScanConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    train: TrainConfig = TrainConfig()
-    members: MembersConfig = MembersConfig()
-    mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    profile: ProfileConfig = ProfileConfig()
+    num: int = _field(
+        1, "independent runs of each setting, with seeds seed, seed + 1, …", within="[1, 4096]"
+    )
+    sweep: str = _field(
+        "{}",
+        'settings as JSON: {"optimizer.learning_rate": [0.001, 0.01]} is a grid, a list of objects '
+        "a list of settings; members.SWEEPABLE has the fields",
+    )
 
 
-# What a resumed run may change: how it is done, but not what comes out. The dataset is compared
-# by its content.
+@dataclasses.dataclass
+class MeshConfig(_Group):
+    """How the work spreads over devices; changes results only by rounding."""
+
+    member: int = _field(
+        0, "devices over which members spread; 0 is as many as divide them", within="[0, 65536]"
+    )
+    data: int = _field(
+        0, "devices over which a batch is split; 0 chooses by device and size", within="[0, 65536]"
+    )
+
+
+@dataclasses.dataclass
+class CheckpointConfig(_Group):
+    """When the state of a run is saved, besides at its end and when it is stopped."""
+
+    every_epochs: int = _field(1, "save after every n epochs; 0 never", within=_COUNT)
+    every_steps: int = _field(0, "save after every n steps of the run; 0 never", within=_COUNT)
+    keep: int = _field(3, "how many of the newest checkpoints are kept", within="[1, 1000000]")
+    keep_best: bool = _field(False, "also keep the one with the highest validation accuracy")
+
+
+@dataclasses.dataclass
+class ProfileConfig(_Group):
+    """What is measured on the way; changes no result."""
+
+    steps: str | None = _field(
+        None, "steps of the run, counted from 0, that the profiler traces", form="START:STOP"
+    )
+
+
+@dataclasses.dataclass
+class Config(_Group):
+    """Everything that determines a run, except the machine."""
+
+    seed: int = _field(
+        0, "seed of initialization, order, dropout and augmentation", within="[0, 4294967295]"
+    )
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    members: MembersConfig = dataclasses.field(default_factory=MembersConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+
+
+# Groups of earlier versions, which changed no result; they are skipped where they are read.
+_RETIRED = ("scan",)
+
+# What a resumed run may change: how it is done, but not its results. Data are compared by content.
 NEUTRAL = ("data.name", "data.data_dir", "data.manual_dir", "data.verify_checksums")
 NEUTRAL += ("data.input_mode", "mesh.member", "mesh.data", "profile.steps")
 NEUTRAL += tuple(f"checkpoint.{field.name}" for field in dataclasses.fields(CheckpointConfig))
 
+# Fields that act only with some values of another field.
+_ACTS_WITH = {
+    "optimizer.momentum": ("optimizer.name", ("sgd",)),
+    "optimizer.weight_decay": ("optimizer.name", ("adamw",)),
+    "optimizer.recurrent_factor": ("model.cell", ("lru",)),
+}
 
-def get_config() -> config_dict.ConfigDict:
-    """Returns the notebook's settings, for an experiment to change and a flag to override."""
-    return _to_config_dict(Config())
+
+class Field(NamedTuple):
+    """A field that holds a value.
+
+    Attributes:
+      name: dotted, e.g. "train.batch_size".
+      kind: its type without None: bool, int, float or str.
+      is_optional: whether it may be None.
+      default: its default.
+      metadata: "meaning", and the valid values: "within", "choices", "form".
+    """
+
+    name: str
+    kind: type
+    is_optional: bool
+    default: Any
+    metadata: Mapping[str, Any]
+
+
+def get_config() -> Config:
+    """Returns the notebook's settings, for an experiment to change."""
+    return Config()
+
+
+@functools.cache
+def fields() -> dict[str, Field]:
+    """Returns all fields that hold values, by dotted name."""
+    return {field.name: field for field in _fields(Config, "")}
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as plain nested dicts, ready for JSON."""
     return dataclasses.asdict(config)
-
-
-def check_resumable(before: Config, after: Config) -> None:
-    """Sees to it that a run that one configuration began can go on with another.
-
-    Raises:
-      UserError: they differ in what changes the result; the message names each field and both
-        values.
-    """
-    changes = {k: v for k, v in _changes(before, after).items() if k not in NEUTRAL}
-    old, new = before.train.num_epochs, after.train.num_epochs
-    fixed_rate = after.optimizer.schedule == "constant" and not after.optimizer.warmup_fraction
-    if old < new and fixed_rate:
-        del changes["train.num_epochs"]
-    if changes:
-        hint = "" if fixed_rate else "; the schedule of the learning rate fixes the epochs"
-        raise UserError(
-            f"--workdir holds a run with other settings ({', '.join(changes.values())}{hint}); "
-            "choose another --workdir, or start this one afresh with --overwrite"
-        )
-
-
-def check_same_network(before: Config, after: Config) -> None:
-    """Sees to it that what one configuration trained can be evaluated with another.
-
-    Raises:
-      UserError: they differ in the network; the message names each field and both values.
-    """
-    groups = ("model", "members", "optimizer")
-    changes = [v for k, v in _changes(before, after).items() if k.partition(".")[0] in groups]
-    if changes:
-        raise UserError(
-            f"--workdir holds another network ({', '.join(changes)}); leave these fields as they "
-            "were when it was trained"
-        )
-
-
-def _changes(before, after) -> dict[str, str]:
-    old, new = _flatten(to_dict(before)), _flatten(to_dict(after))
-    return {k: f"config.{k}: {old[k]!r} → {new[k]!r}" for k in new if old[k] != new[k]}
-
-
-def _flatten(values, prefix=""):
-    flat = {}
-    for name, value in values.items():
-        is_group = isinstance(value, dict)
-        flat |= _flatten(value, f"{prefix}{name}.") if is_group else {prefix + name: value}
-    return flat
-
-
-def field_names(kind: type = Config, prefix: str = "") -> list[str]:
-    """Returns the dotted names of all fields, e.g. "train" and "train.batch_size"."""
-    names = []
-    for name, hint in typing.get_type_hints(kind).items():
-        names.append(prefix + name)
-        if dataclasses.is_dataclass(hint):
-            names += field_names(hint, f"{prefix}{name}.")
-    return names
-
-
-def check_field_name(name: str) -> None:
-    """Raises UserError, with the nearest names, unless `name` is a field of Config."""
-    if name not in field_names():
-        raise UserError(f"config.{name} does not exist; nearest: {nearest(name, field_names())}")
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -300,68 +249,163 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
       UserError: a field does not exist, or its value is of the wrong type or out of range.
     """
-    return _from_dict(Config, values, prefix="")
+    return _from_dict(Config, values, "")
 
 
-def _to_config_dict(config) -> config_dict.ConfigDict:
-    result = config_dict.ConfigDict()
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if dataclasses.is_dataclass(value):
-            value = _to_config_dict(value)
-        elif value is None:  # ConfigDict needs the type to parse a later value
-            value = config_dict.placeholder(_value_type(hint))
-        result[name] = value
-    return result
+def validated(config: Config) -> Config:
+    """Returns a copy of a configuration in which every value is of its type and in its range.
+
+    Raises:
+      UserError: a value is not valid, or a field that was changed does nothing.
+    """
+    config = from_dict(to_dict(config))
+    for name in _ACTS_WITH:
+        if get(config, name) != fields()[name].default:
+            check_acts(config, name)
+    if config.checkpoint.keep_best and not config.data.validation_fraction:
+        raise UserError(
+            "config.checkpoint.keep_best does nothing with data.validation_fraction=0; leave it out"
+        )
+    return config
 
 
-def _from_dict(kind, values, prefix):
+def check_acts(config: Config, name: str) -> None:
+    """Raises UserError if a field does nothing with the chosen optimizer or cell."""
+    other, values = _ACTS_WITH.get(name, ("seed", (config.seed,)))
+    if get(config, other) not in values:
+        raise UserError(
+            f"config.{name} does nothing with {other}={get(config, other)}; leave it out, or set "
+            f"config.{other} to {' or '.join(values)}"
+        )
+
+
+def load_experiment(path: str) -> Config:
+    """Returns what `get_config()` of a Python file returns.
+
+    Raises:
+      UserError: there is no such file, its code fails, or it returns something else.
+    """
+    file = paths.resolve(path, "--config")
+    if not file.is_file():
+        raise UserError(f"--config={path} is not a file; name an experiment's Python file")
+    try:
+        function = runpy.run_path(str(file)).get("get_config")
+        config = function() if callable(function) else None
+    except UserError as error:
+        raise UserError(f"--config={path}: {error}") from error
+    except (Exception, SystemExit) as error:  # an experiment's code may raise anything
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"--config={path} cannot be loaded: {reason}; correct the file") from error
+    if not isinstance(config, Config):
+        what = type(config).__name__ if callable(function) else "no such function"
+        raise UserError(
+            f"--config={path} needs a get_config() that returns seqmnist.config.Config; got {what}"
+        )
+    return config
+
+
+def get(config: Config, name: str) -> Any:
+    """Returns the value of a field by its dotted name."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
+def override(config: Config, values: Mapping[str, Any]) -> Config:
+    """Returns a copy in which fields, by dotted name, have other values."""
+    config = copy.deepcopy(config)
+    for name, value in values.items():
+        group, _, last = name.rpartition(".")
+        setattr(get(config, group) if group else config, last, value)
+    return config
+
+
+def changes(before: Config, after: Config) -> dict[str, str]:
+    """Returns how two configurations differ: {field: "config.FIELD: 'old' → 'new'"}."""
+    pairs = {name: (get(before, name), get(after, name)) for name in fields()}
+    return {k: f"config.{k}: {old!r} → {new!r}" for k, (old, new) in pairs.items() if old != new}
+
+
+def check_resumable(before: Config, after: Config) -> None:
+    """Raises UserError if the two differ in more than what a resumed run may change."""
+    changed = {k: v for k, v in changes(before, after).items() if k not in NEUTRAL}
+    fixed_rate = after.optimizer.schedule == "constant" and not after.optimizer.warmup_fraction
+    if before.train.num_epochs < after.train.num_epochs and fixed_rate:
+        del changed["train.num_epochs"]
+    if changed:
+        hint = "" if fixed_rate else "; the learning-rate schedule fixes the number of epochs"
+        raise UserError(
+            f"--workdir holds a run with other settings ({', '.join(changed.values())}{hint}); "
+            "choose another --workdir, or replace this run with --overwrite"
+        )
+
+
+def check_same_network(before: Config, after: Config) -> None:
+    """Raises UserError if what one configuration trained is another network under the other."""
+    groups = ("model", "members", "optimizer")
+    changed = [v for k, v in changes(before, after).items() if k.partition(".")[0] in groups]
+    if changed:
+        raise UserError(
+            f"--workdir holds another network ({', '.join(changed)}); leave these fields out"
+        )
+
+
+def check_field_name(name: str) -> None:
+    """Raises UserError, with the nearest names, unless `name` is a field or a group of fields."""
+    groups = {field.rpartition(".")[0] for field in fields()} - {""}
+    if name not in fields() and name not in groups:
+        raise UserError(f"config.{name} does not exist; nearest: {nearest(name, fields())}")
+
+
+def _fields(group, prefix) -> Iterator[Field]:
+    hints = typing.get_type_hints(group)
+    for field in dataclasses.fields(group):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _fields(hint, f"{prefix}{field.name}.")
+        else:
+            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            kind = next(option for option in options if option is not types.NoneType)
+            name = prefix + field.name
+            yield Field(name, kind, len(options) > 1, field.default, field.metadata)
+
+
+def _from_dict(group, values, prefix):
     if not isinstance(values, Mapping):
-        raise UserError(f"{f'config.{prefix}'[:-1]} holds fields; it cannot be set to {values!r}")
-    hints = typing.get_type_hints(kind)
-    for name in values:
+        raise UserError(f"{f'config.{prefix}'[:-1]} is a group of fields; got {values!r}")
+    given, hints = {}, typing.get_type_hints(group)
+    for name, value in values.items():
+        if not prefix and name in _RETIRED:
+            continue
         if name not in hints:
             check_field_name(f"{prefix}{name}")
-    given = {}
-    for field in dataclasses.fields(kind):
-        if field.name not in values:
-            continue
-        name, hint, value = prefix + field.name, hints[field.name], values[field.name]
-        if dataclasses.is_dataclass(hint):
-            given[field.name] = _from_dict(hint, value, name + ".")
+        if dataclasses.is_dataclass(hints[name]):
+            given[name] = _from_dict(hints[name], value, f"{prefix}{name}.")
         else:
-            given[field.name] = _checked(name, hint, field.metadata, value)
-    return kind(**given)
+            given[name] = _checked(fields()[f"{prefix}{name}"], value)
+    return group(**given)
 
 
-def _value_type(hint) -> type:
-    """The type of a field's values: `str` for both `str` and `str | None`."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next(option for option in options if option is not types.NoneType)
-
-
-def _checked(name, hint, metadata, value):
-    if value is None and isinstance(hint, types.UnionType):
+def _checked(field, value):
+    name, kind = field.name, field.kind
+    if value is None and field.is_optional:
         return None
-    kind = _value_type(hint)
+    is_huge = isinstance(value, int) and value.bit_length() > 128  # too long to print
+    shown = f"a number of {value.bit_length()} bits" if is_huge else repr(value)
+    within, choices, form = (field.metadata[key] for key in ("within", "choices", "form"))
     if kind is float and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) <= LARGEST else math.inf
     if type(value) is not kind:  # not isinstance: a bool is an int to Python, not to a reader
-        raise UserError(f"config.{name} must be of type {kind.__name__}; got {value!r}")
-    within, choices, form = (metadata.get(key) for key in ("within", "choices", "form"))
+        raise UserError(f"config.{name} must be of type {kind.__name__}; got {shown}")
     if within and not _lies_within(value, within):
-        raise UserError(f"config.{name} must lie in {within}; got {value!r}")
+        raise UserError(f"config.{name} must lie in {within}; got {shown}")
     if choices and value not in choices:
-        raise UserError(
-            f"config.{name}={value!r} does not exist; nearest: {nearest(value, choices)}"
-        )
-    if form and not re.fullmatch(re.sub("[A-Z]+", "[0-9]+", form), value):
-        raise UserError(f"config.{name} must be {form}, in whole numbers; got {value!r}")
+        raise UserError(f"config.{name}={shown} does not exist; nearest: {nearest(value, choices)}")
+    if form and not re.fullmatch(re.sub("[A-Z]+", "[0-9]{1,12}", form), value):
+        raise UserError(f"config.{name} must be {form}, in whole numbers; got {shown}")
     return value
 
 
-def _lies_within(value: float, interval: str) -> bool:
+def _lies_within(value, interval):
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
-    return above and below and math.isfinite(value)
+    return above and below and not math.isnan(value)

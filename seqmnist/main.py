@@ -1,138 +1,197 @@
-"""The command line: flags -> configuration -> `run`.
+"""Trains a network that reads images as sequences, or resumes what --workdir holds.
 
 Example:
   python -m seqmnist.main --workdir=runs/notebook --config=experiments/notebook.py
+  python -m seqmnist.main --workdir=runs/gru --config.model.cell=gru --config.train.num_epochs=2
 """
 
-import gc
-import os
-import pathlib
+import argparse
+import difflib
 import re
 import sys
+import traceback
 
-from absl import app, flags, logging
-from ml_collections import config_dict, config_flags
-
+import seqmnist
 from seqmnist import config as config_lib
-from seqmnist import workdir as workdir_lib
+from seqmnist import process
 from seqmnist.errors import UserError
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files are.")
-_MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate"], "Train, or score what --workdir holds."
-)
-_OVERWRITE = flags.DEFINE_bool(
-    "overwrite", False, "Remove the run that --workdir holds, and start afresh."
-)
-_DEBUG_NANS = flags.DEFINE_bool(
-    "debug_nans", False, "Name the operation that gives the first number that is not finite."
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "This is one process of several; SLURM, Open MPI, Kubernetes or a TPU pod tells which.",
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of process 0, where nothing else tells; implies --distributed."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which this is, from 0.")
+from seqmnist.stop import StopRequest
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses the command line; a mistake in it becomes one line."""
-    for argument in argv[1:]:
-        if override := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-            config_lib.check_field_name(override[1])
-        file = re.match(r"--?config=(.*)", argument)
-        if file and not os.path.isfile(file[1]):
-            raise UserError(f"--config={file[1]} is not a file; name an experiment's Python file")
-    try:
-        # Here, not above: ml_collections reads the command line as it defines the flag.
-        config_flags.DEFINE_config_file(
-            "config",
-            config_lib.__file__,
-            "An experiment: a Python file with a get_config(). Any field of it is overridden by "
-            "--config.FIELD=VALUE, e.g. --config.train.num_epochs=1.",
-        )
-        rest = flags.FLAGS(argv)
-    except flags.Error as error:
-        raise UserError(str(error).partition("\n")[0]) from None
-    except Exception as error:  # whatever the experiment's own code raises
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"--config cannot be loaded: {type(error).__name__}: {reason}") from error
-    if rest[1:]:
-        raise UserError(f"{rest[1]!r} is not a flag; see --help")
-    if not _WORKDIR.value:
-        raise UserError("--workdir is missing; say where the run's files go, --workdir=DIR")
-    if flags.FLAGS["verbosity"].using_default_value:
-        logging.set_verbosity(logging.FATAL)  # keep the libraries' diaries off the screen
-    return rest
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; see --help")
 
 
-def _main(_) -> None:
-    workdir = pathlib.Path(_WORKDIR.value).absolute()
-    workdir_lib.check(workdir)
-    config = _resolve_config(workdir)
-    _check_distributed_flags()
-    from seqmnist import distributed, run  # here, not above: --help and mistakes need no JAX
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser; fields of `Config` that are not given have no value in its result."""
+    parser = _Parser(
+        prog="python -m seqmnist.main",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=seqmnist.__version__)
+    parser.add_argument("--workdir", metavar="DIR", help="folder of the run's files")
+    parser.add_argument("--config", metavar="FILE", help="an experiment: a file with get_config()")
+    parser.add_argument(
+        "--mode",
+        choices=("train", "evaluate"),
+        default="train",
+        help="train, or score the network in --workdir on its test set (%(default)s)",
+    )
+    switch = {"nargs": "?", "const": True, "default": False, "type": _boolean, "metavar": "BOOL"}
+    parser.add_argument("--overwrite", **switch, help="replace the run in --workdir by a new one")
+    parser.add_argument(
+        "--debug_nans", **switch, help="name the operation that gives the first non-finite number"
+    )
+    several = parser.add_argument_group("several processes that run one job")
+    several.add_argument(
+        "--distributed",
+        **switch,
+        help="SLURM, Open MPI, Kubernetes or a TPU pod says which process this is",
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    several.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
+    several.add_argument("--process_id", type=int, metavar="I", help="with --coordinator, from 0")
+    groups = {}
+    for field in config_lib.fields().values():
+        title = f"config.{field.name}".rpartition(".")[0]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        _add_field(group, field)
+    return parser
 
-    gc.freeze()
-    # Libraries that are imported later, and traced programs, stay as well: not every 700 objects.
-    gc.set_threshold(100_000)
-    gc.enable()
+
+def _add_field(group, field):
+    within, choices = field.metadata["within"], field.metadata["choices"]
+    values = within or ", ".join(choices) or field.metadata["form"]
+    default = "none" if field.default is None else field.default
+    facts = f"{values}; default: {default}" if values else f"default: {default}"
+    kind = _boolean if field.kind is bool else field.kind
+    group.add_argument(
+        f"--config.{field.name}",
+        type=_or_none(kind) if field.is_optional else kind,
+        metavar=field.kind.__name__.upper(),
+        default=argparse.SUPPRESS,
+        help=f"{field.metadata['meaning']} ({facts})".replace("%", "%%"),
+        **({"nargs": "?", "const": True} if field.kind is bool else {}),
+    )
+
+
+def _boolean(text):
+    if text.lower() not in ("true", "false", "1", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1")
+
+
+def _or_none(kind):
+    def parse(text):
+        return None if text.lower() == "none" else kind(text)
+
+    parse.__name__ = kind.__name__  # argparse shows it
+    return parse
+
+
+def _parse(arguments):
+    parser = make_parser()
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        _refuse(unknown[0], [*vars(flags), *(f"config.{name}" for name in config_lib.fields())])
+    if not flags.workdir:
+        raise UserError("--workdir is missing; name a folder for the run's files, --workdir=DIR")
+    _check_distributed(flags)
+    return flags
+
+
+def _refuse(argument, known):
+    name = argument.partition("=")[0]
+    if field := re.match(r"--?(?:no)?config\.(.*)", name):
+        config_lib.check_field_name(field[1])
+        raise UserError(f"{name} is a group of fields; set one of them, see --help")
+    if not name.startswith("-"):
+        raise UserError(f"{argument!r} is not a flag; see --help")
+    by_last_part = {flag.rpartition(".")[2]: flag for flag in reversed(known)}
+    similar = difflib.get_close_matches(name.lstrip("-"), by_last_part, n=1)
+    hint = f"did you mean --{by_last_part[similar[0]]}?" if similar else "see --help"
+    raise UserError(f"{name} is not a flag; {hint}")
+
+
+def _check_distributed(flags):
+    given = [flags.coordinator, flags.num_processes, flags.process_id]
+    if any(value is not None for value in given):
+        if None in given:
+            raise UserError("--coordinator, --num_processes and --process_id go together; give all")
+        if not re.fullmatch(r".+:\d{1,5}", flags.coordinator):
+            raise UserError(
+                f"--coordinator={flags.coordinator} must be HOST:PORT, e.g. 127.0.0.1:8476"
+            )
+        if not 0 <= flags.process_id < flags.num_processes:
+            raise UserError(
+                f"--process_id={flags.process_id} must be at least 0 and below "
+                f"--num_processes={flags.num_processes}"
+            )
+
+
+def _resolve_config(flags, workdir) -> config_lib.Config:
+    """Returns what --config says, or what the workdir holds, with single fields overridden."""
+    resumes = flags.mode == "evaluate" or (flags.config is None and not flags.overwrite)
+    if flags.config is not None and flags.mode == "train":
+        config = config_lib.load_experiment(flags.config)
+    elif resumes and (flags.mode == "evaluate" or workdir.has_config()):
+        config = workdir.read_config()
+    else:
+        config = config_lib.get_config()
+    prefix = "config."
+    values = {k[len(prefix) :]: v for k, v in vars(flags).items() if k.startswith(prefix)}
+    return config_lib.override(config, values)
+
+
+def _run(arguments, stop):
+    flags = _parse(arguments)
+    from seqmnist.workdir import Workdir
+
+    workdir = Workdir(flags.workdir)
+    config = config_lib.validated(_resolve_config(flags, workdir))
+    from seqmnist import run  # here, not above: --help and mistakes need no JAX
+    from seqmnist.training import distributed
+
     with distributed.joined(
-        _DISTRIBUTED.value, _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+        flags.distributed, flags.coordinator, flags.num_processes, flags.process_id
     ):
-        if _MODE.value == "train":
-            run.train(config, workdir, overwrite=_OVERWRITE.value, debug_nans=_DEBUG_NANS.value)
+        process.set_up_jax(config)
+        if flags.mode == "train":
+            run.train(
+                config, workdir, overwrite=flags.overwrite, debug_nans=flags.debug_nans, stop=stop
+            )
         else:
             run.evaluate(config, workdir)
 
 
-def _resolve_config(workdir: pathlib.Path) -> config_lib.Config:
-    """What --config says, or else what the workdir holds; then single fields over it."""
-    from seqmnist import records
-
-    flag = flags.FLAGS["config"]
-    goes_on = _MODE.value == "train" and not _OVERWRITE.value
-    goes_on = goes_on and flag.using_default_value and (workdir / records.CONFIG).is_file()
-    if _MODE.value == "evaluate" or goes_on:
-        values = config_dict.ConfigDict(config_lib.to_dict(records.read_config(workdir)))
-        with values.ignore_type():  # from_dict checks the types
-            values.update_from_flattened_dict(config_flags.get_override_values(flag))
-        return config_lib.from_dict(values.to_dict())
-    return config_lib.from_dict(flags.FLAGS.config.to_dict())
-
-
-def _check_distributed_flags() -> None:
-    given = [_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value]
-    if any(value is not None for value in given):
-        if None in given:
-            raise UserError("--coordinator, --num_processes and --process_id go together")
-        if not re.fullmatch(r".+:\d+", given[0]):
-            raise UserError(f"--coordinator={given[0]} must be HOST:PORT, e.g. 127.0.0.1:8476")
-        if not 0 <= given[2] < given[1]:
-            raise UserError(
-                f"--process_id={given[2]} must lie in [0, {given[1]}), as --num_processes says"
-            )
-
-
 def main() -> None:
-    """Runs the command line; a user's mistake ends with one line and exit code 2."""
-    # What start-up makes, it keeps: to look for garbage in it takes a tenth of a short run's
-    # time, while modules are loaded and once more when the process ends.
-    gc.disable()
+    """Runs the command line and ends the process.
+
+    The exit code is 0; 2 after one line on what a user can correct; 128 + N after signal N; 1
+    after the traceback of any other error.
+    """
+    stop, code = StopRequest(), 0
     try:
-        app.run(_main, flags_parser=_parse_flags)
+        process.listen(stop)
+        process.prepare_output()
+        _run(sys.argv[1:], stop)
+        code = 128 + stop.number if stop.number else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
     except KeyboardInterrupt:
         print("Stopped before training began; nothing was lost", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        gc.freeze()
+        code = 128 + stop.number
+    except SystemExit as error:
+        code = error.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    process.leave(code)
 
 
 if __name__ == "__main__":

@@ -1,89 +1,306 @@
-"""A workdir: it belongs to one run, and to one process at a time."""
+"""A workdir: all files of one run, written by one process at a time.
+
+config.json     the whole configuration
+metrics.jsonl   one line per epoch
+results.json    what came out; exists once the run has finished
+events.out.tfevents.*   the metrics for TensorBoard
+checkpoints/, damaged/  see `checkpoints`
+profile/, export/, report.html, report/   what the profiler and the tools write
+"""
 
 import contextlib
-import fcntl
+import functools
+import importlib.metadata
+import json
+import math
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from seqmnist.errors import UserError
+import filelock
 
-# All that a run writes, and all that starting afresh removes.
-CONTENT = ("config.json", "metrics.jsonl", "results.json", "checkpoints", "damaged", "profile")
-CONTENT += ("events.out.tfevents.*", "*.partial")
+from seqmnist import config as config_lib
+from seqmnist import paths
+from seqmnist.errors import UserError, one_line
+
+CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
+PROFILE, EXPORT, REPORT = "profile", "export", "report"
+_LOCK, _REPLACED, _EVENTS = ".lock", ".replaced", "events.out.tfevents.*"
+
+# What a run writes, and in folders a file that shows that a run or a tool has made them.
+_FILES = (CONFIG, METRICS, RESULTS, _EVENTS, f"{REPORT}.html", f"{CONFIG}.partial")
+_FILES += (f"{METRICS}.partial", f"{RESULTS}.partial")
+_FOLDERS = {
+    "checkpoints": "[0-9]*",
+    PROFILE: "plugins/profile",
+    EXPORT: "classifier.jax_export",
+    REPORT: "beliefs.png",
+}
+
+_PACKAGES = (
+    "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "tensorflow-datasets", "grain",
+    "numpy",
+)  # fmt: skip
+
+# The kinds of what other programs rely on; more may be there.
+_RESULTS_KINDS = {
+    "dataset": {"name": str, "fingerprint": str, "train": int, "validation": int, "test": int},
+    "epochs": int,
+    "steps": int,
+    "parameters": int,
+    "validation": {"loss": object, "accuracy": object},
+    "test": {"loss": object, "accuracy": object},
+}
+_METRICS_KINDS = {"epoch": int, "step": int, "train/loss": object, "train/accuracy": object}
+_METRICS_KINDS |= {"validation/loss": object, "validation/accuracy": object, "seconds": object}
 
 
-def check(workdir: pathlib.Path) -> None:
-    """Refuses early, before anything is made or downloaded, what `make` would refuse.
+class Workdir:
+    """The one owner of a workdir's files, but for checkpoints.
 
-    Raises:
-      UserError: the folder cannot be made or written.
+    Attributes:
+      path: absolute.
     """
-    try:
-        nearest = next(path for path in (workdir, *workdir.parents) if path.exists())
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be used ({error.strerror}); choose another"
-        ) from None
-    if not nearest.is_dir():
-        raise UserError(f"--workdir={workdir}: {nearest} is not a folder; choose another")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={workdir}: {nearest} is not writable; choose another")
 
+    def __init__(self, path: str | os.PathLike):
+        """Raises UserError if no run can have this folder; makes nothing."""
+        self.path = paths.resolve_storage(path, "--workdir")
 
-def make(workdir: pathlib.Path) -> None:
-    """Makes the folder, and those above it.
+    def __fspath__(self):
+        return str(self.path)
 
-    Raises:
-      UserError: it cannot be made.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be made ({error.strerror}); choose another"
-        ) from None
+    __str__ = __fspath__
 
+    def check_usable(self) -> None:
+        """Raises UserError if the folder cannot be made or written; makes nothing."""
+        nearest = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not nearest.is_dir():
+            raise UserError(f"--workdir={self}: {nearest} is not a folder; choose another")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"--workdir={self}: {nearest} is not writable; choose another")
 
-@contextlib.contextmanager
-def hold(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out; a process that ends, however it ends, keeps out no one.
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Makes the folder, and keeps other processes out of it; a killed process keeps no one out.
 
-    Raises:
-      UserError: another process holds it.
-    """
-    descriptor = os.open(workdir, os.O_RDONLY)
-    try:
+        Raises:
+          UserError: another process holds it, or it cannot be made.
+        """
+        lock = filelock.FileLock(self.path / _LOCK)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
             raise UserError(
-                f"--workdir={workdir} is in use by another process; wait for it, or choose another"
+                f"--workdir={self} is in use by another process; wait for it, or choose another"
             ) from None
-        yield
-    finally:
-        os.close(descriptor)
+        except OSError as error:
+            raise UserError(
+                f"--workdir={self} cannot be made or locked ({error.strerror}); choose another"
+            ) from error
+        try:
+            self._recover()
+            yield
+        finally:
+            lock.release()
+
+    def has_config(self) -> bool:
+        """Returns whether a run has begun here."""
+        return (self.path / CONFIG).is_file()
+
+    def read_config(self) -> config_lib.Config:
+        """Returns the configuration of the run.
+
+        Raises:
+          UserError: there is none, or it is not valid.
+        """
+        values = read_json(self.path / CONFIG)
+        try:
+            return config_lib.from_dict(values)
+        except UserError as error:
+            raise UserError(f"{self.path / CONFIG}: {error}") from None
+
+    def read_results(self) -> dict[str, Any]:
+        """Returns what `results.json` holds; {} if the run has not finished.
+
+        Raises:
+          UserError: it cannot be read, or is not what a run writes.
+        """
+        path = self.path / RESULTS
+        return _checked(path, read_json(path), _RESULTS_KINDS) if path.exists() else {}
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Returns the lines of `metrics.jsonl`, at least one.
+
+        Raises:
+          UserError: there are none, or they are not what a run writes.
+        """
+        path = self.path / METRICS
+        lines = [_parse(path, line) for line in _read_text(path).splitlines()]
+        if not lines:
+            raise UserError(f"{path} holds no epoch; train with this workdir first")
+        return [_checked(path, line, _METRICS_KINDS) for line in lines]
+
+    def begin(self, config: config_lib.Config, history: list[dict[str, Any]]) -> None:
+        """Writes the configuration and the epochs so far; the run has no results any more."""
+        (self.path / RESULTS).unlink(missing_ok=True)
+        write_json(self.path / CONFIG, config_lib.to_dict(config))
+        lines = "".join(_dump(record) + "\n" for record in history)
+        _write_aside(self.path / METRICS, lines)
+
+    def replace(self, config: config_lib.Config) -> None:
+        """Removes the run that is here and begins another; all or nothing, see `_recover`."""
+        aside = self.path / _REPLACED
+        aside.mkdir()
+        for path in self._written():
+            path.rename(aside / path.name)
+        self.begin(config, [])
+        shutil.rmtree(aside)
+
+    def add_epoch(self, record: dict[str, Any]) -> None:
+        """Adds a line to the metrics."""
+        append_line(self.path / METRICS, record)
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Writes the results."""
+        write_json(self.path / RESULTS, results)
+
+    def _written(self):
+        """What a run or a tool has written; the configuration, which makes it a run, first."""
+        for pattern in _FILES:
+            yield from sorted(self.path.glob(pattern))
+        for name, mark in _FOLDERS.items():
+            folder = self.path / name
+            if folder.is_dir() and any(folder.glob(mark)):
+                yield folder
+
+    def _recover(self):
+        """Ends a replacement that was interrupted: forwards if the new run has begun, else back."""
+        aside = self.path / _REPLACED
+        if not aside.is_dir():
+            return
+        if not self.has_config():
+            for path in aside.iterdir():
+                path.rename(self.path / path.name)
+        shutil.rmtree(aside)
 
 
-def clear(workdir: pathlib.Path) -> None:
-    """Removes what a run has written there, and nothing else."""
-    for pattern in CONTENT:
-        for path in workdir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+class Events:
+    """TensorBoard's event file of a workdir: what `metrics.jsonl` holds, as curves."""
+
+    def __init__(self, workdir: Workdir, history: list[dict[str, Any]]):
+        """Takes the finished epochs, with which the file is started anew."""
+        self._directory, self._history = workdir.path, list(history)
+
+    @functools.cached_property
+    def _writer(self):
+        from tensorboard.summary import Writer  # here, not above: it takes long to import
+
+        for old in self._directory.glob(_EVENTS):
+            old.unlink()
+        return Writer(str(self._directory))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Adds an epoch; of several members, mean, min and max."""
+        self._history.append(record)
+        for each in self._history:
+            for name, value in each.items():
+                if isinstance(value, list):
+                    values = [x for x in value if x is not None and math.isfinite(x)]
+                    for kind, function in (("mean", _mean), ("min", min), ("max", max)):
+                        if values:
+                            self._writer.add_scalar(
+                                f"{name}/{kind}", function(values), each["step"]
+                            )
+                elif isinstance(value, float):
+                    self._writer.add_scalar(name, value, each["step"])
+        self._history.clear()
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Writes what is left."""
+        if "_writer" in self.__dict__:
+            self._writer.close()
 
 
-@contextlib.contextmanager
-def explain_failure(workdir: pathlib.Path) -> Iterator[None]:
-    """Turns a failure to write, such as a full disk, into one line.
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a value completely or not at all: aside first, then renamed; NaN becomes null."""
+    _write_aside(path, _dump(value, indent=2) + "\n")
+
+
+def append_line(path: pathlib.Path, value: Any) -> None:
+    """Adds one line of JSON to a file of such lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_dump(value) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Reads what `write_json` wrote.
 
     Raises:
-      UserError: in place of an OSError.
+      UserError: the file is missing, cannot be read, or is not JSON.
     """
+    return _parse(path, _read_text(path))
+
+
+def versions() -> dict[str, str]:
+    """Returns the version of every package that a result depends on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _write_aside(path, text):
+    aside = path.with_name(path.name + ".partial")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _read_text(path):
     try:
-        yield
-    except OSError as error:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; train with this workdir first") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{path} cannot be read ({reason}); restore it from a copy") from None
+
+
+def _parse(path, text):
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"--workdir={workdir} cannot be written ({error.strerror or error}); mend that and run "
-            "the same command again: the run goes on from its last checkpoint"
-        ) from error
+            f"{path} is not JSON ({one_line(error)}); restore it from a copy, or move it away"
+        ) from None
+
+
+def _checked(path, value, kinds: Mapping[str, Any], where=""):
+    """Returns a value that holds, at least, values of these kinds under these names."""
+    if not isinstance(value, dict):
+        raise UserError(f"{path} {where}is not what a run writes; restore it, or move it away")
+    for name, kind in kinds.items():
+        if isinstance(kind, Mapping):
+            _checked(path, value.get(name), kind, where=f"({name}) ")
+        elif name not in value or not isinstance(value[name], kind):
+            raise UserError(
+                f"{path} {where}has no valid {name!r}, which a run writes; restore it, or move it "
+                "away"
+            )
+    return value
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _dump(value, indent=None):
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

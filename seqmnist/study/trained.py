@@ -1,16 +1,15 @@
-"""A trained network: what a workdir holds, ready to be asked."""
+"""A trained network: what a workdir holds, loaded."""
 
 import dataclasses
 import functools
-import pathlib
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmnist import checkpoints as checkpoint_lib
-from seqmnist import records
+from seqmnist.checkpoints import Checkpoints
 from seqmnist.config import Config
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
@@ -18,6 +17,8 @@ from seqmnist.networks.views import sequence_shape
 from seqmnist.study import insight
 from seqmnist.training import batches, members, metrics
 from seqmnist.training.steps import System, init_state, make_system
+from seqmnist.training.task import as_trained
+from seqmnist.workdir import Workdir
 
 _MOST_AT_ONCE = 1 << 15  # time steps × examples, where something is kept of each
 
@@ -31,20 +32,22 @@ class Trained:
       config: its configuration.
       system: the fixed half of its run.
       params: its parameters.
-      results: what `results.json` holds; empty where the run has not ended.
-      member: which of the run's members it is, or None where the run trained one network.
+      results: what `results.json` holds; empty if the run has not finished.
+      fingerprint: of the data that it was trained on.
+      member: which of the run's members it is, or None if the run trained one network.
     """
 
-    workdir: pathlib.Path
+    workdir: Workdir
     config: Config
     system: System
     params: Any
     results: dict[str, Any]
+    fingerprint: str
     member: int | None = None
 
     @property
     def sequence_shape(self) -> tuple[int, int]:
-        """(T, F): time steps, and features a step."""
+        """(T, F): time steps, and features per step."""
         return sequence_shape(self.config.model)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
@@ -71,20 +74,17 @@ class Trained:
         """Returns the images uint8 [N, 28, 28] and labels int32 [N] that the run was tested on.
 
         Raises:
-          UserError: they cannot be had, or are others than the run's.
+          UserError: they are not available, or others are in their place.
         """
-        source, described = self.config.data, self.results.get("dataset", {})
-        name = source.name
-        if name == "auto":  # what it came to be then, whatever it would be now
-            name = described.get("name", name)
+        source = as_trained(self.config, self.results).data
         dataset = sources.prepare(
-            name,
+            source.name,
             data_dir=source.data_dir,
             manual_dir=source.manual_dir,
             verify_checksums=source.verify_checksums,
             say=say,
         )
-        if described.get("fingerprint", dataset.fingerprint) != dataset.fingerprint:
+        if self.fingerprint != dataset.fingerprint:
             raise UserError(
                 f"{dataset.directory} holds other images than those that {self.workdir} was "
                 "trained on; prepare them again with config.data.data_dir of another name"
@@ -97,38 +97,38 @@ class Trained:
         return batches.in_chunks(function, *arrays, most=at_once, axis=axis)
 
 
-def load(workdir: pathlib.Path, member: int | None = None) -> Trained:
+def load(workdir: str | os.PathLike, member: int | None = None, say=print) -> Trained:
     """Loads what a workdir holds.
 
     Args:
       workdir: where a run has written.
       member: which of a run's members; None takes the best by validation loss, or the first
-        where there is none.
+        if the run has not finished.
+      say: is told, in one line, if the newest checkpoint is not used.
 
     Raises:
       UserError: there is no configuration or no usable checkpoint, or no such member.
     """
-    config = records.read_config(workdir)
-    path = workdir / records.RESULTS
-    results = records.read_json(path) if path.exists() else {}
-    system = make_system(config, num_steps=1)
-    count = len(members.plan(config))
-    if count == 1:
-        if member is not None:
-            raise UserError(f"{workdir} holds one network; leave the member away")
-        like = jax.eval_shape(lambda: init_state(config, system, config.seed))
-        return Trained(
-            workdir, config, system, checkpoint_lib.restore(workdir, like).params, results
-        )
-    if member is None:
+    workdir = Workdir(workdir)
+    config, results = workdir.read_config(), workdir.read_results()
+    system = make_system(config)
+    count = len(members.list_members(config))
+    if count == 1 and member is not None:
+        raise UserError(f"{workdir} holds one network; omit --member")
+    if count > 1 and member is None:
         losses = np.array((results.get("validation") or {}).get("loss") or [0.0], np.float64)
         member = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
-    if member not in range(count):
+    if count > 1 and member not in range(count):
         raise UserError(f"{workdir} holds members 0 to {count - 1}, not {member}")
-    each = jax.vmap(lambda seed: init_state(config, system, seed))
-    like = jax.eval_shape(each, jnp.zeros(count, jnp.uint32))
-    params = jax.tree.map(lambda leaf: leaf[member], checkpoint_lib.restore(workdir, like).params)
-    return Trained(workdir, config, system, params, results, member)
+    init = functools.partial(init_state, config, system)
+    each = init if count == 1 else jax.vmap(init)
+    shapes = jax.eval_shape(each, jnp.zeros(() if count == 1 else count, jnp.uint32))
+    params, facts = Checkpoints(workdir.path).restore_params(shapes.params, say)
+    if results and facts["step"] != results["steps"]:
+        say(f"NOTICE: this is step {facts['step']} of {results['steps']} of the finished run")
+    if member is not None:
+        params = jax.tree.map(lambda leaf: leaf[member], params)
+    return Trained(workdir, config, system, params, results, facts["fingerprint"], member)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -5,8 +5,8 @@ A mesh has two axes: `member`, over which independent runs spread without commun
 the programs that run a job together, each with devices of its own.
 """
 
-import os
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,20 +30,14 @@ _LEAST_BATCH = {"cpu": 64}
 _LEAST_BATCH_OF_ACCELERATORS = 128
 
 
-def use_cores(num_members: int, batch_size: int) -> None:
-    """Makes each CPU core a device, as far as there are members, or examples of a batch, for them.
+def num_useful_cores(num_members: int, batch_size: int) -> int:
+    """Returns over how many CPU cores members, or a lone run's batch, are worth spreading.
 
-    Without effect where the environment says how many devices there are, or devices are in use
-    already. Each of several processes takes a lone run's share of a batch on one device.
+    Each of several processes takes a lone run's share of a batch on one device.
     """
-    most = num_members
-    if num_members == 1 and not jax.distributed.is_initialized():
-        most = batch_size // _LEAST_BATCH["cpu"]
-    if most > 1 and "xla_force_host_platform_device_count" not in os.getenv("XLA_FLAGS", ""):
-        try:
-            jax.config.update("jax_num_cpu_devices", min(most, len(os.sched_getaffinity(0))))
-        except RuntimeError:  # devices are in use
-            return
+    if num_members > 1 or jax.distributed.is_initialized():
+        return num_members
+    return batch_size // _LEAST_BATCH["cpu"]
 
 
 def plan(config: MeshConfig, num_members: int, batch_size: int, num_devices: int) -> list[int]:
@@ -158,13 +152,36 @@ def _gather(x):
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
+def collect(number: int) -> list[int]:
+    """Returns the numbers, below 2³¹, that all processes give, in their order."""
+    if jax.process_count() == 1:
+        return [int(number)]
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(np.int32(number)).tolist()
+
+
 def agree(number: int) -> int:
     """Returns the largest of the numbers that all processes give."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
+    return max(collect(number))
 
-        return int(np.max(multihost_utils.process_allgather(np.int32(number))))
-    return number
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Lets a block fail in all processes if it fails in one.
+
+    Raises:
+      UserError: the block raised it, here or elsewhere.
+    """
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    if agree(failure is not None):
+        raise failure or UserError(
+            "another process of this job ended with an error; correct what its line says"
+        )
 
 
 def over_mesh(

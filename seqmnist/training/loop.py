@@ -1,15 +1,14 @@
-"""Epochs: compiled calls over many steps, and evaluation.
+"""Epochs: compiled calls over many steps, and evaluation. The one place that jits and donates.
 
-The one place that applies jit and donation. A `Loop` is fed in one of two ways: `Resident`
-keeps the dataset in device memory and runs any stretch of an epoch as one compiled call;
-`Streamed` takes batches from a reader. Both visit the same batches and give the same
-parameters, bit for bit.
+A `Loop` takes its batches from a feed. `Resident` keeps the dataset in device memory; `Streamed`
+brings batches from a reader. Both visit the same batches and give the same parameters and
+scores, bit for bit.
 """
 
 import functools
 import time
 from collections.abc import Collection, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,9 @@ from seqmnist.training import batches, devices
 from seqmnist.training.metrics import Sums, classification_sums
 from seqmnist.training.steps import System, TrainState, eval_step, guarded_step
 
-# LLVM's higher levels, the default among them, make code of copies that takes twice as long. On
-# rows, SimpleRNN(64) trains a tenth faster at this level, a minimal GRU a sixth, an LRU 3 % slower;
-# on pixels there is no difference; everything compiles sooner.
+# Higher LLVM levels generate copy loops that run at half the speed. On rows, SimpleRNN(64) trains
+# a tenth faster at this level, a minimal GRU a sixth, an LRU 3 % slower; on pixels there is no
+# difference; everything compiles sooner.
 _COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}}
 
 
@@ -42,11 +41,127 @@ class Progress(NamedTuple):
     step: int
 
 
-class Loop(Protocol):
-    """What runs epochs; `rows` are example numbers, int32 [steps, B], as `data` makes them."""
+class Feed(Protocol):
+    """Where a loop takes its batches from.
 
-    def start(self, state: TrainState) -> Progress:
-        """Returns the beginning of an epoch."""
+    A window holds consecutive batches, split along the mesh axis "data"; rows are example numbers,
+    int32 [steps, B], or [S, steps, B] for S members.
+    """
+
+    def place(self, mesh: jax.sharding.Mesh) -> Any:
+        """Returns the arrays on the devices that all steps read."""
+
+    def windows(
+        self, mesh: jax.sharding.Mesh, rows: np.ndarray, first: int, axes: tuple[str, ...] = ()
+    ) -> Iterator[tuple[int, int, Any]]:
+        """Yields (begin, end, window) for the steps from `first` on; `axes` spread the members."""
+
+    def batch(self, element: Any, arrays: Any) -> batches.Batch:
+        """Returns a batch, inside a compiled call, from its element of a window."""
+
+    def window_shapes(
+        self, mesh: jax.sharding.Mesh, rows: tuple[int, ...], axes: tuple[str, ...] = ()
+    ) -> Any:
+        """Returns shapes, dtypes and shardings of the windows of rows of this shape."""
+
+
+class Resident(NamedTuple):
+    """A feed from a dataset in device memory: images uint8 [N, 28, 28] and labels int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def place(self, mesh):
+        return devices.spread(mesh, (self.images, self.labels))
+
+    def windows(self, mesh, rows, first, axes=()):
+        yield 0, rows.shape[-2], devices.spread(mesh, np.asarray(rows), *axes, None, "data")
+
+    def batch(self, element, arrays):
+        return batches.take(*arrays, element)
+
+    def window_shapes(self, mesh, rows, axes=()):
+        place = jax.NamedSharding(mesh, P(*axes, None, "data"))
+        return jax.ShapeDtypeStruct(rows, np.int32, sharding=place)
+
+
+class Streamed(NamedTuple):
+    """A feed from a reader, which brings batches while the device computes."""
+
+    records: batches.Records
+
+    def place(self, mesh):
+        return ()
+
+    def windows(self, mesh, rows, first, axes=()):
+        for window in batches.stream(self.records, rows[first:], mesh):
+            yield first, first + batches.WINDOW, window
+            first += batches.WINDOW
+
+    def batch(self, element, arrays):
+        return element
+
+    def window_shapes(self, mesh, rows, axes=()):
+        place, shape = jax.NamedSharding(mesh, P(None, "data")), (batches.WINDOW, rows[-1])
+        return batches.Batch(
+            jax.ShapeDtypeStruct((*shape, 28, 28), np.uint8, sharding=place),
+            jax.ShapeDtypeStruct(shape, np.int32, sharding=place),
+            jax.ShapeDtypeStruct(shape, np.bool_, sharding=place),
+        )
+
+
+class Loop:
+    """Runs epochs and evaluations of a system on a mesh."""
+
+    def __init__(
+        self,
+        system: System,
+        feed: Feed,
+        mesh: jax.sharding.Mesh | None = None,
+        has_members: bool = False,
+    ):
+        """Places the feed's arrays; the mesh is one device by default.
+
+        With members, states, sums and rows of training have a leading axis S, which is spread over
+        the mesh; rows of an evaluation are common to all members.
+        """
+        self._feed, self._mesh = feed, mesh or devices.make_mesh(1, 1)
+        self._axes = ("member",) if has_members else ()
+        self._arrays = feed.place(self._mesh)
+
+        def train(state, sums, window, start, stop, arrays):
+            def body(i, carry):
+                batch = feed.batch(jax.tree.map(lambda x: x[i], window), arrays)
+                return guarded_step(system, *carry, batch, "data")
+
+            return lax.fori_loop(start, stop, body, (state, sums))
+
+        def evaluate(params, sums, window, arrays):
+            def body(sums, element):
+                return sums + eval_step(system, params, feed.batch(element, arrays)), None
+
+            return lax.scan(body, sums, window)[0]
+
+        def total(sums):
+            return devices.add_up(jax.tree.map(lambda x: x[0], sums), "data")
+
+        over_mesh = functools.partial(devices.over_mesh, mesh=self._mesh, has_members=has_members)
+        batch, all_alike = P(None, "data"), (P(), P(), P())
+        train = over_mesh(train, own=(P(), P(), batch), shared=all_alike, out=P())
+        # Each device keeps sums of its own, [1], until all windows are read.
+        evaluate = over_mesh(evaluate, own=(P(), P("data")), shared=(batch, P()), out=P("data"))
+        total = over_mesh(total, own=(P("data"),), shared=(), out=P())
+        place = jax.NamedSharding(self._mesh, P(*self._axes))
+        self._train = self._jit(train, donate_argnums=(0, 1), out_shardings=place)
+        self._evaluate = self._jit(evaluate, donate_argnums=1)
+        self._total = self._jit(total)
+        self._evaluate_ensemble = self._jit(self._make_ensemble(system, over_mesh))
+
+    def start(self, state: TrainState, sums: Sums | None = None) -> Progress:
+        """Returns the beginning of an epoch, with the members of `sums` that diverged marked."""
+        no_sums = _no_sums(state.params, state.step.shape)
+        sums = no_sums if sums is None else devices.gather(sums).restart()
+        return Progress(*devices.spread(self._mesh, (state, sums), *self._axes), 0)
 
     def train(
         self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
@@ -55,223 +170,95 @@ class Loop(Protocol):
 
         Reports about twice a second, and when `step` is one of `breaks`.
         """
+        state, sums, first = progress
+        windows, end = self._feed.windows(self._mesh, rows, first, self._axes), -1
+        for start, stop in _spans(first, rows.shape[-2], breaks):
+            while start < stop:
+                if start >= end:
+                    begin, end, window = next(windows)
+                until = min(stop, end)
+                span = (start - begin, until - begin)
+                state, sums = self._train(state, sums, window, *span, self._arrays)
+                start = until
+            yield Progress(state, jax.block_until_ready(sums), stop)
 
-    def evaluate(self, params, rows: np.ndarray) -> Sums:
-        """Returns the sums over all examples of `rows`."""
+    def evaluate(self, params: Any, rows: np.ndarray) -> Sums:
+        """Returns the sums over all examples of rows int32 [steps, B]."""
+        sums = self._partial_sums(params)
+        for _, _, window in self._feed.windows(self._mesh, rows, 0):
+            sums = self._evaluate(params, sums, window, self._arrays)
+        return self._total(sums)
+
+    def evaluate_ensemble(self, params: Any, rows: np.ndarray, weights: np.ndarray) -> Sums:
+        """Returns the sums of the members' mean prediction.
+
+        Args:
+          params: of S members.
+          rows: int32 [steps, B].
+          weights: float [S], of each member in the mean; their sum is 1. A member of weight 0
+            has no influence, even if it is not finite.
+        """
+        ((_, _, window),) = self._feed.windows(self._mesh, rows, 0)
+        return self._evaluate_ensemble(params, self._arrays, window, weights)
 
     def programs(
         self, state: TrainState, sums: Sums, rows: tuple[int, ...], held_out: tuple[int, ...]
     ) -> dict[str, jax.stages.Lowered]:
-        """Returns "train", "evaluate" and what else there is, to be compiled ahead of first calls.
+        """Returns "train", "evaluate" and "total", to be compiled before their first calls.
 
         Args:
           state, sums: shapes, dtypes and shardings, as `start` places them.
           rows: the shape of an epoch's rows.
           held_out: the shape of an evaluation's rows.
         """
+        shapes = functools.partial(self._feed.window_shapes, self._mesh)
+        partial = self._partial_sums(state.params)
+        training, evaluation = shapes(rows, self._axes), shapes(held_out)
+        return {
+            "train": self._train.lower(state, sums, training, 0, 1, self._arrays),
+            "evaluate": self._evaluate.lower(state.params, partial, evaluation, self._arrays),
+            "total": self._total.lower(partial),
+        }
 
+    def _make_ensemble(self, system, over_mesh):
+        feed = self._feed
 
-class Resident:
-    """A loop over a dataset that lives in device memory as bytes."""
+        def classify(params, arrays, element):
+            return jax.nn.softmax(system.apply(params, feed.batch(element, arrays).image))
 
-    def __init__(
-        self,
-        system: System,
-        images: np.ndarray,
-        labels: np.ndarray,
-        mesh: jax.sharding.Mesh | None = None,
-        has_members: bool = False,
-    ):
-        """Takes all examples, uint8 [N, 28, 28] and int32 [N]; the mesh is one device by default.
-
-        With members, states, rows of training and sums have a leading axis S, which is spread over
-        the mesh; rows of an evaluation are common to all members.
-        """
-        self._mesh = mesh or devices.make_mesh(1, 1)
-        self._axes = ("member",) if has_members else ()
-        self._arrays = devices.spread(self._mesh, (images, labels))
-
-        def train(state, sums, rows, arrays, start, stop):
-            def body(i, carry):
-                return guarded_step(system, *carry, batches.take(*arrays, rows[i]), "data")
-
-            return lax.fori_loop(start, stop, body, (state, sums))
-
-        def evaluate(params, arrays, rows):
-            def body(sums, row):
-                return sums + eval_step(system, params, batches.take(*arrays, row)), None
-
-            sums = lax.scan(body, _no_sums(params), rows)[0]
-            return devices.add_up(sums, "data")
-
-        def classify(params, arrays, row):
-            return jax.nn.softmax(system.apply(params, batches.take(*arrays, row).image))
-
-        over_mesh = functools.partial(devices.over_mesh, mesh=self._mesh, has_members=has_members)
-        train = over_mesh(train, own=(P(), P(), P(None, "data")), shared=(P(), P(), P()), out=P())
-        evaluate = over_mesh(evaluate, own=(P(),), shared=(P(), P(None, "data")), out=P())
         classify = over_mesh(classify, own=(P(),), shared=(P(), P("data")), out=P("data"))
 
-        def evaluate_ensemble(params, arrays, rows, weights):
-            def body(sums, row):
-                mixture = jnp.tensordot(weights, classify(params, arrays, row), 1)
-                batch = batches.take(*arrays, row)
-                return sums + classification_sums(jnp.log(mixture), batch.label, batch.mask), None
+        def evaluate(params, arrays, window, weights):
+            def body(sums, element):
+                is_in = (weights > 0).reshape(-1, 1, 1)
+                probabilities = jnp.where(is_in, classify(params, arrays, element), 0)
+                log_mean = jnp.log(jnp.tensordot(weights, probabilities, 1))
+                batch = feed.batch(element, arrays)
+                return sums + classification_sums(log_mean, batch.label, batch.mask), None
 
-            return lax.scan(body, Sums.zeros(weights.dtype), rows)[0]
+            return lax.scan(body, Sums.zeros(weights.dtype), window)[0]
 
-        place = jax.NamedSharding(self._mesh, P(*self._axes))
-        jit = _jit(self._mesh)
-        self._train = jit(train, donate_argnums=(0, 1), out_shardings=place)
-        self._evaluate = jit(evaluate)
-        self._evaluate_ensemble = jit(evaluate_ensemble)
+        return evaluate
 
-    def start(self, state: TrainState) -> Progress:
-        """See `Loop`."""
-        sums = _no_sums(state.params, state.step.shape)
-        return Progress(*devices.spread(self._mesh, (state, sums), *self._axes), 0)
+    def _jit(self, function, **options):
+        compiler_options = _COMPILER_OPTIONS.get(self._mesh.devices.flat[0].platform)
+        return jax.jit(function, compiler_options=compiler_options, **options)
 
-    def train(
-        self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
-    ) -> Iterator[Progress]:
-        """See `Loop`."""
-        state, sums, first = progress
-        rows = devices.spread(self._mesh, np.asarray(rows), *self._axes, None, "data")
-        for start, stop in _stretches(first, rows.shape[-2], breaks):
-            state, sums = self._train(state, sums, rows, self._arrays, start, stop)
-            yield Progress(state, jax.block_until_ready(sums), stop)
-
-    def evaluate(self, params, rows: np.ndarray) -> Sums:
-        """See `Loop`."""
-        return self._evaluate(params, self._arrays, self._place(rows))
-
-    def evaluate_ensemble(self, params, rows: np.ndarray, weights: np.ndarray) -> Sums:
-        """Returns the sums of the members' mean prediction.
-
-        Args:
-          params: of S members.
-          rows: int32 [steps, B].
-          weights: float [S], of each member in the mean; their sum is 1.
-        """
-        return self._evaluate_ensemble(params, self._arrays, self._place(rows), weights)
-
-    def programs(self, state, sums, rows, held_out):
-        """See `Loop`."""
-        rows = self._like(rows, *self._axes, None, "data")
-        held_out = self._like(held_out, None, "data")
-        return {
-            "train": self._train.lower(state, sums, rows, self._arrays, 0, 1),
-            "evaluate": self._evaluate.lower(state.params, self._arrays, held_out),
-        }
-
-    def _like(self, shape, *axes):
-        place = jax.NamedSharding(self._mesh, P(*axes))
-        return jax.ShapeDtypeStruct(shape, np.int32, sharding=place)
-
-    def _place(self, rows):
-        return devices.spread(self._mesh, np.asarray(rows), None, "data")
-
-
-class Streamed:
-    """A loop over batches that a reader brings while the device computes."""
-
-    def __init__(
-        self, system: System, records: batches.Records, mesh: jax.sharding.Mesh | None = None
-    ):
-        """Takes the reader of all examples, and a mesh, by default of one device."""
-        self._records, self._mesh = records, mesh or devices.make_mesh(1, 1)
-
-        def train(state, sums, window, start, stop):
-            def body(i, carry):
-                batch = jax.tree.map(lambda x: x[i], window)
-                return guarded_step(system, *carry, batch, "data")
-
-            return lax.fori_loop(start, stop, body, (state, sums))
-
-        def evaluate(params, sums, window):
-            def body(sums, batch):
-                return sums + eval_step(system, params, batch), None
-
-            return lax.scan(body, sums, window)[0]
-
-        def total(sums):
-            return devices.add_up(jax.tree.map(lambda x: x[0], sums), "data")
-
-        over_mesh = functools.partial(
-            devices.over_mesh, mesh=self._mesh, shared=(), has_members=False
-        )
-        train = over_mesh(train, own=(P(), P(), P(None, "data"), P(), P()), out=P())
-        # Each device keeps sums of its own, [1], until all windows are read.
-        evaluate = over_mesh(evaluate, own=(P(), P("data"), P(None, "data")), out=P("data"))
-        total = over_mesh(total, own=(P("data"),), out=P())
-        jit = _jit(self._mesh)
-        self._train = jit(train, donate_argnums=(0, 1))
-        self._evaluate = jit(evaluate, donate_argnums=1)
-        self._total = jit(total)
-
-    def start(self, state: TrainState) -> Progress:
-        """See `Loop`."""
-        return Progress(devices.spread(self._mesh, state), self._no_sums(state.params), 0)
-
-    def train(
-        self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
-    ) -> Iterator[Progress]:
-        """See `Loop`."""
-        state, sums, first = progress
-        windows = batches.stream(self._records, rows[first:], self._mesh)
-        begin = end = first  # of the window at hand
-        for start, stop in _stretches(first, len(rows), breaks):
-            while start < stop:
-                if start == end:
-                    window, begin, end = next(windows), end, end + batches.WINDOW
-                until = min(stop, end)
-                state, sums = self._train(state, sums, window, start - begin, until - begin)
-                start = until
-            yield Progress(state, jax.block_until_ready(sums), stop)
-
-    def evaluate(self, params, rows: np.ndarray) -> Sums:
-        """See `Loop`."""
-        sums = self._no_sums(params, "data")
-        for window in batches.stream(self._records, rows, self._mesh):
-            sums = self._evaluate(params, sums, window)
-        return self._total(sums)
-
-    def programs(self, state, sums, rows, held_out):
-        """See `Loop`."""
-        del held_out  # windows are all alike
-        place, shape = jax.NamedSharding(self._mesh, P(None, "data")), (batches.WINDOW, rows[-1])
-        window = batches.Batch(
-            jax.ShapeDtypeStruct((*shape, 28, 28), np.uint8, sharding=place),
-            jax.ShapeDtypeStruct(shape, np.int32, sharding=place),
-            jax.ShapeDtypeStruct(shape, np.bool_, sharding=place),
-        )
-        own = self._no_sums(state.params, "data")
-        return {
-            "train": self._train.lower(state, sums, window, 0, 1),
-            "evaluate": self._evaluate.lower(state.params, own, window),
-            "total": self._total.lower(own),
-        }
-
-    def _no_sums(self, params, *axes):
-        shape = [self._mesh.shape[axis] for axis in axes]
-        return devices.spread(self._mesh, _no_sums(params, tuple(shape)), *axes)
-
-
-def _jit(mesh):
-    options = _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
-    return functools.partial(jax.jit, compiler_options=options)
+    def _partial_sums(self, params):
+        """No sums, for each member and device along "data"."""
+        num_members = jax.tree.leaves(params)[0].shape[: len(self._axes)]
+        sums = _no_sums(params, (*num_members, self._mesh.shape["data"]))
+        return devices.spread(self._mesh, sums, *self._axes, "data")
 
 
 def _no_sums(params, shape=()):
     return Sums.zeros(jax.tree.leaves(params)[0].dtype, shape)
 
 
-def _stretches(
-    start: int, num_steps: int, breaks: Collection[int] = ()
-) -> Iterator[tuple[int, int]]:
-    """Cuts an epoch into stretches (start, stop), each as long as fits in half a second.
+def _spans(start: int, num_steps: int, breaks: Collection[int] = ()) -> Iterator[tuple[int, int]]:
+    """Cuts an epoch into spans (start, stop), each as long as fits in half a second.
 
-    No stretch goes beyond one of `breaks`. A few steps tell the pace: a short epoch is two calls,
+    No span goes beyond one of `breaks`. A few steps tell the pace: a short epoch is two calls,
     and a long one can show its progress and answer a signal.
     """
     size = 8

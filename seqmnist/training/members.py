@@ -1,7 +1,7 @@
 """Members: independent runs that one program trains, of several seeds and settings.
 
 A member is a setting and a seed. All members of the first setting come first, then those of the
-second; see `plan`.
+second; see `list_members`.
 """
 
 import itertools
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from seqmnist.config import Config
+from seqmnist import config as config_lib
+from seqmnist.config import LARGEST, Config
 from seqmnist.errors import UserError, choose
 
 # What changes no shape and no structure, and the values that it may take.
@@ -25,36 +26,49 @@ SWEEPABLE = {
 _EXAMPLE = '{"optimizer.learning_rate": [0.001, 0.01]}'
 
 
+MOST_MEMBERS = 4096
+
+
 def settings(config: Config) -> list[dict[str, float]]:
     """Returns the settings of the sweep, at least one, each {field: value}.
 
     Raises:
-      UserError: `members.sweep` is not a sweep.
+      UserError: `members.sweep` is not a sweep, or one of its fields does nothing.
     """
     text = config.members.sweep
 
     def refuse(reason):
         raise UserError(f"config.members.sweep={text!r} {reason}; write e.g. {_EXAMPLE}")
 
+    def unique(pairs):
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            refuse(f"names {max(names, key=names.count)} twice")
+        return dict(pairs)
+
     try:
-        sweep = json.loads(text)
-    except ValueError as error:
+        sweep = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
         refuse(f"is not JSON ({error})")
     if isinstance(sweep, dict):
         for name, values in sweep.items():
             if not isinstance(values, list) or not values:
                 refuse(f"needs a list of values for {name}")
+        if math.prod(map(len, sweep.values())) > MOST_MEMBERS:
+            refuse(f"has more than {MOST_MEMBERS} settings")
         combinations = itertools.product(*sweep.values())
         sweep = [dict(zip(sweep, values, strict=True)) for values in combinations]
     if not isinstance(sweep, list) or not sweep or not all(isinstance(s, dict) for s in sweep):
         refuse("is neither a grid nor a list of settings")
+    for name in sweep[0]:
+        choose(SWEEPABLE, name, "members.sweep")
+        config_lib.check_acts(config, name)
     for setting in sweep:
         if setting.keys() != sweep[0].keys():
             refuse("names other fields in one setting than in another")
         for name, value in setting.items():
-            is_valid = choose(SWEEPABLE, name, "members.sweep")
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or not is_valid(value):
+            if not is_number or not abs(value) <= LARGEST or not SWEEPABLE[name](value):
                 refuse(f"has {value!r}, which {name} cannot be")
     return [{name: float(value) for name, value in setting.items()} for setting in sweep]
 
@@ -64,11 +78,12 @@ def swept_fields(config: Config) -> list[str]:
     return list(settings(config)[0])
 
 
-def plan(config: Config) -> list[dict[str, float]]:
+def list_members(config: Config) -> list[dict[str, float]]:
     """Returns what tells members apart: {"seed": …, field: …} for each of S, in order.
 
     Raises:
-      UserError: `members.sweep` is not a sweep, or the seeds would pass 2³² - 1.
+      UserError: `members.sweep` is not a sweep, the seeds would pass 2³² - 1, or there are too
+        many members.
     """
     seeds = range(config.seed, config.seed + config.members.num)
     if seeds[-1] > 2**32 - 1:
@@ -76,7 +91,13 @@ def plan(config: Config) -> list[dict[str, float]]:
             f"config.members.num={config.members.num} leads to seeds beyond 4294967295; make it "
             "or config.seed smaller"
         )
-    return [{"seed": seed, **setting} for setting in settings(config) for seed in seeds]
+    each = settings(config)
+    if len(each) * len(seeds) > MOST_MEMBERS:
+        raise UserError(
+            f"{len(each)} settings × config.members.num={len(seeds)} are more than {MOST_MEMBERS} "
+            "members; make one of them smaller"
+        )
+    return [{"seed": seed, **setting} for setting in each for seed in seeds]
 
 
 def summarize(
@@ -86,37 +107,44 @@ def summarize(
 ) -> dict[str, Any]:
     """Sums up members by setting, and names the best by validation, never by test.
 
+    A member that diverged has scores of NaN. It counts for no mean, and a setting with fewer such
+    members is better.
+
     Args:
       config: the configuration.
-      validation: {"loss", "accuracy"}, lists of S; None where nothing is held out.
+      validation: {"loss", "accuracy"}, lists of S; None if nothing is held out.
       test: the same.
 
     Returns:
-      {"settings": [{field: value, "validation": s, "test": s}], "best": an index, or None}, where
-      s is {"loss", "accuracy"} → {"mean", "sd", "interval"}; the interval holds the mean of all
-      seeds in 95 of 100 cases (Student's t).
+      {"settings": [{field: value, "diverged": count, "validation": s, "test": s}], "best": an
+      index, or None}, where s is {"loss", "accuracy"} → {"mean", "sd", "interval"}; the interval is
+      the 95 % confidence interval of the mean over seeds (Student's t).
     """
     count = config.members.num
     result = []
     for i, setting in enumerate(settings(config)):
-        entry: dict[str, Any] = {**setting}
+        own = slice(i * count, (i + 1) * count)
+        diverged = int(np.isnan(np.array(test["loss"][own], float)).sum())
+        entry: dict[str, Any] = {**setting, "diverged": diverged}
         for name, values in (("validation", validation), ("test", test)):
-            entry[name] = values and {
-                key: _spread(values[key][i * count : (i + 1) * count]) for key in values
-            }
+            entry[name] = values and {key: _spread(values[key][own]) for key in values}
         result.append(entry)
-    if validation is None:
-        return {"settings": result, "best": None}
-    accuracies = [entry["validation"]["accuracy"]["mean"] for entry in result]
-    return {"settings": result, "best": int(np.nanargmax(accuracies))}
+
+    def rank(i):
+        return -result[i]["diverged"], result[i]["validation"]["accuracy"]["mean"] or 0.0
+
+    best = None if validation is None else max(range(len(result)), key=rank)
+    return {"settings": result, "best": best}
 
 
 def _spread(values: Sequence[float]) -> dict[str, Any]:
     from scipy import stats  # here, not above: it takes long to import, and one run needs none
 
-    mean, num = float(np.mean(values)), len(values)
-    if num == 1:
-        return {"mean": mean, "sd": None, "interval": None}
-    sd = float(np.std(values, ddof=1))
+    finite = np.array(values, float)
+    finite = finite[np.isfinite(finite)]
+    num = len(finite)
+    if num < 2:
+        return {"mean": float(finite[0]) if num else None, "sd": None, "interval": None}
+    mean, sd = float(np.mean(finite)), float(np.std(finite, ddof=1))
     half = float(stats.t.ppf(0.975, num - 1)) * sd / math.sqrt(num)
     return {"mean": mean, "sd": sd, "interval": [mean - half, mean + half]}

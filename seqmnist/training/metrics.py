@@ -34,8 +34,8 @@ class Sums(NamedTuple):
 
         A member that has diverged stays marked, and `steps.guarded_step` leaves its state alone.
         """
-        zeros = jax.tree.map(jnp.zeros_like, self)
-        return zeros._replace(loss=jnp.where(jnp.isfinite(self.loss), zeros.loss, jnp.nan))
+        zeros = Sums(*map(np.zeros_like, self))
+        return zeros._replace(loss=np.where(np.isfinite(self.loss), zeros.loss, np.nan))
 
     def means(self) -> dict[str, float | list[float]]:
         """Returns {"loss", "accuracy"} per example: floats, or lists of S values."""

@@ -1,7 +1,6 @@
 """Optimizers: configuration -> `optax.GradientTransformation`."""
 
 import dataclasses
-import inspect
 
 import jax
 import optax
@@ -19,6 +18,8 @@ OPTIMIZERS = {
     "sgd": lambda config, rate: optax.sgd(rate, momentum=config.momentum),
 }
 
+_SWEEPABLE = ("learning_rate", "momentum", "weight_decay", "clip_norm")
+
 
 def make_optimizer(
     config: OptimizerConfig, num_steps: int | None = None, swept: tuple[str, ...] = ()
@@ -27,7 +28,7 @@ def make_optimizer(
 
     Args:
       config: the configuration.
-      num_steps: the length of the run, which schedules need.
+      num_steps: the length of the run, for schedules; without it the learning rate is constant.
       swept: fields whose values live in the optimizer's state, under `hyperparams`, so that each
         member has its own.
 
@@ -35,14 +36,15 @@ def make_optimizer(
       UserError: there is no optimizer of that name.
     """
     if swept:
+        static = [name for name in _SWEEPABLE if name not in swept]
 
-        def build(**values):
-            return make_optimizer(dataclasses.replace(config, **values), num_steps)
+        def build(learning_rate, momentum, weight_decay, clip_norm):
+            values = (learning_rate, momentum, weight_decay, clip_norm)
+            one = dataclasses.replace(config, **dict(zip(_SWEEPABLE, values, strict=True)))
+            return make_optimizer(one, num_steps)
 
-        # inject_hyperparams takes the names from the signature.
-        kind = inspect.Parameter.KEYWORD_ONLY
-        build.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in swept])
-        return optax.inject_hyperparams(build)(**dict.fromkeys(swept, 1.0))
+        values = {name: 1.0 if name in swept else getattr(config, name) for name in _SWEEPABLE}
+        return optax.inject_hyperparams(build, static_args=static)(**values)
     rate = make_schedule(config, num_steps)
     parts = [choose(OPTIMIZERS, config.name, "optimizer.name")(config, rate)]
     if config.clip_norm is not None:
@@ -55,12 +57,13 @@ def make_optimizer(
 def make_schedule(config: OptimizerConfig, num_steps: int | None) -> optax.ScalarOrSchedule:
     """Returns the learning rate as a function of the step, or a number where it is constant."""
     peak = config.learning_rate
-    if config.schedule == "constant" and not config.warmup_fraction:
+    is_constant = config.schedule == "constant" and not config.warmup_fraction
+    if is_constant or num_steps is None:
         return peak
     warmup = round(config.warmup_fraction * num_steps)
     schedule = optax.constant_schedule(peak)
     if config.schedule == "cosine":
-        schedule = optax.cosine_decay_schedule(peak, num_steps - warmup)
+        schedule = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup))
     rise = optax.linear_schedule(0.0, peak, warmup)
     return optax.join_schedules([rise, schedule], [warmup]) if warmup else schedule
 

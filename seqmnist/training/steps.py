@@ -63,7 +63,8 @@ def make_system(config: Config, num_steps: int | None = None) -> System:
 
     Args:
       config: the configuration.
-      num_steps: the length of the run, which learning-rate schedules need.
+      num_steps: the length of the run, for learning-rate schedules; without it the learning rate
+        is constant.
 
     Raises:
       UserError: the configuration names a view, cell, optimizer… that does not exist.
@@ -141,11 +142,14 @@ def guarded_step(
     """Takes a `train_step`, and adds up its sums, unless something in it is not finite.
 
     From such a step on, the state stays as it was before it, and the summed loss is NaN: where
-    a run went wrong can be told at any later time, and nothing good is lost.
+    a run went wrong can be told at any later time, and nothing good is lost. The optimizer's
+    state counts too: with an infinite second moment, parameters stay finite and never move again.
     """
     after, batch_sums = train_step(system, state, batch, axis)
     sums = sums + batch_sums
-    is_finite = jnp.isfinite(ravel_pytree((sums.loss, after.params))[0]).all()
+    leaves = jax.tree.leaves((sums.loss, after.params, after.opt_state))
+    floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    is_finite = jnp.isfinite(ravel_pytree(floats)[0]).all()
     state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
     return state, sums._replace(loss=jnp.where(is_finite, sums.loss, jnp.nan))
 
@@ -156,6 +160,4 @@ def eval_step(system: System, params: Any, batch: Batch) -> Sums:
 
 
 def _make_model(config: Config, seed: jax.Array | int) -> SequenceClassifier:
-    return SequenceClassifier(
-        config.model, config.scan, rngs=nnx.Rngs(params=keys.key(seed, "params"))
-    )
+    return SequenceClassifier(config.model, rngs=nnx.Rngs(params=keys.key(seed, "params")))

@@ -3,15 +3,22 @@
 import contextlib
 import faulthandler
 import os
+import re
 import sys
 from collections.abc import Iterator
 
 import jax
 
-from seqmnist.errors import UserError
+from seqmnist.errors import UserError, one_line
 
 # Seconds without a sign of life after which a process counts as dead.
 PATIENCE = 20
+# What JAX, gloo and the coordination service say when another process is gone.
+_GONE = re.compile(
+    r"gloo|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|connection (reset|closed|refused)"
+    r"|peer|barrier|task .* (died|failed)",
+    re.I,
+)
 
 
 @contextlib.contextmanager
@@ -29,33 +36,37 @@ def joined(
       process_id: with `coordinator`.
 
     Raises:
-      UserError: the environment does not tell, or the coordinator cannot be reached.
+      UserError: the environment does not say, or the coordinator cannot be reached.
     """
     if not is_distributed and coordinator is None:
         yield
         return
+    host, _, _ = (coordinator or "").rpartition(":")
+    is_local = host in ("127.0.0.1", "localhost", "[::1]")
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
+            coordinator_bind_address=coordinator if is_local else None,
             initialization_timeout=60,
             heartbeat_timeout_seconds=PATIENCE,
         )
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
+    except (ValueError, RuntimeError) as error:  # jax.errors.JaxRuntimeError among them
         raise UserError(
-            f"cannot join the other processes ({reason}); give --coordinator=HOST:PORT, "
-            "--num_processes and --process_id"
+            f"cannot join the other processes ({one_line(error)[:300]}); give "
+            "--coordinator=HOST:PORT, --num_processes and --process_id"
         ) from error
     faulthandler.disable()  # where JAX itself ends this process, its message is enough
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).partition("\n")[0][:200]
+        if not _GONE.search(str(error)):
+            raise
         print(
-            f"error: another process of this job has ended or cannot be reached ({reason}); run "
-            "the job again, on any number of processes, to go on from its last checkpoint",
+            f"error: another process of this job has ended or cannot be reached "
+            f"({one_line(error)[:200]}); run the job again, on any number of processes, to resume "
+            "from its last checkpoint",
             file=sys.stderr,
             flush=True,
         )

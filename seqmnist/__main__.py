@@ -1,0 +1,5 @@
+"""`python -m seqmnist` is `python -m seqmnist.main`."""
+
+from seqmnist.main import main
+
+main()

@@ -1,0 +1,79 @@
+"""Settings of the whole process. Only command lines use them; library functions change none."""
+
+import codecs
+import contextlib
+import logging
+import os
+import pathlib
+import signal
+import sys
+
+from seqmnist.config import Config
+from seqmnist.stop import StopRequest
+
+# The compilation cache holds programs of a few MB; the least recently used ones go first.
+_CACHE_BYTES = 1 << 30
+_ASCII = {"×": "x", "→": "->", "±": "+/-", "…": "...", "–": "-", "²": "2"}
+
+
+def prepare_output() -> None:
+    """Makes output work whatever its encoding is, and silences the logs of libraries."""
+
+    def replace(error):
+        part = error.object[error.start : error.end]
+        return "".join(_ASCII.get(character, "?") for character in part), error.end
+
+    codecs.register_error("ascii_substitutes", replace)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="ascii_substitutes")
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def listen(stop: StopRequest) -> None:
+    """Lets the signals that ask a process to end reach `stop`."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        is_nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+        if number and not is_nohup:
+            signal.signal(number, stop.receive)
+
+
+def set_up_jax(config: Config) -> None:
+    """Chooses the number of CPU devices and where compiled programs are kept.
+
+    Each CPU core becomes a device if there are members, or examples of a batch, for it, unless
+    the environment says how many devices there are or devices are in use already.
+    """
+    import jax  # here, not above: command lines answer --help without it
+
+    from seqmnist.training import devices, members
+
+    num_members = len(members.list_members(config))
+    num_devices = devices.num_useful_cores(num_members, config.train.batch_size)
+    is_chosen = "xla_force_host_platform_device_count" in os.getenv("XLA_FLAGS", "")
+    if num_devices > 1 and not is_chosen:
+        with contextlib.suppress(RuntimeError):  # devices are in use
+            jax.config.update("jax_num_cpu_devices", min(num_devices, num_cores()))
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "seqmnist"))
+        jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def num_cores() -> int:
+    """Returns how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # macOS and Windows have none
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def leave(code: int) -> None:
+    """Ends the process at once: threads of storage libraries could keep it alive for ever."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):  # nobody reads it
+            continue
+    os._exit(code)

@@ -1,0 +1,36 @@
+"""Requests to end a run early, e.g. by a signal."""
+
+import os
+import signal
+
+
+class StopRequest:
+    """Tells a run to stop. A run looks at it between steps; nobody else has to.
+
+    Attributes:
+      number: of the signal that asked for the stop; 0 if none has.
+    """
+
+    def __init__(self):
+        self.number = 0
+        self._is_deferred = False
+
+    def defer(self) -> None:
+        """From now on a signal is only noted: a run that looks at it has something to save."""
+        self._is_deferred = True
+
+    def receive(self, number: int, frame: object = None) -> None:
+        """Handles a signal: notes it, or ends the process if nothing has to be saved.
+
+        A second signal ends the process at once.
+
+        Raises:
+          KeyboardInterrupt: nothing has to be saved.
+        """
+        del frame
+        if self.number:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.number = number
+        if not self._is_deferred:
+            raise KeyboardInterrupt

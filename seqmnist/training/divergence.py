@@ -1,0 +1,70 @@
+"""Says where and why a run diverged."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from seqmnist.config import Config
+from seqmnist.training import batches, devices
+from seqmnist.training.optim import make_schedule
+from seqmnist.training.steps import TrainState, train_step
+from seqmnist.training.task import Task
+
+
+def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) -> str:
+    """Returns one line on the first step whose results were not finite, and what to do.
+
+    Args:
+      task: of the run.
+      state: the last good one, which `steps.guarded_step` has left.
+      last_saved: the name of the newest checkpoint.
+      debug_nans: repeat the step to find the operation; only of a single network.
+    """
+    step = int(np.max(devices.gather(state.step)))
+    epoch, row = divmod(step, task.steps_per_epoch)
+    where = ""
+    if debug_nans and len(task.members) == 1:
+        where = _find_operation(task, state, task.epoch_rows(epoch)[row])
+    rates = sorted({_learning_rate(task, member, step) for member in task.members})
+    rate = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
+    who = f"in all {len(task.members)} members " if len(task.members) > 1 else ""
+    hint = "" if debug_nans else "; --debug_nans finds the operation"
+    return (
+        f"the loss or the training state is not finite {who}{where}after step {step + 1} (epoch "
+        f"{epoch + 1}, learning rate {rate}); last good checkpoint: {last_saved}; train with a "
+        "smaller config.optimizer.learning_rate or with config.optimizer.clip_norm in another "
+        f"--workdir{hint}"
+    )
+
+
+def _learning_rate(task: Task, member: dict[str, Any], step: int) -> float:
+    config: Config = task.config
+    peak = member.get("optimizer.learning_rate", config.optimizer.learning_rate)
+    schedule = make_schedule(config.optimizer, task.num_steps)
+    if not callable(schedule):
+        return peak
+    return float(schedule(step)) * peak / config.optimizer.learning_rate
+
+
+def _find_operation(task, state, row):
+    arrays = zip(*(task.dataset.arrays(split) for split in ("train", "test")), strict=True)
+    batch = batches.take(*map(np.concatenate, arrays), row)
+    with jax.debug_nans(True), jax.disable_jit():
+        try:
+            train_step(task.system, state, batch)
+        except FloatingPointError as error:
+            return f"in {_blame(error)} "
+    return ""
+
+
+def _blame(error):
+    """Names the operation and the line of this package that an error comes from."""
+    package, trace, place = pathlib.Path(__file__).parents[1], error.__traceback__, ""
+    while trace:
+        file = pathlib.Path(trace.tb_frame.f_code.co_filename)
+        if package in file.parents:
+            place = f"{file.name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"{str(error).partition('.')[0]} ({place})"

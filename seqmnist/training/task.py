@@ -1,0 +1,233 @@
+"""A task: all of a run that does not change while it trains, composed from its configuration."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from concurrent import futures
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+
+from seqmnist import config as config_lib
+from seqmnist.config import Config
+from seqmnist.datasets import sources
+from seqmnist.errors import UserError
+from seqmnist.networks.views import permutation, permutation_sha256, sequence_shape
+from seqmnist.training import batches, devices, members
+from seqmnist.training.loop import Loop, Progress, Resident, Streamed
+from seqmnist.training.metrics import Sums
+from seqmnist.training.steps import System, TrainState, init_state, make_system
+
+
+class Program(NamedTuple):
+    """A compiled program, and how many seconds it took; few if it was in the cache."""
+
+    compiled: jax.stages.Compiled
+    seconds: float
+
+
+class Task(NamedTuple):
+    """What a run is made of, except its state.
+
+    Attributes:
+      config: the configuration.
+      dataset: where the data are.
+      splits: "train", "validation" and "test", ranges of example numbers.
+      members: what tells members apart; one entry for a single run.
+      steps_per_epoch: number of steps per epoch.
+      system: the fixed half of a run.
+      mesh: the devices.
+      loop: trains and evaluates.
+      rows: of "validation" and "test".
+    """
+
+    config: Config
+    dataset: sources.Prepared
+    splits: dict[str, range]
+    members: list[dict[str, float]]
+    steps_per_epoch: int
+    system: System
+    mesh: jax.sharding.Mesh
+    loop: Loop
+    rows: dict[str, np.ndarray]
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of the whole run."""
+        return self.config.train.num_epochs * self.steps_per_epoch
+
+    def template(self) -> tuple[TrainState, Sums]:
+        """Returns the shapes, dtypes and shardings of the state and of an epoch's sums."""
+        state = jax.eval_shape(self._init)
+        axes = ("member",) if len(self.members) > 1 else ()
+        place = jax.NamedSharding(self.mesh, jax.P(*axes))
+        dtype = jax.tree.leaves(state.params)[0].dtype
+        sums = jax.eval_shape(lambda: Sums.zeros(dtype, state.step.shape))
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, sums)
+        )
+
+    def start(self, template: TrainState) -> Progress:
+        """Returns the beginning of the run."""
+        shardings = jax.tree.map(lambda x: x.sharding, template)
+        # It runs once: a third of the time to compile is worth more than how fast it runs.
+        options = {"xla_backend_optimization_level": 0}
+        init = jax.jit(self._init, out_shardings=shardings, compiler_options=options)
+        return self.loop.start(init())
+
+    def epoch_rows(self, epoch: int) -> np.ndarray:
+        """Returns the batches of an epoch: int32 [steps, B], or [S, steps, B]."""
+        size, batch_size = len(self.splits["train"]), self.config.train.batch_size
+        seeds = [int(member["seed"]) for member in self.members]
+        orders = {seed: batches.epoch_order(seed, epoch, size) for seed in set(seeds)}
+        rows = {seed: batches.batch_rows(order, batch_size) for seed, order in orders.items()}
+        return rows[seeds[0]] if len(seeds) == 1 else np.stack([rows[seed] for seed in seeds])
+
+    def compile_ahead(
+        self, pool: futures.Executor, state: TrainState, sums: Sums
+    ) -> dict[str, futures.Future]:
+        """Begins to compile what the run will need: {name: future of a `Program`}.
+
+        The compiler releases Python's lock, and so runs beside this thread; tracing does not.
+        """
+        own = (len(self.members),) if len(self.members) > 1 else ()
+        rows = (*own, self.steps_per_epoch, self.config.train.batch_size)
+        programs = self.loop.programs(state, sums, rows, self.rows["test"].shape)
+        return {name: pool.submit(_compile, lowered) for name, lowered in programs.items()}
+
+    def evaluate(
+        self, params: Any, split: str, diverged: np.ndarray | bool = False
+    ) -> dict[str, Any]:
+        """Returns {"loss", "accuracy"} on a split, of members lists; None on an empty split.
+
+        Args:
+          params: of the network, or of all members.
+          split: "validation" or "test".
+          diverged: bool [S], the members whose scores mean nothing; they become NaN.
+        """
+        if not self.splits[split]:
+            return {"loss": None, "accuracy": None}
+        means = devices.gather(self.loop.evaluate(params, self.rows[split])).means()
+        return {name: np.where(diverged, np.nan, value).tolist() for name, value in means.items()}
+
+    def describe_data(self) -> dict[str, Any]:
+        """Returns what `results.json` says of the dataset."""
+        return {
+            "name": self.dataset.name,
+            "requested": self.dataset.requested,
+            "notice": self.dataset.notice,
+            "fingerprint": self.dataset.fingerprint,
+            **{name: len(split) for name, split in self.splits.items()},
+        }
+
+    def describe_sequence(self) -> dict[str, Any]:
+        """Returns what `results.json` says of what the network reads."""
+        model = self.config.model
+        num_steps, num_features = sequence_shape(model)
+        description = {"view": model.view, "time_steps": num_steps, "features": num_features}
+        if model.view == "permuted_pixels":
+            description["permutation_sha256"] = permutation_sha256(permutation())
+        return description
+
+    def _init(self):
+        """Members are initialized one by one, so that each equals a separate run."""
+        if len(self.members) == 1:
+            return init_state(self.config, self.system, self.config.seed)
+        swept = members.swept_fields(self.config)
+        seeds = np.array([member["seed"] for member in self.members], np.uint32)
+        values = {name: np.array([m[name] for m in self.members], np.float32) for name in swept}
+        return lax.map(
+            lambda member: init_state(self.config, self.system, *member), (seeds, values)
+        )
+
+
+def compose(config: Config, say: Callable[[str], None]) -> Task:
+    """Composes a task; prepares its dataset if need be.
+
+    Args:
+      config: a valid configuration.
+      say: is told, in one line, of what takes long.
+
+    Raises:
+      UserError: the configuration names what does not exist or does not fit, or the data cannot
+        be used.
+    """
+    each = members.list_members(config)
+    make_system(config)  # what does not exist is refused before data are fetched
+    if config.data.input_mode == "stream" and len(each) > 1:
+        raise UserError(
+            f"config.data.input_mode='stream' feeds one member, not {len(each)}; use 'resident'"
+        )
+    batch_size = config.train.batch_size
+    mesh = devices.make_mesh(*devices.plan(config.mesh, len(each), batch_size, len(jax.devices())))
+    with devices.together():
+        dataset = sources.prepare(
+            config.data.name,
+            data_dir=config.data.data_dir,
+            manual_dir=config.data.manual_dir,
+            verify_checksums=config.data.verify_checksums,
+            say=say,
+        )
+    if len(set(devices.collect(int(dataset.fingerprint[:7], 16)))) > 1:
+        raise UserError(
+            f"the processes of this job found different data; this one found {dataset.name} in "
+            f"{dataset.directory}: name one dataset with config.data.name and config.data.data_dir"
+        )
+    sizes = [dataset.num_examples(split) for split in ("train", "test")]
+    splits = batches.make_splits(*sizes, config.data.validation_fraction)
+    steps_per_epoch = batches.num_batches(len(splits["train"]), batch_size)
+    system = make_system(config, config.train.num_epochs * steps_per_epoch)
+    if config.data.input_mode == "stream":
+        feed = Streamed(batches.Records(dataset.mapped("train"), dataset.mapped("test")))
+    else:
+        arrays = zip(*(dataset.arrays(split) for split in ("train", "test")), strict=True)
+        feed = Resident(*map(batches.join, arrays))
+    loop = Loop(system, feed, mesh, len(each) > 1)
+    rows = _evaluation_rows(splits, batch_size)
+    return Task(config, dataset, splits, each, steps_per_epoch, system, mesh, loop, rows)
+
+
+def as_trained(config: Config, results: Mapping[str, Any]) -> Config:
+    """Returns a configuration whose dataset "auto" is what it was when the run was trained.
+
+    Args:
+      config: the configuration.
+      results: of the run; empty if it has not finished.
+    """
+    fell_back = results and results["dataset"]["name"] == "mnist_5k"
+    if config.data.name == "auto" and fell_back:
+        return config_lib.override(config, {"data.name": "mnist_5k"})
+    return config
+
+
+def check_memory(num_bytes: float) -> None:
+    """Raises UserError if CPU devices need more memory than the machine has.
+
+    Accelerators refuse by themselves; a CPU's operating system would end the process.
+    """
+    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
+        return
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if num_bytes > there:
+        raise UserError(
+            f"this run needs {num_bytes / 2**30:,.0f} GiB of memory, and the machine has "
+            f"{there / 2**30:,.0f}; make config.model.hidden_size, config.model.num_layers, "
+            "config.train.batch_size or config.members.num smaller"
+        )
+
+
+def _compile(lowered):
+    began = time.perf_counter()
+    return Program(lowered.compile(), time.perf_counter() - began)
+
+
+def _evaluation_rows(splits, batch_size):
+    """Rows of both evaluations, padded to one shape so that they compile once."""
+    most = max(len(splits[name]) for name in ("validation", "test"))
+    padded = {
+        name: np.pad(splits[name], (0, most - len(splits[name])), constant_values=batches.PADDING)
+        for name in ("validation", "test")
+    }
+    return {name: batches.batch_rows(numbers, batch_size) for name, numbers in padded.items()}
