@@ -183,9 +183,6 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("Stopped before training began; nothing was lost", file=sys.stderr)
-        code = 128 + stop.number
     except SystemExit as error:
         code = error.code
     except BaseException:
