@@ -1,16 +1,16 @@
-"""What every tool shares: its arguments, its one-line errors, its figures as JSON."""
+"""What the tools share: arguments, errors in one line, and results as JSON."""
 
 import argparse
-import pathlib
+import functools
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any
 
-from absl import logging
-
-from seqmnist import records
+from seqmnist import paths, process, workdir
 from seqmnist.datasets import sources
-from seqmnist.errors import UserError
+from seqmnist.errors import UserError, explain_storage
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,12 +19,29 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
-    """Returns a parser that shows a module's docstring, with its example, and takes --json."""
+    """Returns a parser that shows a module's docstring and accepts --json."""
     parser = _Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--json", type=pathlib.Path, help="write every figure to this file")
+    add_output_argument(parser, "--json", "write all numbers to this file")
     return parser
+
+
+def add_output_argument(parser: argparse.ArgumentParser, flag: str, help_: str) -> None:
+    """Adds a flag for a file to write; what cannot be written is refused before any work."""
+    kind = functools.partial(_output_file, flag)
+    parser.add_argument(flag, type=kind, metavar="FILE", help=help_)
+
+
+def _output_file(flag, text):
+    path = paths.resolve(text, flag)
+    if not path.parent.is_dir():
+        raise UserError(f"{flag}={text}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UserError(f"{flag}={text} is a folder; name a file")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise UserError(f"{flag}={text}: {path.parent} is not writable; choose another folder")
+    return path
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,17 +52,19 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workdir_argument(group, parser: argparse.ArgumentParser | None = None) -> None:
-    """Adds --workdir, required unless the group of choices it joins is, and --member."""
-    help_ = "what a run has written"
+    """Adds --workdir and --member; --workdir is required unless `group` is a group of choices.
+
+    In that case `parser` is the parser of the group.
+    """
     required = {} if parser else {"required": True}
-    group.add_argument("--workdir", type=pathlib.Path, metavar="DIR", help=help_, **required)
+    group.add_argument("--workdir", metavar="DIR", help="folder of a trained run", **required)
     (parser or group).add_argument(
-        "--member", type=int, help="of a run of several (the best by validation loss)"
+        "--member", type=int, help="for a run with several (default: best validation loss)"
     )
 
 
 def prepare_data(arguments: argparse.Namespace) -> sources.Prepared:
-    """Prepares the dataset that the arguments name, and says which it is."""
+    """Prepares the dataset that the arguments name, and prints its notice."""
     prepared = sources.prepare(
         arguments.data_name,
         data_dir=arguments.data_dir,
@@ -65,20 +84,38 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> None:
-    """Parses the command line, runs a tool, and writes the figures that it returns.
+def call(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> int:
+    """Runs a tool on the command line's arguments and writes the numbers it returns to --json.
 
-    A user's mistake ends with one line and exit code 2.
+    Returns:
+      The exit code: 0; 2 after one line on what a user can correct; 130 after Ctrl-C; 141 if the
+      reader of the output has gone; 1 after the traceback of any other error.
     """
-    logging.set_verbosity(logging.FATAL)  # keep the libraries' diaries off the screen
+    code = 0
     try:
-        arguments = parser.parse_args()
-        figures = main(arguments)
-        if arguments.json:
-            try:
-                records.write_json(arguments.json, figures)
-            except OSError as error:
-                raise UserError(f"--json={arguments.json}: {error.strerror}") from None
+        try:
+            process.prepare_output()
+            arguments = parser.parse_args()
+            numbers = main(arguments)
+            if arguments.json:
+                with explain_storage(f"--json={arguments.json}", "choose another path"):
+                    workdir.write_json(arguments.json, numbers)
+        except SystemExit as error:  # from --help, or a tool's own exit code
+            code = error.code or 0
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        code = 141
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    return code
+
+
+def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> None:
+    """Does what `call` does and ends the process with its exit code."""
+    process.leave(call(parser, main))
