@@ -1,6 +1,7 @@
 """An exported classifier against the network it was made from."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,24 +20,38 @@ from seqmnist.training.steps import init_state, make_system
 
 def export_run(workdir):
     network = trained.load(workdir)
+    path, params = network.workdir.path, network.params
     return network, export.write(
-        workdir, lambda images: network.system.apply(network.params, images), network.params, "card"
+        path, lambda images: network.system.apply(params, images), params, "card"
     )
 
 
-def test_it_answers_as_the_network_does(finished_run, digits):
-    network, figures = export_run(finished_run)
+@pytest.fixture(scope="module")
+def exported(finished_run, tmp_path_factory):
+    """A copy of the finished run with an export: its network, and what `write` returned."""
+    workdir = tmp_path_factory.mktemp("exported") / "run"
+    shutil.copytree(finished_run, workdir, ignore=shutil.ignore_patterns("export"))
+    return export_run(workdir)
+
+
+def test_it_answers_as_the_network_does(exported, digits):
+    network, figures = exported
+    workdir = network.workdir.path
     assert figures["files"].keys() == {export.ARTIFACT, export.PARAMETERS, export.CARD}
     assert figures["largest_difference"].keys() == {"1", "7", "128"}
     assert max(figures["largest_difference"].values()) <= 1e-6 * figures["logits_scale"]
-    artifact = export.load(finished_run / "export" / export.ARTIFACT)
+    artifact = export.load(workdir / "export" / export.ARTIFACT)
     np.testing.assert_allclose(
         artifact.probabilities(digits[0]), network.probabilities(digits[0]), atol=1e-6
     )
-    content = (finished_run / "export" / export.ARTIFACT).read_bytes()
+    content = (workdir / "export" / export.ARTIFACT).read_bytes()
     assert str(REPOSITORY).encode() not in content  # nor any other path of this machine
-    assert not list(finished_run.glob("*.partial*"))
-    parameters = load_file(finished_run / "export" / export.PARAMETERS)
+    assert not list(workdir.glob("*.partial*"))
+    modes = {path.stat().st_mode & 0o777 for path in (workdir / "export").iterdir()}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == {0o666 & ~umask}
+    parameters = load_file(workdir / "export" / export.PARAMETERS)
     assert parameters.keys() == {
         "layers.0.bias", "layers.0.kernel", "layers.0.recurrent_kernel", "readout.bias",
         "readout.kernel",
@@ -68,21 +83,74 @@ def test_every_view_and_cell_is_exported_for_any_batch(model, digits):
     np.testing.assert_allclose(logits, classify(digits[0][:3]), atol=1e-5)
 
 
-def test_an_artifact_that_answers_otherwise_is_never_taken(finished_run, tmp_path, monkeypatch):
-    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
-    shutil.rmtree(tmp_path / "export", ignore_errors=True)
+@pytest.mark.slow
+def test_an_artifact_that_answers_otherwise_is_never_written(finished_run, tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir, ignore=shutil.ignore_patterns("export"))
     monkeypatch.setattr(export, "TOLERANCE", -1.0)  # nothing agrees this well
     with pytest.raises(RuntimeError, match="differs"):
-        export_run(tmp_path)
-    assert not list(tmp_path.glob("export*"))
+        export_run(workdir)
+    assert not list(workdir.glob("export*"))
 
 
-def test_what_is_no_artifact_is_refused(tmp_path):
-    with pytest.raises(UserError, match="export it first"):
+@pytest.mark.slow
+def test_exporting_changes_no_setting_and_no_file_of_the_user(finished_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir, ignore=shutil.ignore_patterns("export"))
+    (workdir / "export").mkdir()
+    (workdir / "export" / "notes.txt").write_text("mine")
+    (workdir / "export" / export.CARD).write_text("an earlier card")
+    before = jax.config.values.copy()
+    export_run(workdir)
+    assert jax.config.values == before
+    assert (workdir / "export" / "notes.txt").read_text() == "mine"
+    assert (workdir / "export" / export.CARD).read_text() == "card"
+
+
+LIMITED = """
+import resource, runpy, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def run_on_a_full_disk(name, *arguments):
+    """Runs a tool in a process whose files cannot grow beyond 4096 bytes."""
+    return subprocess.run(
+        [sys.executable, "-c", LIMITED, f"tools.{name}", *map(str, arguments)],
+        cwd=REPOSITORY,
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_export(finished_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir, ignore=shutil.ignore_patterns("export"))
+    (workdir / "export").mkdir()
+    (workdir / "export" / export.ARTIFACT).write_text("earlier")
+    result = run_on_a_full_disk("export", f"--workdir={workdir}")
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2
+    assert "export cannot be written (File too large)" in line
+    assert [path.read_text() for path in (workdir / "export").iterdir()] == ["earlier"]
+    assert not list(workdir.glob("export.*"))
+
+
+def test_what_is_no_artifact_is_refused(exported, tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
         export.load(tmp_path / "none")
-    for content in (b"", b"something else", bytes(1000)):
+    artifact = (exported[0].workdir.path / "export" / export.ARTIFACT).read_bytes()
+    flipped = [bytearray(artifact) for _ in range(20)]
+    for i, content in enumerate(flipped):
+        content[i * (len(artifact) - 1) // 19] ^= 16
+    for content in (b"", b"something else", bytes(1000), artifact[:-1], *flipped):
         (tmp_path / "file").write_bytes(content)
-        with pytest.raises(UserError, match="not an exported classifier"):
+        with pytest.raises(UserError, match=r"damaged or not a file that tools\.export wrote"):
             export.load(tmp_path / "file")
 
 
@@ -106,32 +174,37 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
     assert card.startswith("# name\n")
 
 
+@pytest.mark.slow
 def test_the_tool_writes_an_artifact_that_predicts_without_the_model(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+
     def run(*command):
         return subprocess.run(
             [sys.executable, *map(str, command)],
-            cwd=REPOSITORY,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
             check=True,
             capture_output=True,
             text=True,
         ).stdout
 
-    out = run("-m", "tools.export", f"--workdir={finished_run}", f"--json={tmp_path / 'figures'}")
+    out = run("-m", "tools.export", "--workdir=run", "--json=figures.json")
     assert "batch of 128" in out
-    assert json.loads((tmp_path / "figures").read_text())["logits_scale"] >= 1
+    assert json.loads((tmp_path / "figures.json").read_text())["logits_scale"] >= 1
     images, _ = trained.load(finished_run).test_set()
     np.save(tmp_path / "digits.npy", images[:9])
-    arguments = [f"--artifact={finished_run / 'export' / export.ARTIFACT}", "--no_prepare"]
-    arguments += [f"--json={tmp_path / 'answers'}", str(tmp_path / "digits.npy")]
-    run(
-        "-c",
+    code = (
         "import runpy, sys\n"
-        "runpy.run_module('tools.predict', run_name='__main__')\n"
+        "from seqmnist import process\n"
+        "process.leave = sys.exit\n"
+        "try: runpy.run_module('tools.predict', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
         "loaded = {'seqmnist.networks', 'flax'} & set(sys.modules)\n"
-        "assert not loaded, loaded",
-        *arguments,
+        "assert not loaded, loaded"
     )
-    answers = json.loads((tmp_path / "answers").read_text())["images"]
+    arguments = [f"--artifact=run/export/{export.ARTIFACT}", "--no_prepare", "--json=answers.json"]
+    run("-c", code, *arguments, "digits.npy")
+    answers = json.loads((tmp_path / "answers.json").read_text())["images"]
     found = [answer["probabilities"] for answer in answers]
     np.testing.assert_allclose(
         found, trained.load(finished_run).probabilities(images[:9]), atol=1e-6

@@ -1,37 +1,33 @@
-"""Exports a trained network: StableHLO, safetensors and a model card, in DIR/export.
+"""Exports a trained network to DIR/export: StableHLO, safetensors and a model card.
 
 Example:
   python -m tools.export --workdir=runs/notebook
   python -m tools.predict --artifact=runs/notebook/export/classifier.jax_export digit.png
 
-The exported classifier takes images uint8 [B, 28, 28], of any B, and gives logits [B, 10], on
-CPU, GPU and TPU, without this package. It is declared good once another process, which does not
-know the model, has given the same answers from it.
+The exported classifier maps images uint8 [B, 28, 28], for any B, to logits [B, 10], on CPU, GPU and
+TPU, without this package. Another process, which has only JAX, first checks that it computes the
+same logits as the network.
 """
 
 from tools import cli
 
 
 def _main(arguments):
-    from seqmnist import config as config_lib
+    from seqmnist import config as config_lib  # here, not above: --help needs no JAX
     from seqmnist.study import export, trained
 
     network = trained.load(arguments.workdir, arguments.member)
-    card = export.model_card(
-        network.workdir.resolve().name,
-        config_lib.to_dict(network.config),
-        network.results,
-        network.member,
-    )
+    workdir, config = network.workdir.path, config_lib.to_dict(network.config)
+    card = export.model_card(workdir.name, config, network.results, network.member)
 
     def classify(images):
         return network.system.apply(network.params, images)
 
-    figures = export.write(network.workdir, classify, network.params, card)
+    figures = export.write(workdir, classify, network.params, card)
     for name, size in figures["files"].items():
-        print(f"{network.workdir / export.DIRECTORY / name}: {size:,} bytes")
+        print(f"{workdir / export.DIRECTORY / name}: {size:,} bytes")
     for size, difference in figures["largest_difference"].items():
-        print(f"Checked in a process without the model, batch of {size}: {difference:.1e}")
+        print(f"Largest difference in another process, batch of {size}: {difference:.1e}")
     return figures
 
 

@@ -1,35 +1,39 @@
-"""A trained network as files that need no code of this package.
+"""Exports a trained network to files that need no code of this package.
 
 `write` makes DIR/export: the classifier as StableHLO, its parameters as safetensors, and a model
-card. Nothing here knows a model: reading back what was written must not depend on one.
+card. Nothing here depends on the model, so that reading an artifact does not either.
 """
 
+import contextlib
+import hashlib
+import io
 import json
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax import export as jax_export
 
-from seqmnist.errors import UserError
+from seqmnist import paths
+from seqmnist.errors import UserError, explain_storage
 from seqmnist.training import batches, metrics
 
 DIRECTORY, ARTIFACT, PARAMETERS, CARD = (
     "export", "classifier.jax_export", "parameters.safetensors", "README.md"
 )  # fmt: skip
 PLATFORMS = ("cpu", "cuda", "tpu")
-BATCH_SIZES = (1, 7, 128)  # with which the artifact is compared with the network itself
-TOLERANCE = 1e-6  # of logits, relative to the largest where that is above 1
+BATCH_SIZES = (1, 7, 128)  # for which the artifact is compared with the network
+TOLERANCE = 1e-6  # of logits, relative to the largest logit if that exceeds 1
+_SEAL = b"seqmnist sha256:"  # and 32 bytes, after the artifact; jax.export ignores both
 
 
 class Artifact:
-    """A classifier that was read back: it needs JAX, and nothing else."""
+    """An exported classifier; it needs only JAX."""
 
     def __init__(self, exported: jax_export.Exported):
         """Takes what `jax.export.deserialize` returns."""
@@ -44,90 +48,151 @@ class Artifact:
         return metrics.softmax(self.logits(images))
 
 
-def load(path: pathlib.Path) -> Artifact:
+def load(path: str | pathlib.Path) -> Artifact:
     """Reads an artifact that `write` wrote.
 
     Raises:
-      UserError: there is none, or it is something else, or damaged.
+      UserError: there is none, it is another file, or it is damaged.
     """
+    path = paths.resolve(path, "--artifact")
     try:
-        return Artifact(jax_export.deserialize(bytearray(path.read_bytes())))
+        content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); export it first") from None
-    except Exception as error:  # whatever the layers below make of other bytes
-        raise UserError(f"{path} is not an exported classifier; export it again") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); name a file that tools.export wrote"
+        ) from None
+    size = len(content) - len(_SEAL) - hashlib.sha256().digest_size
+    if content[max(size, 0) :] != _seal(content[: max(size, 0)]):
+        raise UserError(
+            f"{path} is damaged or not a file that tools.export wrote; export the run again"
+        )
+    return Artifact(jax_export.deserialize(bytearray(content[:size])))
 
 
 def write(
-    workdir: pathlib.Path,
-    classify: Callable[[jax.Array], jax.Array],
-    params: Any,
-    card: str,
+    workdir: pathlib.Path, classify: Callable[[jax.Array], jax.Array], params: Any, card: str
 ) -> dict[str, Any]:
-    """Writes DIR/export, once a process that knows no model has given the same answers from it.
+    """Writes DIR/export, after a process without the model got the same logits from it.
 
     Args:
-      workdir: where it is written, in place of an earlier one.
+      workdir: the folder DIR; an earlier export there is replaced.
       classify: images uint8 [B, 28, 28] -> logits [B, C], for any B.
-      params: its parameters, for those who want them by name.
+      params: the parameters of `classify`, to be written by name.
       card: the model card, Markdown.
 
     Returns:
       {"files": {name: bytes}, "largest_difference": {batch size: of logits}, "logits_scale": …}.
 
     Raises:
-      RuntimeError: the answers differ, which is a mistake of this program.
+      RuntimeError: the logits differ, which is a fault of this program.
       UserError: the workdir cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     jitted = jax.jit(classify)
-    exported = _export(jitted)
-    try:
-        aside = pathlib.Path(tempfile.mkdtemp(prefix=f"{DIRECTORY}.partial", dir=workdir))
-    except OSError as error:
-        raise UserError(f"{workdir} cannot be written ({error.strerror}); mend that") from None
-    try:
-        aside.chmod(0o755)
-        (aside / ARTIFACT).write_bytes(exported.serialize())
-        save_file(by_name(params), aside / PARAMETERS, metadata={"format": "np"})
-        (aside / CARD).write_text(card, encoding="utf-8")
-        figures = _check(aside / ARTIFACT, jitted)
-        final = workdir / DIRECTORY
-        if final.exists():
-            final.rename(aside / "earlier")
-        aside.rename(final)
-        shutil.rmtree(final / "earlier", ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    files = {path.name: path.stat().st_size for path in sorted(final.iterdir())}
-    return {"files": files, **figures}
+    content = bytes(_export(jitted).serialize())
+    final = workdir / DIRECTORY
+    remedy = "make room or make it writable, then run the same command again"
+    with explain_storage(str(final), remedy), replacing(final) as folder:
+        (folder / ARTIFACT).write_bytes(content + _seal(content))
+        (folder / PARAMETERS).write_bytes(save(by_name(params), metadata={"format": "np"}))
+        (folder / CARD).write_text(card, encoding="utf-8")
+        comparison = _check(folder / ARTIFACT, jitted)
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return {"files": files, **comparison}
+
+
+@contextlib.contextmanager
+def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a new folder that replaces `folder` if the block succeeds, and is removed otherwise.
+
+    Files of `folder` that have no namesake in the new one are kept.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
+    ) as aside:
+        new, earlier = pathlib.Path(aside, "new"), pathlib.Path(aside, "earlier")
+        new.mkdir()
+        yield new
+        if folder.is_dir():
+            folder.rename(earlier)
+        new.rename(folder)
+        for path in earlier.iterdir() if earlier.is_dir() and not earlier.is_symlink() else []:
+            if not (folder / path.name).exists():
+                path.rename(folder / path.name)
 
 
 def by_name(params: Any) -> dict[str, np.ndarray]:
     """Returns parameters as a flat dict, e.g. "layers.0.kernel": float32 [F, H]."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
     return {
-        jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value"): np.asarray(
-            leaf
-        )
-        for path, leaf in leaves
+        name.removesuffix(".value"): np.asarray(leaf)
+        for name, (_, leaf) in zip(names, leaves, strict=True)
     }
+
+
+_CARD = """\
+# {name}
+
+A recurrent network that reads an image as a sequence.
+
+| | |
+|---|---|
+{facts}
+
+{notice}## Scores
+
+| split | loss | accuracy |
+|---|---|---|
+{scores}
+
+The network knows only images like those it was trained on, prepared in the same way. It predicts a
+class for every image; its probabilities do not tell whether the image shows one of the classes.
+
+## Use
+
+`{artifact}` is StableHLO for {platforms}, for any batch size; it includes
+normalization. It needs the packages jax and flatbuffers.
+
+```python
+import jax.export, numpy as np
+
+classify = jax.export.deserialize(open("{artifact}", "rb").read()).call
+logits = classify(np.zeros((1, 28, 28), np.uint8))  # [1, 10]
+```
+
+`{parameters}` holds the parameters by name.
+
+## Versions
+
+| package | version |
+|---|---|
+{versions}
+
+## Configuration
+
+```json
+{config}
+```
+"""
 
 
 def model_card(
     name: str, config: dict[str, Any], results: dict[str, Any], member: int | None
 ) -> str:
-    """Says what a network is, what it was trained on, how good it is, and how to use it.
+    """Returns a model card in Markdown: the network, its data, its scores, and how to use it.
 
     Args:
       name: of the run.
       config: its configuration, as plain dicts.
-      results: what `results.json` holds; empty where the run has not ended.
-      member: of which member the parameters are, or None.
+      results: what `results.json` holds; empty if the run has not ended.
+      member: the member whose parameters are exported, or None.
     """
-    model, train, dataset = config["model"], config["train"], results.get("dataset", {})
-    # Where the data lay is nobody's business but the machine's.
+    model, train, optimizer = config["model"], config["train"], config["optimizer"]
+    dataset = results.get("dataset", {})
+    sizes = [f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if s in dataset]
+    # Paths of this machine are private.
     config = {**config, "data": {**config["data"], "data_dir": None, "manual_dir": None}}
 
     def score(split, key):
@@ -136,111 +201,75 @@ def model_card(
         return "not measured" if value is None else f"{value:.4f}"
 
     facts = {
-        "task": "naming the digit or class, 0 to 9, of an image of 28 × 28 pixels",
+        "task": "classifying an image of 28 × 28 pixels into 10 classes",
         "network": f"{model['view']} → {model['num_layers']} × {model['cell']}"
         f"({model['hidden_size']}) → {model['readout']} → logits",
         "parameters": f"{results['parameters']:,}" if results else "see config.json",
         "data": dataset.get("name", config["data"]["name"]),
-        "examples": ", ".join(
-            f"{dataset[split]:,} {split}" for split in ("train", "validation", "test")
-        )
-        if dataset
-        else "not recorded",
+        "examples": ", ".join(sizes) or "not recorded",
         "fingerprint of the data": dataset.get("fingerprint", "not recorded"),
-        "trained": f"{train['num_epochs']} epochs, batches of {train['batch_size']}, "
-        f"{config['optimizer']['name']}, learning rate {config['optimizer']['learning_rate']}",
+        "training": f"{train['num_epochs']} epochs, batches of {train['batch_size']}, "
+        f"{optimizer['name']}, learning rate {optimizer['learning_rate']}",
         "seed": config["seed"],
     }
-    if member is not None:  # its seed and settings, in place of the run's
+    if member is not None:  # its seed and settings replace the run's
         facts |= {"member": member, **results.get("members", {member: {}})[member]}
-    lines = [f"# {name}", "", "A recurrent network that reads an image as a sequence.", ""]
-    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items())]
-    if dataset.get("notice"):
-        lines += ["", f"Note: {dataset['notice']}."]
-    lines += ["", "## Scores", "", "| split | loss | accuracy |", "|---|---|---|"]
-    for split in ("validation", "test"):
-        lines.append(f"| {split} | {score(split, 'loss')} | {score(split, 'accuracy')} |")
-    lines += [
-        "",
-        "The network knows only images like those that it was trained on, prepared alike. It "
-        "answers whatever it is shown; no probability says whether an image shows one of the "
-        "classes at all.",
-        "",
-        "## Use",
-        "",
-        f"`{ARTIFACT}` is StableHLO for {', '.join(PLATFORMS)}, of any batch size; "
-        "normalization is inside. It needs the packages jax and flatbuffers.",
-        "",
-        "```python",
-        "import jax.export, numpy as np",
-        "",
-        f'classify = jax.export.deserialize(open("{ARTIFACT}", "rb").read()).call',
-        "logits = classify(np.zeros((1, 28, 28), np.uint8))  # [1, 10]",
-        "```",
-        "",
-        f"`{PARAMETERS}` holds the parameters by name.",
-        "",
-        "## Versions",
-        "",
-        "| package | version |",
-        "|---|---|",
-        *(f"| {package} | {version} |" for package, version in results.get("versions", {}).items()),
-        "",
-        "## Configuration",
-        "",
-        "```json",
-        json.dumps(config, indent=2),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    splits = ("validation", "test")
+    return _CARD.format(
+        name=name,
+        facts=_table(facts.items()),
+        notice=f"Note: {dataset['notice']}.\n\n" if dataset.get("notice") else "",
+        scores=_table((split, score(split, "loss"), score(split, "accuracy")) for split in splits),
+        artifact=ARTIFACT,
+        platforms=", ".join(PLATFORMS),
+        parameters=PARAMETERS,
+        versions=_table(results.get("versions", {}).items()),
+        config=json.dumps(config, indent=2),
+    )
+
+
+def _table(rows):
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def _seal(content):
+    return _SEAL + hashlib.sha256(content).digest()
 
 
 def _export(jitted):
     images = jax.ShapeDtypeStruct(jax_export.symbolic_shape("b, 28, 28"), np.uint8)
-    option = "jax_hlo_source_file_canonicalization_regex"
-    before = getattr(jax.config, option)
+    # Paths of this machine are private. JAX has no public context manager for this option, and
+    # it changes nothing but the names of source files in what is traced meanwhile.
+    before = jax.config.jax_hlo_source_file_canonicalization_regex
     try:
-        jax.config.update(option, ".*")  # where the source lay is nobody's business
+        jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*")
         return jax_export.export(jitted, platforms=PLATFORMS)(images)
     finally:
-        jax.config.update(option, before)
+        jax.config.update("jax_hlo_source_file_canonicalization_regex", before)
 
 
-def answer(artifact: str, questions: str, answers: str) -> None:
-    """Writes the logits of the arrays of images in one NPZ file to another; knows no model."""
-    network = jax_export.deserialize(bytearray(pathlib.Path(artifact).read_bytes()))
-    with np.load(questions, allow_pickle=False) as arrays:
-        logits = {name: np.asarray(network.call(arrays[name])) for name in arrays.files}
-    if "seqmnist.networks" in sys.modules:
-        raise RuntimeError("what checks an artifact must not know the model")
-    np.savez(answers, **logits)
+_READ_BACK = """
+import io, sys, numpy as np, jax.export
+classify = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read())).call
+images = np.load(io.BytesIO(sys.stdin.buffer.read()))
+np.savez(answers := io.BytesIO(), **{name: classify(images[name]) for name in images})
+sys.stdout.buffer.write(answers.getvalue())
+"""
 
 
 def _check(artifact, classify):
-    """Compares an artifact, in a process of its own, with the network that it was made from."""
+    """Compares an artifact, in a process without this package, with the network it came from."""
     rng = np.random.default_rng(0)
-    questions = {str(size): rng.integers(0, 256, (size, 28, 28), np.uint8) for size in BATCH_SIZES}
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answered = f"{folder}/questions.npz", f"{folder}/answers.npz"
-        np.savez(asked, **questions)
-        code = "import sys; from seqmnist.study import export; export.answer(*sys.argv[1:])"
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(artifact), asked, answered],
-            cwd=pathlib.Path(__file__).parents[2],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if result.returncode:
-            raise RuntimeError(f"the artifact cannot be used:\n{result.stderr}")
-        with np.load(answered, allow_pickle=False) as arrays:
-            answers = {name: arrays[name] for name in arrays.files}
-    differences, scale = {}, 1.0
-    for name, images in questions.items():
-        logits = np.asarray(classify(images))
-        scale = max(scale, float(np.abs(logits).max()))
-        differences[name] = float(np.abs(answers[name] - logits).max())
+    images = {str(size): rng.integers(0, 256, (size, 28, 28), np.uint8) for size in BATCH_SIZES}
+    np.savez(sent := io.BytesIO(), **images)
+    command = [sys.executable, "-c", _READ_BACK, str(artifact)]
+    result = subprocess.run(command, input=sent.getvalue(), capture_output=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"the artifact cannot be used:\n{result.stderr.decode()}")
+    answers = np.load(io.BytesIO(result.stdout))
+    logits = {name: np.asarray(classify(array)) for name, array in images.items()}
+    scale = max(1.0, *(float(np.abs(array).max()) for array in logits.values()))
+    differences = {name: float(np.abs(answers[name] - logits[name]).max()) for name in logits}
     if not max(differences.values()) <= TOLERANCE * scale:
         raise RuntimeError(f"the artifact differs from the network: {differences}")
     return {"largest_difference": differences, "logits_scale": scale}
