@@ -4,22 +4,21 @@ import html.parser
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 from PIL import Image
+from test_export import run_on_a_full_disk
+from test_predict import tool
 
 from seqmnist import config as config_lib
-from seqmnist import records
+from seqmnist import workdir as workdir_lib
 from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.study import trained
 from seqmnist.training.steps import init_state, make_system
-from tools import figures, report
+from tools import figures, report, sections
 
 
 class Page(html.parser.HTMLParser):
@@ -44,13 +43,13 @@ class Page(html.parser.HTMLParser):
             self.titles.append(data)
 
 
+@pytest.mark.slow
 def test_the_tool_writes_a_page_that_needs_nothing_else(finished_run, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second <b>"
     for workdir in (first, second):
         shutil.copytree(finished_run, workdir)
-    command = [sys.executable, "-m", "tools.report", f"--workdir={first}"]
-    command += [f"--compare={second}", f"--json={tmp_path / 'figures.json'}"]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    paths = ("--workdir=first", "--compare=second <b>", "--json=figures.json")
+    result = tool("report", *paths, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "figures.json").read_text())
     results = json.loads((first / "results.json").read_text())
@@ -62,7 +61,7 @@ def test_the_tool_writes_a_page_that_needs_nothing_else(finished_run, tmp_path):
 
     text = (first / "report.html").read_text()
     page = Page(text)
-    assert page.titles[0] == "What first learned"
+    assert page.titles[0] == 'Run "first": what it learned'
     for title in ("Learning curves", "Runs side by side", "Belief by time step", "Hidden states"):
         assert title in page.titles
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.metas
@@ -88,10 +87,10 @@ MODELS = [
 
 
 @pytest.fixture
-def untrained(monkeypatch, digits):
-    """Makes `trained.load` give a network of random parameters, tested on toy digits."""
+def untrained(monkeypatch, digits, tmp_path):
+    """Makes `trained.load` return a network with random parameters, tested on toy digits."""
 
-    def prepare(model, workdir, results):
+    def prepare(model, results, member=None):
         config = Config(model=model)
         system = make_system(config)
         shapes = jax.eval_shape(lambda: init_state(config, system, 0)).params
@@ -99,57 +98,121 @@ def untrained(monkeypatch, digits):
         params = jax.tree.map(
             lambda leaf: rng.normal(-0.1, 0.3, leaf.shape).astype(leaf.dtype), shapes
         )
-        network = trained.Trained(workdir, config, system, params, results)
+        workdir = workdir_lib.Workdir(tmp_path)
+        network = trained.Trained(workdir, config, system, params, results, "", member)
         monkeypatch.setattr(trained, "load", lambda workdir, member: network)
         monkeypatch.setattr(trained.Trained, "test_set", lambda self: [a[:60] for a in digits])
-        return network
+        monkeypatch.setattr(sections, "DPI", 50)  # faster
 
     return prepare
 
 
+def line(epoch, train, validation):
+    """A line of metrics.jsonl; scores are pairs of loss and accuracy."""
+    names = [
+        f"{split}/{score}" for split in ("train", "validation") for score in ("loss", "accuracy")
+    ]
+    scores = dict(zip(names, (*train, *validation), strict=True))
+    return {"epoch": epoch, "step": epoch, **scores, "seconds": 1.0}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: f"{model.view}_{model.cell}")
-def test_every_kind_of_network_is_drawn(model, untrained, tmp_path, monkeypatch):
-    untrained(model, tmp_path, {})
-    monkeypatch.setattr(report, "_DPI", 50)  # faster
-    line = {"epoch": 1, "train/loss": 1.0, "train/accuracy": 0.5}
-    line |= {"validation/loss": None, "validation/accuracy": None}
-    records.append_line(tmp_path / records.METRICS, line)
-    sections, found = report.examine(tmp_path, None)
-    page = report.render("title", sections)
+def test_every_kind_of_network_is_drawn(model, untrained, tmp_path):
+    untrained(model, {})
+    workdir_lib.append_line(tmp_path / "metrics.jsonl", line(1, (1.0, 0.5), (None, None)))
+    shown, found = sections.examine(tmp_path, None)
+    page = report.render("title", shown)
     assert "the run has not ended" in page
     assert np.sum(found["confusion"]) == 60
-    for section in sections:
+    for section in shown:
         for content, _ in section.pictures.values():
             assert Image.open(io.BytesIO(content)).width == 300
 
 
+RESULTS = {
+    "dataset": {"name": "a", "fingerprint": "b", "train": 1, "validation": 1, "test": 1},
+    "epochs": 2,
+    "steps": 2,
+    "parameters": 7,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_scores_of_diverged_members_are_left_out(untrained, tmp_path):
+    scores = {"loss": [None, 1.0, 2.0], "accuracy": [None, 0.5, 0.25]}
+    nothing = {"loss": [None] * 3, "accuracy": [None] * 3}
+    untrained(ModelConfig(hidden_size=4), {**RESULTS, "validation": scores, "test": nothing}, 1)
+    for values in (scores, nothing):
+        pair = (values["loss"], values["accuracy"])
+        workdir_lib.append_line(tmp_path / "metrics.jsonl", line(1, pair, pair))
+    shown, found = sections.examine(tmp_path, 1)
+    facts = dict(shown[0].table[1:])
+    assert facts["validation accuracy"] == "0.3750 ± 0.1768 (2 of 3 members)"
+    assert facts["test accuracy"] == "–"
+    assert found["member"] == 1
+
+
+def test_an_epoch_without_a_score_is_a_gap():
+    lines = [line(i + 1, (x, x), (None, None)) for i, x in enumerate((2.0, None, 1.0))]
+    figure = figures.learning_curves({"run": lines})
+    (drawn,) = figure.axes[0].lines
+    np.testing.assert_array_equal(drawn.get_ydata(), [2.0, np.nan, 1.0])
+    figures.learning_curves({"run": [line(1, (None, None), (None, None))]})
+
+
 def test_runs_of_several_members_are_drawn_with_their_spread(tmp_path):
     losses = [[2.0, 1.0], [1.0, 0.2]]
-    lines = [
-        {"epoch": i + 1, "train/loss": loss, "train/accuracy": [0.5, 0.7],
-         "validation/loss": loss, "validation/accuracy": [0.25, 0.75]}
-        for i, loss in enumerate(losses)
-    ]  # fmt: skip
+    lines = [line(i + 1, (x, [0.5, 0.7]), (x, [0.25, 0.75])) for i, x in enumerate(losses)]
     figure = figures.learning_curves({"run": lines})
     for drawn in figure.axes[0].lines:
         np.testing.assert_allclose(drawn.get_ydata(), [1.5, 0.6])
     (band, _) = (collection.get_paths()[0] for collection in figure.axes[0].collections)
     assert {round(y, 6) for y in band.vertices[:, 1]} == {1.0, 2.0, 0.2}
 
-    records.write_json(tmp_path / records.CONFIG, config_lib.to_dict(Config()))
-    for line in lines:
-        records.append_line(tmp_path / records.METRICS, line)
-    results = {"test": {"loss": [0.5, 0.7], "accuracy": [0.9, 0.8]}}
-    records.write_json(tmp_path / records.RESULTS, results)
-    table = report.compare([tmp_path, tmp_path]).table
+    workdir_lib.write_json(tmp_path / "config.json", config_lib.to_dict(Config()))
+    for each in lines:
+        workdir_lib.append_line(tmp_path / "metrics.jsonl", each)
+    scores = {"loss": [0.5, 0.7], "accuracy": [0.9, 0.8]}
+    results = {**RESULTS, "validation": scores, "test": scores}
+    workdir_lib.write_json(tmp_path / "results.json", results)
+    table = sections.compare([tmp_path, tmp_path]).table
     assert table[1][-2:] == ["0.8500 ± 0.0707", "0.6000 ± 0.1414"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_report(finished_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished_run, workdir)
+    (workdir / "report").mkdir()
+    earlier = (workdir / "report.html", workdir / "report" / "curves.png")
+    for path in earlier:
+        path.write_text("earlier")
+    result = run_on_a_full_disk("report", f"--workdir={workdir}")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert "report.html cannot be written (File too large)" in result.stderr.splitlines()[-1]
+    assert [path.read_text() for path in earlier] == ["earlier"] * 2
+    assert list((workdir / "report").iterdir()) == [earlier[1]]
+    assert not list(workdir.glob("*.partial"))
+
+
+def test_files_of_the_user_are_kept(tmp_path):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "notes.txt").write_text("mine")
+    pictures = {"curves.png": (b"new", "curves")}
+    page = report.write(tmp_path, "title", [sections.Section("a", "b", pictures)])
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "report" / "curves.png").read_bytes() == b"new"
 
 
 def test_a_mistake_is_named(tmp_path, finished_run):
     with pytest.raises(UserError, match=r"metrics\.jsonl does not exist; train"):
-        report.examine(tmp_path, None)
-    (tmp_path / records.METRICS).write_text("")
+        sections.examine(tmp_path, None)
+    (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no epoch"):
-        report.examine(tmp_path, None)
+        sections.examine(tmp_path, None)
     with pytest.raises(UserError, match=r"nothing.config\.json"):
-        report.compare([finished_run, tmp_path / "nothing"])
+        sections.compare([finished_run, tmp_path / "nothing"])

@@ -1,366 +1,297 @@
-"""Pictures of what a network learned and does, drawn from arrays.
+"""Figures of what a network learned and how it reads, drawn from arrays.
 
-Each function returns a matplotlib figure of six inches' width, so that it can be read on a phone.
-Shapes: T time steps, F features a step, C classes, W outputs of the top layer.
+Each function returns a matplotlib figure six inches wide, readable on a phone.
+Shapes: T time steps, F features per step, C classes, W outputs of the top layer.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-
 from matplotlib import patches
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 WIDTH = 6.0
-# M. Okabe and K. Ito's colours, which people with any kind of colour vision can tell apart.
+# The palette of M. Okabe and K. Ito, distinguishable with any kind of colour vision.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW, GREY = "#E69F00", "#56B4E9", "#F0E442", "#666666"
 COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#000000", YELLOW)
+_GRAY_BYTES = {"cmap": "gray", "vmin": 0, "vmax": 255}
+_GRAY = {"cmap": "gray", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
+_UNUSED = "#e8e8e8"  # cells of a heat map without a value
 
 
 class Example(NamedTuple):
-    """An image, and what the network made of it.
+    """An image and what the network made of it."""
 
-    Attributes:
-      image: uint8 [28, 28].
-      label: its class.
-      beliefs: after each time step, [T, C].
-      states: outputs of the top layer, [T, W].
-    """
-
-    image: np.ndarray
-    label: int
-    beliefs: np.ndarray
-    states: np.ndarray
+    image: np.ndarray  # uint8 [28, 28]
+    label: int  # its class
+    beliefs: np.ndarray  # class probabilities after each time step, [T, C]
+    states: np.ndarray  # outputs of the top layer, [T, W]
 
     @property
     def title(self) -> str:
-        """What was answered, and how surely."""
-        answer = int(self.beliefs[-1].argmax())
-        share = f"{self.beliefs[-1, answer]:.0%}"
-        if answer == self.label:
-            return f"{answer}, rightly ({share})"
-        return f"{answer} ({share}), but it is {self.label}"
+        """The predicted class with its probability, and whether it is correct."""
+        predicted = int(self.beliefs[-1].argmax())
+        share = f"{self.beliefs[-1, predicted]:.0%}"
+        if predicted == self.label:
+            return f"{predicted}, correct ({share})"
+        return f"{predicted} ({share}), but it is {self.label}"
 
 
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
-    """Draws loss and accuracy by epoch; of several members, their mean and standard deviation.
+    """Draws loss and accuracy by epoch; with several members, their mean and standard deviation.
 
-    Args:
-      runs: the lines of `metrics.jsonl` by the name of the run.
+    `runs` maps names of runs to the lines of their `metrics.jsonl`, whose scores may be null.
     """
-    figure, axes = plt.subplots(2, 1, figsize=(WIDTH, 5.6), sharex=True, layout="constrained")
-    for (name, lines), color in zip(runs.items(), _cycle(len(runs)), strict=True):
-        epochs = [line["epoch"] for line in lines]
+    figure, axes = _subplots(5.6, 2, sharex=True)
+    for i, (name, lines) in enumerate(runs.items()):
+        epochs, color = [line["epoch"] for line in lines], COLORS[i % len(COLORS)]
         for axis, score in zip(axes, ("loss", "accuracy"), strict=True):
             for split, style in (("train", "--"), ("validation", "-")):
-                values = [line.get(f"{split}/{score}") for line in lines]
-                if any(value is None for value in values):
+                values = _by_member([line.get(f"{split}/{score}") for line in lines])
+                if values.mask.all():
                     continue
-                values = np.array(values, float).reshape(len(lines), -1)
-                mean, sd = np.nanmean(values, 1), np.nanstd(values, 1)
+                mean, sd = (x.filled(np.nan) for x in (values.mean(1), values.std(1)))
                 label = split if len(runs) == 1 else (name if split == "validation" else None)
                 marker = "o" if len(lines) <= 20 else None
                 axis.plot(epochs, mean, style, color=color, label=label, marker=marker, ms=4)
                 if values.shape[1] > 1:
                     axis.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
-            axis.set_ylabel(score if score == "accuracy" else "loss, nats")
-            _tidy(axis)
+    for axis, label in zip(axes, ("loss, nats", "accuracy"), strict=True):
+        axis.set_ylabel(label)
+        _tidy(axis)
     axes[1].set_xlabel("epoch" if len(runs) == 1 else "epoch (solid: validation, dashed: train)")
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[1].legend(frameon=False)
+    if axes[1].lines:
+        axes[1].legend(frameon=False)
     return figure
 
 
 def confusion(counts: np.ndarray) -> Figure:
-    """Draws a confusion matrix, int [C, C]; colours are shares of a row, of the mistakes only."""
+    """Draws a confusion matrix, int [C, C]; color is the share of a row, for mistakes only."""
     num = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    off = np.where(np.eye(num, dtype=bool), np.nan, shares)
-    figure, axis = plt.subplots(figsize=(WIDTH, 5.4), layout="constrained")
-    axis.set_facecolor("#e8e8e8")
-    drawn = axis.imshow(off, cmap="viridis", vmin=0, vmax=max(np.nanmax(off), 1e-3))
-    dark = np.nanmax(off) / 2
-    for i in range(num):
-        for j in range(num):
-            if counts[i, j]:
-                color = "black" if i == j or off[i, j] > dark else "white"
-                weight = "bold" if i == j else "normal"
-                axis.text(
-                    j, i, counts[i, j], ha="center", va="center", color=color, size=9,
-                    weight=weight,
-                )  # fmt: skip
-    axis.set(xticks=range(num), yticks=range(num), xlabel="answer", ylabel="class")
-    bar = figure.colorbar(drawn, ax=axis, shrink=0.8)
-    bar.set_label("share of the class answered wrongly so")
-    bar.ax.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    shares[np.eye(num, dtype=bool)] = np.nan
+    largest = np.nanmax(shares)
+    figure, axis = _subplots(5.4)
+    axis.set_facecolor(_UNUSED)
+    heat = axis.imshow(shares, cmap="viridis", vmin=0, vmax=max(largest, 1e-3))
+    for i, j in zip(*np.nonzero(counts), strict=True):
+        color = "black" if i == j or shares[i, j] > largest / 2 else "white"
+        weight = "bold" if i == j else "normal"
+        _write(axis, j, i, counts[i, j], color=color, size=9, weight=weight)
+    axis.set(xticks=range(num), yticks=range(num), xlabel="predicted class", ylabel="class")
+    bar = figure.colorbar(heat, ax=axis, shrink=0.8)
+    bar.set_label("share of the class")
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     bar.ax.yaxis.set_major_locator(MaxNLocator(5))
     return figure
 
 
 def class_bars(precision: np.ndarray, recall: np.ndarray, f1: np.ndarray) -> Figure:
-    """Draws the three scores of each class, [C] each, from the lowest that is worth showing."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 2.8), layout="constrained")
-    places = np.arange(len(f1))
-    scores = {"precision": precision, "recall": recall, "F1": f1}
-    for (name, values), color, marker in zip(
-        scores.items(), (SKY, ORANGE, "black"), "v^o", strict=True
-    ):
-        axis.plot(places, values, marker, color=color, label=name, ms=8)
-    axis.set(xticks=places, xlabel="class", ylabel="score")
-    axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    """Draws three scores per class, [C] each."""
+    figure, axis = _subplots(2.8)
+    scores = (("precision", precision, SKY, "v"), ("recall", recall, ORANGE, "^"))
+    for name, values, color, marker in (*scores, ("F1", f1, "black", "o")):
+        axis.plot(range(len(f1)), values, marker, color=color, label=name, ms=8)
+    axis.set(xticks=range(len(f1)), xlabel="class", ylabel="score")
     _tidy(axis)
+    axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
 def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> Figure:
-    """Draws images uint8 [N, 28, 28] with their classes [N] and what was answered, [N, C]."""
-    columns = 5
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, 1.5 * rows), layout="constrained", squeeze=False
-    )
+    """Draws images uint8 [N, 28, 28] with their labels [N] and class probabilities [N, C]."""
+    rows = -(-len(images) // 5)
+    figure, axes = _subplots(1.5 * rows, rows, 5, squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
     for axis, image, label, row in zip(axes.flat, images, labels, probabilities, strict=False):
-        axis.imshow(image, cmap="gray", vmin=0, vmax=255)
-        answer = row.argmax()
-        axis.set_title(f"{answer} ({row[answer]:.0%}), is {label}", size=9)
+        axis.imshow(image, **_GRAY_BYTES)
+        axis.set_title(f"{row.argmax()} ({row.max():.0%}), is {label}", size=9)
     return figure
 
 
 def sequence(image: np.ndarray, x: np.ndarray, read_at: np.ndarray, title: str) -> Figure:
-    """Draws an image, when each of its pixels is read, and what the network reads.
+    """Draws an image, when its pixels are read, and the sequence `x` [T, F] under a title.
 
-    Args:
-      image: uint8 [28, 28].
-      x: the sequence, [T, F].
-      read_at: the time step of each pixel, float [28, 28]; NaN where it is never read.
-      title: what the sequence is called.
+    `image` is uint8 [28, 28]; `read_at` holds time steps, float [28, 28], NaN if never read.
     """
     num_steps, size = x.shape
-    figure = plt.figure(figsize=(WIDTH, 5.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=(1.25, 1))
-    shown = figure.add_subplot(grid[0, 0])
-    shown.imshow(image, cmap="gray", vmin=0, vmax=255)
-    shown.set_title("the image")
-    shown.axis("off")
+    _show_image(figure.add_subplot(grid[0, 0]), image).set_title("the image")
     order = figure.add_subplot(grid[0, 1])
-    order.set_facecolor("#e8e8e8")
-    drawn = order.imshow(read_at + 1, cmap="viridis", vmin=1, vmax=num_steps)
+    order.set_facecolor(_UNUSED)
+    heat = order.imshow(read_at + 1, cmap="viridis", vmin=1, vmax=num_steps)
     order.set(xticks=[], yticks=[], title="when each pixel is read")
-    bar = figure.colorbar(drawn, ax=order, shrink=0.85)
-    bar.set_label("time step")
-    read = figure.add_subplot(grid[1, :])
+    figure.colorbar(heat, ax=order, shrink=0.85).set_label("time step")
+    axis = figure.add_subplot(grid[1, :])
     if size == 1:
-        read.fill_between(np.arange(1, num_steps + 1), x[:, 0], step="mid", color=BLUE, lw=0)
-        read.set(xlim=(0.5, num_steps + 0.5), ylabel="value")
-        _tidy(read)
-    elif num_steps <= 60:  # time steps as separate strips
-        gap = np.full((size, num_steps, 1), np.nan)
-        strips = np.concatenate([np.repeat(x.T[..., None], 5, 2), gap], 2).reshape(size, -1)
-        extent = (0.5 + 1 / 12, num_steps + 0.5 + 1 / 12, size + 0.5, 0.5)
-        read.imshow(
-            strips, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest",
-            extent=extent,
-        )  # fmt: skip
-        read.set_ylabel("feature")
-        read.spines[:].set_visible(False)
-        read.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.fill_between(np.arange(1, num_steps + 1), x[:, 0], step="mid", color=BLUE, lw=0)
+        axis.set(xlim=(0.5, num_steps + 0.5), ylabel="value")
+        _tidy(axis)
     else:
-        extent = (0.5, num_steps + 0.5, size + 0.5, 0.5)
-        read.imshow(x.T, cmap="gray", vmin=0, vmax=1, aspect="auto", extent=extent)
-        read.set_ylabel("feature")
-    read.set(xlabel="time step", title=title)
+        axis.imshow(x.T, extent=(0.5, num_steps + 0.5, size + 0.5, 0.5), **_GRAY)
+        if num_steps <= 60:  # gaps between time steps
+            axis.vlines(np.arange(num_steps + 1) + 0.5, 0.5, size + 0.5, "white", lw=2)
+            axis.spines[:].set_visible(False)
+        axis.set_ylabel("feature")
+        axis.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set(xlabel="time step", title=title)
     return figure
 
 
 def unrolled(x: np.ndarray, probabilities: np.ndarray, model: Any) -> Figure:
-    """Draws the network over the time steps of a sequence, and its answer.
+    """Draws the network of a `ModelConfig` unrolled over a sequence, [T, F], and its prediction.
 
-    Args:
-      x: the sequence, [T, F].
-      probabilities: of its classes, [C].
-      model: its `ModelConfig`.
+    `probabilities` are those of the classes, [C].
     """
-    num_steps = len(x)
-    steps, middle = list(range(num_steps)), num_steps // 2
+    num_steps, middle = len(x), len(x) // 2
+    steps = list(range(num_steps))
     if num_steps > 7:
         steps = [0, 1, None, middle - 1, middle, None, num_steps - 1]
     layers = list(range(model.num_layers))
     if len(layers) > 3:
         layers = [0, None, len(layers) - 1]
     height = 1.25 * (len(layers) - 1)
-    figure, axis = plt.subplots(figsize=(WIDTH, 4.0 + 0.62 * height), layout="constrained")
-    top, peak = height + 0.42, height + 1.75
-    arrow = {"arrowstyle": "-|>", "color": "black", "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
-
-    def connect(start, end, **changes):
-        axis.annotate("", end, start, arrowprops={**arrow, **changes})
-
-    for i, t in enumerate(steps):
-        if t is None:
-            axis.text(i, -1.45, "…", ha="center", va="center", size=16)
-        else:
-            strip = np.flip(x[t][:, None], 0)  # the first feature at the top
-            axis.imshow(
-                strip, extent=(i - 0.13, i + 0.13, -2.1, -0.85), cmap="gray", vmin=0, vmax=1,
-                aspect="auto", origin="lower", interpolation="nearest", zorder=2,
-            )  # fmt: skip
-            axis.add_patch(patches.Rectangle((i - 0.13, -2.1), 0.26, 1.25, fill=False, lw=0.8))
-            axis.text(i, -2.3, f"$x_{{{t + 1}}}$", ha="center", va="top", size=12)
-            connect((i, -0.85), (i, -0.42))
-        for k, layer in enumerate(layers):
-            y = 1.25 * k
-            if t is None or layer is None:
-                axis.text(i, y, "…", ha="center", va="center", size=16)
-            else:
-                box = patches.FancyBboxPatch(
-                    (i - 0.3, y - 0.34), 0.6, 0.68, boxstyle="round,pad=0,rounding_size=0.1",
-                    facecolor="#d6e9f5", edgecolor=BLUE, lw=1.5,
-                )  # fmt: skip
-                axis.add_patch(box)
-                number = f"^{{({layer + 1})}}" if len(layers) > 1 else ""
-                axis.text(i, y, f"$h_{{{t + 1}}}{number}$", ha="center", va="center", size=12)
-            if i + 1 < len(steps):
-                offset = 0.12 if model.bidirectional else 0.0
-                connect((i + 0.3, y + offset), (i + 0.7, y + offset))
-                if model.bidirectional:
-                    connect((i + 0.7, y - offset), (i + 0.3, y - offset), color=VERMILION)
-            if k and t is not None:
-                connect((i, y - 0.91), (i, y - 0.34))
-    last, is_all = len(steps) - 1, model.readout != "last"
-    sources = [i for i, t in enumerate(steps) if t is not None] if is_all else [last]
-    if model.bidirectional and not is_all:
-        sources = [0, last]
-    bus = top + 0.25
-    for i in sources[:-1]:
-        axis.plot((i, i), (top - 0.08, bus), color=GREEN, lw=1.2)
-    if len(sources) > 1:
-        axis.plot((sources[0], last), (bus, bus), color=GREEN, lw=1.2)
-    connect((last, top - 0.08), (last, peak - 0.3), color=GREEN)
-    box = patches.FancyBboxPatch(
-        (last - 0.66, peak - 0.3), 1.32, 0.5, boxstyle="round,pad=0,rounding_size=0.1",
-        facecolor="#d5efe7", edgecolor=GREEN, lw=1.5,
-    )  # fmt: skip
-    axis.add_patch(box)
-    text = "readout" if not is_all else f"{model.readout} → readout"
-    axis.text(last, peak - 0.05, text, ha="center", va="center", size=9)
-    connect((last - 0.66, peak - 0.05), (last - 1.0, peak - 0.05), color=GREEN)
-    left, right = 0.1, last - 1.2
-    places = np.linspace(left, right, len(probabilities))
-    base, answer = peak - 0.42, probabilities.argmax()
-    colors = [GREEN if c == answer else "#9fb8b0" for c in range(len(probabilities))]
-    axis.bar(
-        places, np.maximum(probabilities, 0.01) * 0.95, 0.75 * (places[1] - places[0]), base,
-        color=colors,
-    )  # fmt: skip
-    for c, place in enumerate(places):
-        axis.text(place, base - 0.06, c, ha="center", va="top", size=9)
-    axis.text(
-        places[answer], base + 0.95 * probabilities[answer] + 0.05,
-        f"{probabilities[answer]:.0%}", ha="center", size=10,
-    )  # fmt: skip
+    figure, axis = _subplots(4.0 + 0.62 * height)
+    _draw_inputs(axis, x, steps)
+    _draw_states(axis, steps, layers, model.bidirectional)
+    last, peak = len(steps) - 1, height + 1.75
+    sources = [i for i, t in enumerate(steps) if t is not None]
+    if model.readout == "last":
+        sources = [0, last] if model.bidirectional else [last]
+    _draw_readout(axis, sources, height + 0.42, peak, model.readout)
+    _draw_prediction(axis, probabilities, 0.1, last - 1.2, peak - 0.42)
     axis.set(xlim=(-0.5, last + 0.8), ylim=(-2.75, peak + 0.85))
     axis.axis("off")
     return figure
 
 
-def beliefs(right: Sequence[Example], wrong: Sequence[Example]) -> Figure:
-    """Draws what is believed after each time step, beside the image.
+def _draw_inputs(axis, x, steps):
+    for i, t in enumerate(steps):
+        if t is None:
+            _write(axis, i, -1.45, "…", size=16)
+            continue
+        strip = np.flip(x[t][:, None], 0)  # the first feature at the top
+        axis.imshow(strip, extent=(i - 0.13, i + 0.13, -2.1, -0.85), origin="lower", **_GRAY)
+        axis.add_patch(patches.Rectangle((i - 0.13, -2.1), 0.26, 1.25, fill=False, lw=0.8))
+        axis.text(i, -2.3, f"$x_{{{t + 1}}}$", ha="center", va="top", size=12)
+        _arrow(axis, (i, -0.85), (i, -0.42))
 
-    Args:
-      right: examples answered rightly, the left column.
-      wrong: the others; not both may be empty.
+
+def _draw_states(axis, steps, layers, is_bidirectional):
+    shift = 0.12 if is_bidirectional else 0.0
+    for k, layer in enumerate(layers):
+        y = 1.25 * k
+        for i, t in enumerate(steps):
+            if t is None or layer is None:
+                _write(axis, i, y, "…", size=16)
+            else:
+                number = f"^{{({layer + 1})}}" if len(layers) > 1 else ""
+                _box(axis, (i - 0.3, y - 0.34), (0.6, 0.68), "#d6e9f5", BLUE)
+                _write(axis, i, y, f"$h_{{{t + 1}}}{number}$", size=12)
+            if i + 1 < len(steps):
+                _arrow(axis, (i + 0.3, y + shift), (i + 0.7, y + shift))
+                if is_bidirectional:
+                    _arrow(axis, (i + 0.7, y - shift), (i + 0.3, y - shift), VERMILION)
+            if k and t is not None:
+                _arrow(axis, (i, y - 0.91), (i, y - 0.34))
+
+
+def _draw_readout(axis, sources, top, peak, readout):
+    last, bus = sources[-1], top + 0.25
+    for i in sources[:-1]:
+        axis.plot((i, i), (top - 0.08, bus), color=GREEN, lw=1.2)
+    if len(sources) > 1:
+        axis.plot((sources[0], last), (bus, bus), color=GREEN, lw=1.2)
+    _arrow(axis, (last, top - 0.08), (last, peak - 0.3), GREEN)
+    _box(axis, (last - 0.66, peak - 0.3), (1.32, 0.5), "#d5efe7", GREEN)
+    text = "readout" if readout == "last" else f"{readout} → readout"
+    _write(axis, last, peak - 0.05, text, size=9)
+    _arrow(axis, (last - 0.66, peak - 0.05), (last - 1.0, peak - 0.05), GREEN)
+
+
+def _draw_prediction(axis, probabilities, left, right, base):
+    places, predicted = np.linspace(left, right, len(probabilities)), probabilities.argmax()
+    colors = [GREEN if c == predicted else "#9fb8b0" for c in range(len(probabilities))]
+    heights = np.maximum(probabilities, 0.01) * 0.95
+    axis.bar(places, heights, 0.75 * (places[1] - places[0]), base, color=colors)
+    for c, place in enumerate(places):
+        axis.text(place, base - 0.06, c, ha="center", va="top", size=9)
+    share = probabilities[predicted]
+    axis.text(places[predicted], base + 0.95 * share + 0.05, f"{share:.0%}", ha="center", size=10)
+
+
+def beliefs(correct: Sequence[Example], wrong: Sequence[Example]) -> Figure:
+    """Draws class probabilities after each time step beside the images, in a column per group.
+
+    One of the groups may be empty.
     """
-    columns = [column for column in (right, wrong) if len(column)]
+    columns = [column for column in (correct, wrong) if len(column)]
     rows = max(map(len, columns))
-    figure = plt.figure(figsize=(WIDTH * len(columns) / 2, 1.95 * rows + 0.8), layout="constrained")
+    figure = Figure(figsize=(WIDTH * len(columns) / 2, 1.95 * rows + 0.8), layout="constrained")
     grid = figure.add_gridspec(rows, 2 * len(columns), width_ratios=[1.3, 1] * len(columns))
-    drawn = None
-    heats = []
-    places = [(i, j) for j, column in enumerate(columns) for i in range(len(column))]
-    for row, column in places:
-        example = columns[column][row]
-        num_steps, num_classes = example.beliefs.shape
-        shown = figure.add_subplot(grid[row, 2 * column])
-        # As tall as the heat map: in the view `rows`, row and time step stand side by side.
-        shown.imshow(example.image, cmap="gray", vmin=0, vmax=255, aspect="auto")
-        shown.axis("off")
-        shown.set_title(example.title, size=9, loc="left")
-        heat = figure.add_subplot(grid[row, 2 * column + 1])
-        heats.append(heat)
-        drawn = heat.imshow(
-            example.beliefs, cmap="viridis", vmin=0, vmax=1, aspect="auto",
-            interpolation="nearest", extent=(-0.5, num_classes - 0.5, num_steps + 0.5, 0.5),
-        )  # fmt: skip
-        heat.set_xticks(range(num_classes))
-        heat.tick_params(labelsize=7)
-        heat.yaxis.set_major_locator(MaxNLocator(5, integer=True))
-        heat.set_ylabel("time step", size=8)
-        if row == len(columns[column]) - 1:
-            heat.set_xlabel("class", size=8)
-    bar = figure.colorbar(drawn, ax=heats, location="bottom", shrink=0.5, aspect=40)
+    axes, heat = [], None
+    for j, column in enumerate(columns):
+        for i, example in enumerate(column):
+            # As tall as the heat map: in the view `rows`, each row is beside its time step.
+            shown = _show_image(figure.add_subplot(grid[i, 2 * j]), example.image, aspect="auto")
+            shown.set_title(example.title, size=9, loc="left")
+            axis = figure.add_subplot(grid[i, 2 * j + 1])
+            heat = _heat_map(axis, example.beliefs, "viridis", 0, 1, first_column=0)
+            axis.set_xticks(range(example.beliefs.shape[1]))
+            axis.tick_params(labelsize=7)
+            axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axis.set_ylabel("time step", size=8)
+            if i == len(column) - 1:
+                axis.set_xlabel("class", size=8)
+            axes.append(axis)
+    bar = figure.colorbar(heat, ax=axes, location="bottom", shrink=0.5, aspect=40)
     bar.set_label("probability", size=8)
     return figure
 
 
-def accuracy_by_step(right: np.ndarray, trust: np.ndarray) -> Figure:
-    """Draws how good the answer would be after each time step.
-
-    Args:
-      right: accuracy, [T].
-      trust: the mean probability of the right class, [T].
-    """
-    figure, axis = plt.subplots(figsize=(WIDTH, 2.9), layout="constrained")
-    steps = np.arange(1, len(right) + 1)
-    axis.plot(steps, right, color=BLUE, lw=2, label="accuracy")
-    axis.plot(steps, trust, "--", color=VERMILION, lw=2, label="probability of the right class")
+def accuracy_by_step(accuracy: np.ndarray, confidence: np.ndarray) -> Figure:
+    """Draws the accuracy after each time step, [T], and the probability of the true class, [T]."""
+    figure, axis = _subplots(2.9)
+    steps = np.arange(1, len(accuracy) + 1)
+    axis.plot(steps, accuracy, color=BLUE, lw=2, label="accuracy")
+    axis.plot(steps, confidence, "--", color=VERMILION, lw=2, label="probability of the true class")
     axis.axhline(1 / 10, color=GREY, lw=1, ls=":", label="guessing")
-    axis.set(xlabel="time steps read", ylabel="mean", ylim=(0, 1.02), xlim=(1, len(right)))
+    axis.set(xlabel="time steps read", ylabel="mean", ylim=(0, 1.02), xlim=(1, len(accuracy)))
     axis.legend(frameon=False, loc="upper left")
     _tidy(axis)
     return figure
 
 
 def hidden_states(examples: Sequence[Example]) -> Figure:
-    """Draws the outputs of the top layer over time: a heat map an example, a line a unit.
+    """Draws the outputs of the top layer over time: one heat map per example, one row per unit.
 
-    Units are in the order of their last output for the first example.
+    Units are sorted by their last output for the first example.
     """
-    figure, axes = plt.subplots(
-        len(examples), 1, figsize=(WIDTH, 2.7 * len(examples)), layout="constrained",
-        sharex=True, squeeze=False,
-    )  # fmt: skip
+    num = len(examples)
+    figure, axes = _subplots(2.7 * num, num, sharex=True, squeeze=False)
     limit = max(np.abs(example.states).max() for example in examples)
-    order = np.argsort(examples[0].states[-1])  # as they come, neighbours have nothing in common
-    drawn = None
+    order = np.argsort(examples[0].states[-1])
+    heat = None
     for axis, example in zip(axes[:, 0], examples, strict=True):
-        num_steps, width = example.states.shape
-        drawn = axis.imshow(
-            example.states.T[order], cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto",
-            interpolation="nearest", extent=(0.5, num_steps + 0.5, width + 0.5, 0.5),
-        )  # fmt: skip
-        axis.set_title(f"Answer: {example.title}", size=10, loc="left")
+        heat = _heat_map(axis, example.states.T[order], "PuOr", -limit, limit)
+        axis.set_title(f"Prediction: {example.title}", size=10, loc="left")
         axis.set_ylabel("unit")
-        inset = axis.inset_axes((1.02, 0.3, 0.16, 0.4))
-        inset.imshow(example.image, cmap="gray", vmin=0, vmax=255)
-        inset.axis("off")
+        _show_image(axis.inset_axes((1.02, 0.3, 0.16, 0.4)), example.image)
     axes[-1, 0].set_xlabel("time step")
-    bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.5, aspect=40)
+    bar = figure.colorbar(heat, ax=axes, location="bottom", shrink=0.5, aspect=40)
     bar.set_label("output of the top layer")
     return figure
 
 
 def gradient_norms(norms: np.ndarray) -> Figure:
     """Draws ‖∂loss/∂h_t‖, [D, T, N], by time step: the median and the middle half of examples."""
-    figure, axis = plt.subplots(figsize=(WIDTH, 3.0), layout="constrained")
+    figure, axis = _subplots(3.0)
     steps = np.arange(1, norms.shape[1] + 1)
     names = ("reading forwards", "reading backwards") if len(norms) > 1 else (None,)
     largest = norms.max() if norms.max() > 0 else 1.0
@@ -375,11 +306,49 @@ def gradient_norms(norms: np.ndarray) -> Figure:
     return figure
 
 
-def _cycle(count):
-    return [COLORS[i % len(COLORS)] for i in range(count)]
+def _subplots(height, rows=1, columns=1, **options):
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def _tidy(axis):
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
+
+
+def _by_member(scores):
+    """Scores by epoch, each a number, null or a list of S such: masked float array [epochs, S]."""
+    num = max(len(score) if isinstance(score, list) else 1 for score in scores)
+    rows = [score if isinstance(score, list) else [score] * num for score in scores]
+    return np.ma.masked_invalid(np.array(rows, float))  # null is NaN
+
+
+def _show_image(axis, image, **options):
+    axis.imshow(image, **_GRAY_BYTES, **options)
+    axis.axis("off")
+    return axis
+
+
+def _heat_map(axis, values, cmap, low, high, first_column=1):
+    """Draws values [rows, columns]; rows are numbered from 1, columns from `first_column`."""
+    num_rows, num_columns = values.shape
+    left = first_column - 0.5
+    extent = (left, left + num_columns, num_rows + 0.5, 0.5)
+    return axis.imshow(
+        values, cmap, vmin=low, vmax=high, aspect="auto", interpolation="nearest", extent=extent
+    )
+
+
+def _write(axis, x, y, text, **options):
+    axis.text(x, y, text, ha="center", va="center", **options)
+
+
+def _arrow(axis, start, end, color="black"):
+    style = {"arrowstyle": "-|>", "color": color, "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
+    axis.annotate("", end, start, arrowprops=style)
+
+
+def _box(axis, corner, size, face, edge):
+    style = {"boxstyle": "round,pad=0,rounding_size=0.1", "lw": 1.5}
+    axis.add_patch(patches.FancyBboxPatch(corner, *size, facecolor=face, edgecolor=edge, **style))

@@ -1,0 +1,310 @@
+"""The sections of a run's report: what a network learned and how it reads, in text and figures.
+
+Shapes: N test examples, T time steps, C classes, W outputs of the top layer, D directions.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from seqmnist.networks import views
+from seqmnist.study import insight, trained
+from seqmnist.workdir import Workdir
+from tools import figures
+
+DPI = 150
+_NUM_MISTAKES = 15
+_NUM_EXAMPLES = 3  # of correct predictions, and as many of wrong ones
+_NUM_GRADIENTS = 200
+# Accuracy by time step reads at most so many time steps, all examples together.
+_MAX_STEPS, _MAX_EXAMPLES, _MIN_EXAMPLES = 1 << 21, 2000, 50
+
+
+class Section(NamedTuple):
+    """A part of the page."""
+
+    title: str
+    text: str  # paragraphs, one per line
+    pictures: dict[str, tuple[bytes, str]]  # file name -> PNG and alternative text
+    # Rows of cells. The first row holds the headings; if it is empty, the first column does.
+    table: Sequence[Sequence[Any]] = ()
+
+
+class Found:
+    """What a trained network does on its test set; `n` examples stand for some of the N."""
+
+    def __init__(self, network: trained.Trained, metrics: list[dict[str, Any]]):
+        """Reads the test set; `metrics` are the lines of `metrics.jsonl`."""
+        self.network, self.metrics = network, metrics
+        self.images, self.labels = images, labels = network.test_set()
+        self.probabilities = network.probabilities(images)  # [N, C]
+        self.predictions = self.probabilities.argmax(-1)
+        is_correct = self.predictions == labels
+        self.accuracy = float(is_correct.mean())
+        wrong, right = np.flatnonzero(~is_correct), np.flatnonzero(is_correct)
+        confidence = self.probabilities[wrong].max(-1)
+        self.mistakes = wrong[np.argsort(-confidence, kind="stable")]
+        num_classes = self.probabilities.shape[1]
+        self.confusion = insight.confusion_matrix(labels, self.predictions, num_classes)
+        self.scores = insight.class_scores(self.confusion)
+        _, first = np.unique(labels[right], return_index=True)  # of each class
+        self.correct = self._examples(right[np.sort(first)][:_NUM_EXAMPLES])
+        self.wrong = self._examples(self.mistakes[:_NUM_EXAMPLES])
+        self.examples = [*self.correct, *self.wrong]  # at least one
+        self.x = np.asarray(views.sequence(network.config.model, self.examples[0].image[None]))[0]
+        some = slice(_NUM_GRADIENTS)
+        self.gradient_norms = network.gradient_norms(images[some], labels[some])  # [D, T, n]
+        self.accuracy_by_step = self.confidence_by_step = None  # [T] unless it takes too long
+        num_steps, _ = network.sequence_shape
+        cost = num_steps**2 if network.config.model.bidirectional else num_steps
+        self.num_by_step = num = min(_MAX_EXAMPLES, len(images), _MAX_STEPS // cost)
+        if num >= min(_MIN_EXAMPLES, len(images)):
+            beliefs = network.beliefs(images[:num])  # [T, n, C]
+            self.accuracy_by_step = (beliefs.argmax(-1) == labels[:num]).mean(1)
+            self.confidence_by_step = beliefs[:, np.arange(num), labels[:num]].mean(1)
+
+    def _examples(self, numbers):
+        if not len(numbers):
+            return []
+        images, labels = self.images[numbers], self.labels[numbers].tolist()
+        by_step = self.network.beliefs(images), self.network.hidden_states(images)
+        parts = zip(images, labels, *(np.swapaxes(array, 0, 1) for array in by_step), strict=True)
+        return [figures.Example(*part) for part in parts]
+
+
+def examine(workdir: str | os.PathLike, member: int | None) -> tuple[list[Section], dict[str, Any]]:
+    """Examines a trained network on its test set.
+
+    Returns:
+      The sections of the page, and the numbers in them.
+
+    Raises:
+      UserError: the workdir holds no usable run, or its data is not available.
+    """
+    metrics = Workdir(workdir).read_metrics()
+    found = Found(trained.load(workdir, member), metrics)
+    sections = [section for make in _SECTIONS if (section := make(found))]
+    by_step, num_mistakes = found.accuracy_by_step, len(found.mistakes)
+    test = {"accuracy": found.accuracy, "examples": len(found.labels), "mistakes": num_mistakes}
+    numbers = {
+        "test": test,
+        "member": found.network.member,
+        "confusion": found.confusion.tolist(),
+        "classes": {name: score.tolist() for name, score in found.scores._asdict().items()},
+        "accuracy_by_step": None if by_step is None else by_step.tolist(),
+        "gradient_norms": np.median(found.gradient_norms, axis=2).tolist(),
+    }
+    return sections, numbers
+
+
+def compare(paths: Sequence[str | os.PathLike]) -> Section:
+    """Compares runs in one table and one set of axes.
+
+    Raises:
+      UserError: one of the workdirs holds no run.
+    """
+    heads = ["run", "network", "parameters", "epochs", "seconds"]
+    heads += ["validation accuracy", "test accuracy", "test loss"]
+    rows, metrics = [heads], {}
+    workdirs = [Workdir(path) for path in paths]
+    names = [workdir.path.name for workdir in workdirs]
+    if len(set(names)) < len(names):
+        names = [str(workdir.path) for workdir in workdirs]
+    for workdir, name in zip(workdirs, names, strict=True):
+        config, results = workdir.read_config(), workdir.read_results()
+        metrics[name] = workdir.read_metrics()
+        seconds = (results.get("seconds") or {}).get("train", "–")
+        row = [name, describe(config.model), results.get("parameters", "–"), len(metrics[name])]
+        rows.append([*row, seconds, *_scores(results).values()])
+    alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
+    text = "Mean and standard deviation for runs with several members."
+    pictures = _picture("compare", figures.learning_curves(metrics), alt)
+    return Section("Runs side by side", text, pictures, rows)
+
+
+def describe(model: Any) -> str:
+    """Describes the network of a `ModelConfig` in a few words."""
+    parts = [model.view]
+    parts += ["reversed"] if model.reverse else []
+    parts += [f"one time step of {model.subsample}"] if model.subsample > 1 else []
+    sides = "bidirectional " if model.bidirectional else ""
+    block = f"{model.block} " if model.block != "plain" else ""
+    layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size})"
+    return f"{', '.join(parts)} → {layers} → {model.readout} → logits"
+
+
+def _what_was_run(found):
+    network, config, results = found.network, found.network.config, found.network.results
+    dataset, seconds = results.get("dataset", {}), results.get("seconds")
+    sizes = ", ".join(
+        f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if s in dataset
+    )
+    train, optimizer = config.train, config.optimizer
+    rows = {
+        "network": describe(config.model),
+        "parameters": f"{results['parameters']:,}" if results else "–",
+        "data": f"{dataset.get('name', config.data.name)}: {sizes or 'not recorded'}",
+        "training": f"{train.num_epochs} epochs, batches of {train.batch_size}, {optimizer.name}, "
+        f"learning rate {optimizer.learning_rate}",
+        "seed": str(config.seed),
+        "devices": ", ".join(results.get("devices", ["not recorded"])),
+        "seconds": f"{seconds['train']} to train, {seconds['total']} in all" if seconds else "–",
+        **_scores(results),
+        "versions": ", ".join(f"{k} {v}" for k, v in results.get("versions", {}).items()) or "–",
+    }
+    text = f"The accuracy on the test set, measured for this page, is {found.accuracy:.4f}."
+    if network.member is not None:
+        text += f" All pictures except the learning curves show member {network.member} only."
+    if not results:
+        text += "\nNOTICE: the run has not ended; this is its latest checkpoint."
+    if dataset.get("notice"):
+        text += f"\nNOTICE: {dataset['notice']}"
+    return Section("What was run", text, {}, [[], *rows.items()])
+
+
+def _learning_curves(found):
+    metrics = found.metrics
+    figure = figures.learning_curves({found.network.workdir.path.name: metrics})
+    final = _mean(metrics[-1].get("validation/accuracy"))
+    alt = f"Loss and accuracy over {len(metrics)} epochs; final validation accuracy {final}"
+    text = (
+        "Training scores are means over an epoch in which the parameters change; validation "
+        "scores are measured at its end."
+    )
+    if isinstance(metrics[-1].get("train/loss"), list):
+        text += " Bands are one standard deviation over members."
+    return Section("Learning curves", text, _picture("curves", figure, alt))
+
+
+def _classes(found):
+    counts, (precision, recall, f1, support) = found.confusion, found.scores
+    mistakes = counts * (1 - np.eye(len(counts), dtype=int))
+    pairs = np.argsort(-mistakes, axis=None, kind="stable")[:3]
+    cells = [np.unravel_index(pair, counts.shape) for pair in pairs]
+    worst = ", ".join(f"{i} as {j} ({counts[i, j]} times)" for i, j in cells if mistakes[i, j])
+    alt = f"Confusion matrix; most frequent mistakes: {worst or 'none'}"
+    pictures = _picture("confusion", figures.confusion(counts), alt)
+    alt = f"Precision, recall and F1 by class; lowest F1: class {f1.argmin()}, {f1.min():.3f}"
+    pictures |= _picture("classes", figures.class_bars(precision, recall, f1), alt)
+    table = [["class", "precision", "recall", "F1", "examples"]]
+    for c, scores in enumerate(zip(precision, recall, f1, strict=True)):
+        table.append([c, *(f"{score:.4f}" for score in scores), int(support[c])])
+    text = (
+        f"{len(found.mistakes):,} of {len(found.labels):,} test examples are classified wrongly. "
+        "Rows are classes, columns predictions."
+    )
+    return Section("Which classes are confused", text, pictures, table)
+
+
+def _mistakes(found):
+    if not len(found.mistakes):
+        return None
+    most = found.mistakes[:_NUM_MISTAKES]
+    shown = ", ".join(f"{found.predictions[n]} for {found.labels[n]}" for n in most[:5])
+    figure = figures.mistakes(found.images[most], found.labels[most], found.probabilities[most])
+    pictures = _picture("mistakes", figure, f"Images classified wrongly: {shown}, …")
+    text = "The predicted class, its probability, and the image's label."
+    return Section("The most confident mistakes", text, pictures)
+
+
+def _sequence(found):
+    model, (num_steps, size) = found.network.config.model, found.network.sequence_shape
+    example, title = found.examples[0], f"{model.view}: {num_steps} time steps of {size}"
+    figure = figures.sequence(example.image, found.x, views.read_at(model), title)
+    alt = f"An image of class {example.label}, the time step of each pixel, and the sequence"
+    text = f"The network reads {num_steps} time steps of {size} number{'s' * (size > 1)} each."
+    return Section("The image as a sequence", text, _picture("sequence", figure, alt))
+
+
+def _unrolled(found):
+    model, example = found.network.config.model, found.examples[0]
+    figure = figures.unrolled(found.x, example.beliefs[-1], model)
+    alt = f"{describe(model)}, drawn as a chain of states; prediction: {example.title}"
+    text = (
+        "Each state h is computed from the state one time step earlier and from the layer below. "
+        "All time steps share the same weights."
+    )
+    return Section("The network, unrolled over it", text, _picture("unrolled", figure, alt))
+
+
+def _beliefs(found):
+    figure = figures.beliefs(found.correct, found.wrong)
+    alt = f"Heat maps of class probabilities by time step; predictions: {_titles(found.examples)}"
+    pictures = _picture("beliefs", figure, alt)
+    text = (
+        "The prediction if the sequence ended at each time step, for correct predictions and for "
+        "the most confident mistakes."
+    )
+    if found.network.config.model.bidirectional:
+        text += " A backward layer then starts from there."
+    if found.accuracy_by_step is not None:
+        half = int(np.argmax(found.accuracy_by_step >= found.accuracy / 2)) + 1
+        figure = figures.accuracy_by_step(found.accuracy_by_step, found.confidence_by_step)
+        alt = (
+            f"Accuracy after each time step over {found.num_by_step:,} test examples; half of the "
+            f"final accuracy is reached after time step {half}"
+        )
+        pictures |= _picture("by_step", figure, alt)
+    return Section("Belief by time step", text, pictures)
+
+
+def _hidden_states(found):
+    examples = [*found.correct[:1], *found.wrong[:1]]
+    alt = f"Heat maps of the top layer's outputs; predictions: {_titles(examples)}"
+    text = "The outputs of the top layer at each time step."
+    if found.network.config.model.bidirectional:
+        text += " The second half of the units reads backwards, from the last time step."
+    pictures = _picture("states", figures.hidden_states(examples), alt)
+    return Section("Hidden states", text, pictures)
+
+
+def _gradients(found):
+    norms = found.gradient_norms
+    alt = "Median gradient norm by time step: " + "; ".join(
+        f"{line[0]:.1e} at the first, {line[-1]:.1e} at the last" for line in np.median(norms, 2)
+    )
+    text = (
+        "How strongly the loss depends on the top layer's state after each time step. If this is "
+        "small, training learns little from what was read before. Line: median; band: the middle "
+        f"half of {norms.shape[2]} test examples."
+    )
+    pictures = _picture("gradients", figures.gradient_norms(norms), alt)
+    return Section("Gradient by time step", text, pictures)
+
+
+_SECTIONS = (
+    _what_was_run, _learning_curves, _classes, _mistakes, _sequence, _unrolled, _beliefs,
+    _hidden_states, _gradients,
+)  # fmt: skip
+
+
+def _titles(examples):
+    return "; ".join(example.title for example in examples)
+
+
+def _picture(name, figure, alt):
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return {f"{name}.png": (file.getvalue(), alt)}
+
+
+def _scores(results):
+    names = (("validation", "accuracy"), ("test", "accuracy"), ("test", "loss"))
+    return {f"{split} {name}": _mean(results.get(split, {}).get(name)) for split, name in names}
+
+
+def _mean(score):
+    """Formats a score, number or null; for a list of one per member, mean ± standard deviation."""
+    scores = score if isinstance(score, list) else [score]
+    values = [value for value in scores if value is not None]
+    if not values:
+        return "–"
+    text = f"{np.mean(values):.4f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.4f}"
+    return text + (
+        f" ({len(values)} of {len(scores)} members)" if len(values) < len(scores) else ""
+    )
