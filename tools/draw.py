@@ -1,14 +1,17 @@
-"""Opens a page on which one draws a digit, and watches the belief change row by row.
+"""Serves a page on which one draws a digit and watches the prediction change by time step.
 
 Example:
   python -m tools.draw --workdir=runs/notebook
 
-It is served to this machine only, until Ctrl-C. Needs the extra `draw`:
+Only this machine can reach the page. Ctrl-C ends the tool. It needs the extra `draw`:
   pip install -e '.[draw]'
 """
 
+import argparse
 import contextlib
+import os
 import pathlib
+import socket
 
 import numpy as np
 
@@ -18,17 +21,17 @@ from tools import cli
 
 PAGE = pathlib.Path(__file__).with_suffix(".html")
 HOST = "127.0.0.1"
-_MOST_BYTES = 1 << 20  # of a drawing
+_MAX_BYTES = 1 << 20  # of a drawing
 
 
-def answer(network, drawing: np.ndarray) -> dict:
-    """Reads a drawing, uint8 [H, W].
+def classify(network, drawing: np.ndarray) -> dict:
+    """Classifies a drawing, uint8 [H, W].
 
     Returns:
-      {"image": what the network sees, 784 bytes, "beliefs": [T, C], "class": its answer}.
+      {"image": the prepared image as 784 bytes, "beliefs": [T, C], "class": the prediction}.
 
     Raises:
-      UserError: there is nothing on it.
+      UserError: the drawing is blank.
     """
     image = images.prepare(drawing, "the drawing")
     beliefs = network.beliefs(image[None])[:, 0]
@@ -40,11 +43,7 @@ def answer(network, drawing: np.ndarray) -> dict:
 
 
 def make_app(network):
-    """Returns the page and what it asks, as a Starlette application.
-
-    Args:
-      network: a `trained.Trained`.
-    """
+    """Returns a Starlette application that serves the page and classifies with a `Trained`."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
@@ -53,21 +52,14 @@ def make_app(network):
     from starlette.routing import Route
 
     from seqmnist.networks import views
-    from tools import report
+    from tools import sections
 
     model = network.config.model
-    when = views.read_at(model).ravel()
     about = {
-        "network": report.describe(model),
+        "network": sections.describe(model),
         "time_steps": network.sequence_shape[0],
-        "read_at": [None if np.isnan(t) else int(t) for t in when],
+        "read_at": [None if np.isnan(t) else int(t) for t in views.read_at(model).ravel()],
     }
-
-    async def page(request):
-        return FileResponse(PAGE)
-
-    async def say_about(request):
-        return JSONResponse(about)
 
     async def beliefs(request):
         try:
@@ -77,23 +69,23 @@ def make_app(network):
             body = b""
             async for part in request.stream():
                 body += part
-                if len(body) > _MOST_BYTES:
+                if len(body) > _MAX_BYTES:
                     raise ValueError("too large")
             drawing = np.frombuffer(body, np.uint8).reshape(height, width)
         except (KeyError, ValueError):
             return JSONResponse({"error": "expected height × width bytes"}, 400)
         try:
-            return JSONResponse(await run_in_threadpool(answer, network, drawing))
+            return JSONResponse(await run_in_threadpool(classify, network, drawing))
         except UserError as error:
             return JSONResponse({"error": str(error)}, 422)
 
     return Starlette(
         routes=[
-            Route("/", page),
-            Route("/about", say_about),
+            Route("/", lambda request: FileResponse(PAGE)),
+            Route("/about", lambda request: JSONResponse(about)),
             Route("/beliefs", beliefs, methods=["POST"]),
         ],
-        # A page elsewhere whose name is made to point here is refused.
+        # Refuses pages elsewhere whose host name resolves to this machine.
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
     )
 
@@ -105,26 +97,35 @@ def _main(arguments):
         raise UserError("this tool needs the extra draw; pip install -e '.[draw]'") from None
     from seqmnist.study import trained
 
+    try:
+        listener = socket.create_server((HOST, arguments.port))
+    except OSError as error:
+        reason = os.strerror(error.errno)
+        raise UserError(
+            f"--port={arguments.port} cannot be used ({reason}); choose another above 1023"
+        ) from None
     network = trained.load(arguments.workdir, arguments.member)
     network.beliefs(np.zeros((1, 28, 28), np.uint8))  # compiles, before anyone waits
     server = uvicorn.Server(
-        uvicorn.Config(make_app(network), host=HOST, port=arguments.port, log_level="warning")
+        uvicorn.Config(make_app(network), log_level="warning", timeout_graceful_shutdown=1)
     )
-    try:
-        socket = server.config.bind_socket()
-    except SystemExit:
-        raise UserError(f"--port={arguments.port} is in use; choose another") from None
-    address = f"http://{HOST}:{socket.getsockname()[1]}"
+    address = f"http://{HOST}:{listener.getsockname()[1]}"
     print(f"Draw at {address} (Ctrl-C ends)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
-        server.run([socket])
+        server.run(sockets=[listener])
     return {"address": address}
+
+
+def _port(text):
+    if not (text.isdecimal() and int(text) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 65535")
+    return int(text)
 
 
 def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_workdir_argument(parser)
-    parser.add_argument("--port", type=int, default=8000, help="(default: 8000; 0: any)")
+    parser.add_argument("--port", type=_port, default=8000, help="(default: 8000; 0: any)")
     return parser
 
 
