@@ -83,6 +83,14 @@ def test_a_jpeg_is_read_the_right_way_up(tmp_path):
 BOMB = png(Image.new("1", (10_000, 10_000)))
 
 
+def with_damaged_exif():
+    """A rotated JPEG whose resolution, a number, is text."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x010E], exif[0x0112] = "hello", 6
+    Image.fromarray(GREY).save(file, "JPEG", exif=exif)
+    return file.getvalue().replace(b"\x01\x0e\x00\x02", b"\x01\x1a\x00\x02")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -90,6 +98,7 @@ BOMB = png(Image.new("1", (10_000, 10_000)))
         (b"hello, world", ["is not an image", "PNG"]),
         (png(Image.fromarray(GREY))[:40], ["cannot be read"]),
         (b"\xff\xd8\xff\xe0 no JPEG", ["cannot be read"]),
+        (with_damaged_exif(), ["cannot be read"]),
         (BOMB, ["10,000 × 10,000", "50,000,000"]),
         (npy(np.zeros((0, 0), np.uint8)), ["no pixels", "0 × 0"]),
         (npy(np.zeros((0, 28, 28), np.uint8)), ["no pixels"]),
@@ -100,8 +109,8 @@ BOMB = png(Image.new("1", (10_000, 10_000)))
         (npy(np.array([[-1, 5]])), ["outside 0 to 255"]),
         (npy(GREY)[:-3], ["cannot be read"]),
         (b"\x93NUMPY\x01\x00", ["cannot be read"]),
-        (idx_file(GREY[None])[:-1], ["promises 30 bytes"]),
-        (np.array([0x803, 9, 65535, 65535], ">u4").tobytes(), ["promises 38,653,526,025"]),
+        (idx_file(GREY[None])[:-1], ["30 bytes"]),
+        (np.array([0x803, 9, 65535, 65535], ">u4").tobytes(), ["38,653,526,025 bytes"]),
         (gzip.compress(b"no archive", mtime=0), ["magic number"]),
     ],
 )
@@ -134,6 +143,10 @@ def test_names_stand_for_files(tmp_path, monkeypatch):
     for name, word in (("empty", "no image"), ("*.bmp", "no file matches")):
         with pytest.raises(UserError, match=word):
             images.find([name])
+    for name in ("a" * 300, "a\0b", "a\nb", "~nouser/a"):
+        with pytest.raises(UserError, match="IMAGE=") as caught:
+            images.find([name])
+        assert "\n" not in str(caught.value)
     for name in ("nothing.png", "empty"):
         with pytest.raises(UserError, match=name):
             images.read(tmp_path / name)

@@ -1,6 +1,8 @@
-"""The tool predict, as a user's shell sees it."""
+"""The tool predict, and what all tools share, as a user's shell sees them."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -9,21 +11,30 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
+from seqmnist.errors import UserError
 from seqmnist.study import trained
-from tools import cli
-from tools import predict as predict_tool
+from tools import cli, predict
 
 
-def predict(*arguments):
+def tool(name, *arguments, cwd=REPOSITORY, environment=None):
+    """Runs a tool as a user's shell does; returns what it printed, and its exit code."""
     return subprocess.run(
-        [sys.executable, "-m", "tools.predict", *map(str, arguments)],
-        cwd=REPOSITORY,
+        [sys.executable, "-m", f"tools.{name}", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(environment or {})},
         check=False,
         capture_output=True,
         text=True,
     )
 
 
+def call(monkeypatch, module, *arguments):
+    """Runs a tool in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    return cli.call(module._make_parser(), module._main)
+
+
+@pytest.mark.slow
 def test_on_images_as_they_are_it_scores_as_the_run_did(finished_run, tmp_path):
     network = trained.load(finished_run)
     images, labels = network.test_set()
@@ -32,9 +43,8 @@ def test_on_images_as_they_are_it_scores_as_the_run_did(finished_run, tmp_path):
     for i, image in enumerate(images):
         Image.fromarray(image).save(folder / f"{i:04}.png")
     figures = tmp_path / "figures.json"
-    result = predict(
-        f"--workdir={finished_run}", "--no_prepare", f"--json={figures}", "--by_row", folder
-    )
+    arguments = (f"--workdir={finished_run}", "--no_prepare", f"--json={figures}", "--by_row")
+    result = tool("predict", *arguments, folder)
     assert result.returncode == 0, result.stderr
     answers = json.loads(figures.read_text())["images"]
     right = np.array([answer["class"] for answer in answers]) == labels
@@ -48,18 +58,21 @@ def test_on_images_as_they_are_it_scores_as_the_run_did(finished_run, tmp_path):
     assert lines[29].endswith("after time step 28 of 28")
 
 
-def test_a_redrawn_digit_is_prepared(finished_run, tmp_path):
-    network = trained.load(finished_run)
-    image = network.test_set()[0][3]
+@pytest.mark.slow
+def test_a_redrawn_digit_is_prepared_and_paths_may_be_relative(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "runs" / "a")
+    image = trained.load(finished_run).test_set()[0][3]
     large = Image.fromarray(255 - image).resize((300, 300))
-    large.save(tmp_path / "a.png")
+    large.save(tmp_path / "ä.png")
     np.save(tmp_path / "b.npy", image)
-    figures = tmp_path / "figures.json"
-    arguments = [f"--workdir={finished_run}", f"--json={figures}"]
-    result = predict(*arguments, tmp_path / "a.png", tmp_path / "*.npy")
-    assert result.returncode == 0, result.stderr
-    one, two = json.loads(figures.read_text())["images"]
-    assert one["image"].endswith("a.png")
+    result = tool(
+        "predict", "--workdir=runs/a", "--json=answers.json", "ä.png", "*.npy",
+        cwd=tmp_path, environment={"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, "")
+    one, two = json.loads((tmp_path / "answers.json").read_text())["images"]
+    assert one["image"] == "ä.png"
+    assert result.stdout.splitlines()[1].endswith("  ?.png")
     np.testing.assert_allclose(one["probabilities"], two["probabilities"], atol=0.1)
 
 
@@ -81,6 +94,9 @@ def test_a_redrawn_digit_is_prepared(finished_run, tmp_path):
         (["--artifact=y", "--by_row", "README.md"], ["--by_row", "--workdir"]),
         (["--artifact=README.md", "{}/large.png"], ["README.md", "export"]),
         (["--workdir={}", "{}/large.png"], ["config.json", "train"]),
+        (["--workdir=x", "a" * 300 + ".png"], ["IMAGE=aaa", "name too long"]),
+        (["--workdir=x", "--json=nothing/x", "README.md"], ["--json=nothing/x", "no folder"]),
+        (["--workdir=x", "--json={}", "README.md"], ["--json", "is a folder"]),
     ],
 )
 def test_a_mistake_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
@@ -91,23 +107,67 @@ def test_a_mistake_ends_in_one_line(arguments, words, tmp_path, monkeypatch, cap
     Image.new("L", (28, 28)).save(tmp_path / "blank.png")
     np.save(tmp_path / "empty.npy", np.zeros((0, 0), np.uint8))
     (tmp_path / "folder").mkdir()
-    monkeypatch.setattr(sys, "argv", ["predict", *(a.format(tmp_path) for a in arguments)])
-    with pytest.raises(SystemExit) as caught:
-        cli.run(predict_tool._make_parser(), predict_tool._main)
-    assert caught.value.code == 2
+    assert call(monkeypatch, predict, *(argument.format(tmp_path) for argument in arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     for word in words:
-        assert word in line
+        assert word.lower() in line.lower()
 
 
 def test_a_mistake_is_the_shells_too():
-    result = predict("--workdir=x", "nothing.png")
+    result = tool("predict", "--workdir=x", "nothing.png")
     assert result.returncode == 2
     assert result.stderr == "error: nothing.png does not exist; name an image\n"
 
 
 def test_help_shows_an_example():
-    result = predict("--help")
+    result = tool("predict", "--help", environment={"PYTHONIOENCODING": "ascii"})
     assert result.returncode == 0
     assert "python -m tools.predict --workdir=" in result.stdout
+    assert "use 28 x 28 pixels" in result.stdout
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_quietly(unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from tools import cli; cli.run(cli.make_parser('doc'), lambda arguments: print('x'))"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "last_line"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 141, ""),
+        (UserError("no such thing; choose another"), 2, "error: no such thing; choose another"),
+        (ValueError("unexpected"), 1, "ValueError: unexpected"),
+    ],
+)
+def test_every_end_has_its_exit_code(error, code, last_line, monkeypatch, capsys):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["tool"])
+    assert cli.call(cli.make_parser("doc"), fail) == code
+    assert (capsys.readouterr().err.splitlines() or [""])[-1] == last_line
+
+
+def test_numbers_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, capsys):
+    def main(arguments):
+        tmp_path.joinpath("numbers.partial").mkdir()  # where it is written first
+        return {"a": 1.0}
+
+    monkeypatch.setattr(sys, "argv", ["tool", f"--json={tmp_path / 'numbers'}"])
+    assert cli.call(cli.make_parser("doc"), main) == 2
+    assert "numbers cannot be written (Is a directory)" in capsys.readouterr().err

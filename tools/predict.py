@@ -1,15 +1,13 @@
-"""Names the digits on images: files, folders, or patterns such as 'scans/*.png'.
+"""Classifies images: files, folders, or patterns such as 'scans/*.png'.
 
 Example:
   python -m tools.predict --workdir=runs/notebook digit.png scans/
   python -m tools.predict --artifact=runs/notebook/export/classifier.jax_export digit.png
 
-PNG, JPEG, NPY and IDX images of any size, light strokes on dark ground or dark ones on light
-ground, are prepared as MNIST was. A line an image: the class, the probabilities of all classes,
-and the image's name.
+Reads PNG, JPEG, NPY and IDX images of any size, with light strokes on a dark ground or dark strokes
+on a light ground, and prepares them as MNIST was prepared. Prints one line per image: the predicted
+class, the probabilities of all classes, and the name of the image.
 """
-
-import pathlib
 
 import numpy as np
 
@@ -19,32 +17,30 @@ from tools import cli
 
 
 def gather(names: list[str], prepared: bool) -> tuple[list[str], np.ndarray]:
-    """Reads all images that names stand for.
+    """Reads the images that names stand for, as `images.find` takes them.
 
     Args:
-      names: see `images.find`.
-      prepared: as MNIST was; else they must be 28 × 28 pixels, and are taken as they are.
+      names: files, folders or patterns.
+      prepared: prepare images as MNIST was; otherwise 28 × 28 pixels are used unchanged.
 
     Returns:
-      What to call each, and uint8 [N, 28, 28].
+      Titles, and images uint8 [N, 28, 28].
 
     Raises:
       UserError: one of them cannot be used.
     """
     titles, arrays = [], []
-    take = images.prepare if prepared else images.as_it_is
     for path in images.find(names):
         found = images.read(path)
         for i, image in enumerate(found):
-            title = str(path) if len(found) == 1 else f"{path}[{i}]"
-            titles.append(title)
-            arrays.append(take(image, title))
+            titles.append(str(path) if len(found) == 1 else f"{path}[{i}]")
+            arrays.append((images.prepare if prepared else images.as_it_is)(image, titles[-1]))
     return titles, np.stack(arrays)
 
 
 def _main(arguments):
     if arguments.artifact and arguments.by_row:
-        raise UserError("--by_row needs --workdir; an artifact answers whole images only")
+        raise UserError("--by_row needs --workdir; an artifact classifies whole images only")
     titles, arrays = gather(arguments.images, not arguments.no_prepare)
     if arguments.artifact:
         from seqmnist.study import export
@@ -58,15 +54,15 @@ def _main(arguments):
     beliefs = network.beliefs(arrays) if arguments.by_row else None
 
     print("class " + " ".join(f"{c:>5}" for c in range(probabilities.shape[1])) + "  image")
-    figures = []
+    answers = []
     for i, (title, row) in enumerate(zip(titles, probabilities, strict=True)):
         print(f"{_line(row)}  {title}")
-        figures.append({"image": title, "class": int(row.argmax()), "probabilities": row.tolist()})
+        answers.append({"image": title, "class": int(row.argmax()), "probabilities": row.tolist()})
         if beliefs is not None:
             for t, belief in enumerate(beliefs[:, i]):
                 print(f"{_line(belief)}  after time step {t + 1} of {len(beliefs)}")
-            figures[-1]["by_row"] = beliefs[:, i].tolist()
-    return {"images": figures}
+            answers[-1]["by_row"] = beliefs[:, i].tolist()
+    return {"images": answers}
 
 
 def _line(probabilities):
@@ -77,14 +73,12 @@ def _make_parser():
     parser = cli.make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     cli.add_workdir_argument(source, parser)
-    source.add_argument(
-        "--artifact", type=pathlib.Path, metavar="FILE", help="an exported classifier instead"
-    )
+    source.add_argument("--artifact", metavar="FILE", help="an exported classifier")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, folder or pattern")
     parser.add_argument(
-        "--by_row", action="store_true", help="also what it believes after each time step"
+        "--by_row", action="store_true", help="also print the prediction after each time step"
     )
-    parser.add_argument("--no_prepare", action="store_true", help="take 28 × 28 pixels as they are")
+    parser.add_argument("--no_prepare", action="store_true", help="use 28 × 28 pixels unchanged")
     return parser
 
 
