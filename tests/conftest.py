@@ -1,4 +1,4 @@
-"""Strict arithmetic and several fake devices, before anything imports JAX."""
+"""Strict arithmetic, several fake devices and one compilation cache, before JAX is imported."""
 
 import os
 import pathlib
@@ -9,21 +9,25 @@ import tempfile
 import numpy as np
 import pytest
 
+REPOSITORY = pathlib.Path(__file__).parent.parent
+MNIST = REPOSITORY.parent / "shared" / "data" / "mnist"
+
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["KERAS_BACKEND"] = "jax"
-_CACHE = tempfile.TemporaryDirectory()
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the caches of the session
+    _CACHES = tempfile.TemporaryDirectory(prefix="seqmnist-tests-")
+    os.environ["XDG_CACHE_HOME"] = _CACHES.name
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_CACHES.name}/jax"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-REPOSITORY = pathlib.Path(__file__).parent.parent
-MNIST = REPOSITORY.parent / "shared" / "data" / "mnist"
 
-
-def seqmnist(*arguments, cwd=REPOSITORY):
+def seqmnist(*arguments, cwd=REPOSITORY, **environment):
     """Runs the command line as a user's shell does; returns what it printed, and its exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    environment.pop("XLA_FLAGS", None)  # one device, as a user has
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    environment.pop("XLA_FLAGS", None)  # the devices that a user has
     return subprocess.run(
         [sys.executable, "-m", "seqmnist.main", *map(str, arguments)],
         capture_output=True,
@@ -58,7 +62,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, data_dir):
-    """The workdir of a small network after an epoch over the 5,000 digits."""
+    """The workdir of a small network after an epoch over the 5,000 digits; only read it."""
     from seqmnist import run
     from seqmnist.config import Config, DataConfig, ModelConfig, TrainConfig
 
