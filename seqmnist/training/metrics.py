@@ -35,7 +35,8 @@ class Sums(NamedTuple):
         A member that has diverged stays marked, and `steps.guarded_step` leaves its state alone.
         """
         zeros = Sums(*map(np.zeros_like, self))
-        return zeros._replace(loss=np.where(np.isfinite(self.loss), zeros.loss, np.nan))
+        nans = np.full_like(zeros.loss, np.nan)
+        return zeros._replace(loss=np.where(np.isfinite(self.loss), zeros.loss, nans))
 
     def means(self) -> dict[str, float | list[float]]:
         """Returns {"loss", "accuracy"} per example: floats, or lists of S values."""
