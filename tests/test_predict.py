@@ -145,6 +145,24 @@ def test_a_closed_pipe_ends_quietly(unbuffered):
     assert (result.returncode, result.stderr) == (141, "")
 
 
+def test_an_interrupt_ends_a_tool_even_in_a_callback():
+    code = """
+import gc, os, signal
+from tools import cli
+
+def main(arguments):
+    gc.callbacks.append(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    gc.collect()  # Python ignores exceptions in these callbacks
+    print("not interrupted")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+cli.run(cli.make_parser("doc"), main)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "last_line"),
     [

@@ -118,4 +118,11 @@ def call(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], A
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> None:
     """Does what `call` does and ends the process with its exit code."""
+
+    def notice(unraisable):
+        if unraisable.exc_type is KeyboardInterrupt:  # in a callback, which ignores exceptions
+            process.leave(130)
+        sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = notice
     process.leave(call(parser, main))
