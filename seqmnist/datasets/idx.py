@@ -5,6 +5,7 @@ section "File formats for the MNIST database".
 """
 
 import gzip
+import io
 import math
 import os
 import zlib
@@ -13,74 +14,73 @@ import numpy as np
 
 from seqmnist.errors import UserError
 
-# What promises more examples, or more bytes, would only exhaust the memory.
-_MOST, _MOST_BYTES = 1_000_000, 1 << 31
+_MAX_EXAMPLES, _MAX_BYTES = 1_000_000, 1 << 31  # a damaged header can announce any size
 
 
 class IdxError(UserError):
-    """A file is not the archive it should be."""
+    """A file is not the archive that it should be."""
 
 
-def read_images(path: str | os.PathLike, shape: tuple[int, int] | None = (28, 28)) -> np.ndarray:
+def read_images(
+    path: str | os.PathLike,
+    shape: tuple[int, int] | None = (28, 28),
+    content: bytes | None = None,
+) -> np.ndarray:
     """Reads an archive of images, gzip-compressed or not: uint8 [N, H, W].
 
     Args:
       path: the file.
-      shape: (H, W) that it must have; None takes any.
+      shape: the (H, W) to require; None accepts any.
+      content: of the file, if it has been read.
 
     Raises:
       IdxError: the file is missing, damaged, or holds something else.
     """
-    return _read(path, magic=0x803, num_sizes=2, item_shape=shape)
+    return _read(path, content, 0x803, "images", shape)
 
 
-def read_labels(path: str | os.PathLike) -> np.ndarray:
+def read_labels(path: str | os.PathLike, content: bytes | None = None) -> np.ndarray:
     """Reads an archive of labels 0 to 9, gzip-compressed or not: uint8 [N].
 
     Raises:
       IdxError: the file is missing, damaged, or holds something else.
     """
-    labels = _read(path, magic=0x801, num_sizes=0, item_shape=())
+    labels = _read(path, content, 0x801, "labels", ())
     if labels.size and labels.max() > 9:
         raise IdxError(f"{path} holds the label {labels.max()}; labels are 0 to 9")
     return labels
 
 
-def _read(path, magic, num_sizes, item_shape):
+def _read(path, content, magic, kind, item_shape):
+    num_axes = magic & 0xFF
     try:
-        with _open(path) as file:
-            header = file.read(4 * (2 + num_sizes))
-            found, *shape = np.frombuffer(header.ljust(16, b"\0"), ">u4").tolist()
+        with open(path, "rb") if content is None else io.BytesIO(content) as raw:
+            is_compressed = raw.read(2) != b"\0\0"  # IDX begins with two zeros
+            raw.seek(0)
+            file = gzip.GzipFile(fileobj=raw) if is_compressed else raw
+            header = file.read(4 * (1 + num_axes)).ljust(16, b"\0")
+            found, count, *size = np.frombuffer(header, ">u4").tolist()[: 1 + num_axes]
             if found != magic:
                 raise IdxError(
-                    f"{path} has the magic number 0x{found:x} instead of 0x{magic:x}: it is not an "
-                    f"IDX archive of {'images' if num_sizes else 'labels'}; get it again"
+                    f"{path} is not an IDX archive of {kind} (magic number 0x{found:x}, not "
+                    f"0x{magic:x}); download it again"
                 )
-            count, size = shape[0], tuple(shape[1 : 1 + num_sizes])
-            if item_shape is not None and size != item_shape:
+            if item_shape is not None and tuple(size) != item_shape:
                 raise IdxError(
                     f"{path} holds images of {size[0]} × {size[1]} pixels; 28 × 28 are expected"
                 )
-            if count > _MOST:
-                raise IdxError(f"{path} promises {count:,} examples; at most {_MOST:,} are read")
-            promised = count * math.prod(size)
-            if promised > _MOST_BYTES:
+            num_bytes = count * math.prod(size)
+            if count > _MAX_EXAMPLES or num_bytes > _MAX_BYTES:
                 raise IdxError(
-                    f"{path} promises {promised:,} bytes; at most {_MOST_BYTES:,} are read"
+                    f"{path} announces {count:,} examples, {num_bytes:,} bytes; at most "
+                    f"{_MAX_EXAMPLES:,} examples and {_MAX_BYTES:,} bytes are read"
                 )
-            content = file.read(promised + 1)
-    except IdxError:
-        raise
+            pixels = file.read(num_bytes + 1)
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise IdxError(f"{path} cannot be read ({reason}); get it again") from error
-    if len(content) != promised:
-        found = "more" if len(content) > promised else f"only {len(content):,}"
-        raise IdxError(f"{path} promises {promised:,} bytes and holds {found}; get it again")
-    return np.frombuffer(content, np.uint8).reshape((count, *size))
-
-
-def _open(path):
-    with open(path, "rb") as file:
-        is_compressed = file.read(2) != b"\0\0"  # what is neither fails in gzip, which says so
-    return gzip.open(path) if is_compressed else open(path, "rb")
+        reason = getattr(error, "strerror", None)
+        remedy = "" if reason else "; download it again"
+        raise IdxError(f"{path} cannot be read ({reason or error}){remedy}") from error
+    if len(pixels) != num_bytes:
+        found = "more" if len(pixels) > num_bytes else f"only {len(pixels):,}"
+        raise IdxError(f"{path} announces {num_bytes:,} bytes and holds {found}; download it again")
+    return np.frombuffer(pixels, np.uint8).reshape((count, *size))

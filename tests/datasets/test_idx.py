@@ -38,7 +38,7 @@ WHOLE = gzip.compress(HEADER + IMAGES.tobytes(), mtime=0)
         (b"not gzip at all", ["gzip"]),
         (WHOLE[: len(WHOLE) // 2], ["cannot be read"]),
         (WHOLE[:-3], ["cannot be read"]),
-        (WHOLE[:40] + b"\xff\xff\xff" + WHOLE[43:], ["get it again"]),
+        (WHOLE[:40] + b"\xff\xff\xff" + WHOLE[43:], ["download it again"]),
         (gzip.compress(HEADER + IMAGES.tobytes()[:-1], mtime=0), ["2,352", "only 2,351"]),
         (gzip.compress(HEADER + IMAGES.tobytes() + b"x", mtime=0), ["holds more"]),
         (gzip.compress(HEADER[:9], mtime=0), ["pixels"]),

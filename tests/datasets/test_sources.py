@@ -1,21 +1,25 @@
 import concurrent.futures
+import errno
 import functools
 import http.server
 import multiprocessing
+import os
+import pathlib
+import shutil
 import subprocess
 import sys
 import threading
 import time
 
 import chex
+import filelock
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from conftest import MNIST, REPOSITORY
 from small_archives import idx, make_splits, write_archives
 
-from seqmnist.datasets import archives, sources
-from seqmnist.datasets.mnist_family.mnist_family_dataset_builder import Builder
+from seqmnist.datasets import archives, builder, decoded, sources
 from seqmnist.errors import UserError
 
 IMAGES, LABELS = archives.NAMES["train"]
@@ -30,20 +34,13 @@ def manual_dir(tmp_path):
 @pytest.fixture
 def registered(manual_dir, tmp_path, monkeypatch):
     """Lets the small archives pass for the registered ones of mnist."""
-    hashes = archives.hash_files(manual_dir)
-    old_url, url = archives.URLS["mnist"], "http://127.0.0.1:9/"  # a closed port: no network
+    hashes = archives.hashes(archives.read_folder(manual_dir))
+    url = "http://127.0.0.1:9/"  # a closed port: no network
     monkeypatch.setitem(archives.URLS, "mnist", url)
     lines = [f"{url}{name}\t0\t{sha256}\t{name}\n" for name, sha256 in hashes.items()]
     checksums = tmp_path / "checksums.tsv"
     checksums.write_text("".join(lines))
     monkeypatch.setattr(archives, "_CHECKSUMS", checksums)
-    infos = {
-        old_url + name: tfds.core.download.checksums.UrlInfo(
-            size=(manual_dir / name).stat().st_size, checksum=sha256, filename=name
-        )
-        for name, sha256 in hashes.items()
-    }
-    monkeypatch.setattr(Builder, "url_infos", infos)
 
 
 @pytest.fixture
@@ -95,6 +92,13 @@ def files(folder):
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
+def assert_one_line(error, *words):
+    message = str(error.value)
+    assert "\n" not in message
+    assert "delete" not in message
+    assert all(str(word) in message for word in words), message
+
+
 def test_archives_from_a_folder(registered, tmp_path, manual_dir):
     prepared = prepare("mnist", tmp_path, manual_dir)
     assert (prepared.name, prepared.requested, prepared.notice) == ("mnist", "mnist", None)
@@ -126,6 +130,7 @@ def test_a_prepared_dataset_needs_no_tfds(registered, tmp_path, manual_dir):
     subprocess.run([sys.executable, "-c", code, tmp_path / "data"], cwd=REPOSITORY, check=True)
 
 
+@pytest.mark.slow
 def test_preparing_imports_no_tensorflow(tmp_path):
     code = (
         "import sys; from seqmnist.datasets import sources; prepared = sources.prepare('mnist_5k', "
@@ -135,21 +140,23 @@ def test_preparing_imports_no_tensorflow(tmp_path):
     subprocess.run([sys.executable, "-c", code, tmp_path / "data"], cwd=REPOSITORY, check=True)
 
 
-def test_auto_without_a_network_is_the_subset_and_says_so(registered, tmp_path):
+def test_auto_without_a_network_is_the_subset_and_says_so(registered, tmp_path, data_dir):
     began = time.monotonic()
-    prepared = prepare("auto", tmp_path)
+    prepared = sources.prepare("auto", data_dir=data_dir, manual_dir=None, verify_checksums=True)
     assert time.monotonic() - began < 10
     assert (prepared.name, prepared.requested) == ("mnist_5k", "auto")
-    assert "5,000" in prepared.notice
-    assert "127.0.0.1" in prepared.notice
-    with pytest.raises(UserError, match=r"127\.0\.0\.1"):
+    for words in ("5,000 digits", "127.0.0.1", str(data_dir), "manual_dir"):
+        assert words in prepared.notice
+    with pytest.raises(UserError) as caught:
         prepare("mnist", tmp_path)
+    assert_one_line(caught, "127.0.0.1", "manual_dir", "--config.data.name=mnist_5k")
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_name_lookup_that_hangs_is_no_network(registered, tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "_PATIENCE", 0.1)
     monkeypatch.setattr(archives.urllib.request, "urlopen", lambda *_, **__: time.sleep(30))
-    with pytest.raises(archives.DownloadError, match="no answer"):
+    with pytest.raises(UserError, match="Timeout"):
         prepare("mnist", tmp_path)
 
 
@@ -157,10 +164,10 @@ def test_a_name_lookup_that_hangs_is_no_network(registered, tmp_path, monkeypatc
 def test_a_damaged_download_is_not_used(server, tmp_path, manual_dir, name):
     whole = (manual_dir / name).read_bytes()
     (manual_dir / name).write_bytes(whole[:-5])
-    with pytest.raises(archives.DownloadError, match=name):
+    with pytest.raises(UserError, match="registered archives of mnist"):
         prepare("mnist", tmp_path)
     (manual_dir / name).unlink()
-    with pytest.raises(archives.DownloadError, match="404"):
+    with pytest.raises(UserError, match=rf"{name} .*404"):
         prepare("mnist", tmp_path)
     assert not (tmp_path / "data").exists()
     (manual_dir / name).write_bytes(whole)
@@ -225,46 +232,237 @@ def test_what_a_killed_process_left_is_not_used(registered, tmp_path, manual_dir
     assert not leftover.exists()
 
 
-@pytest.mark.parametrize("spoil", ["flip", "truncate", "delete"])
-def test_a_damaged_copy_is_made_again(registered, tmp_path, manual_dir, spoil):
+COPIES = [f"{split}_{part}.npy" for split in ("train", "test") for part in ("images", "labels")]
+COPIES += ["fingerprint.npy", "decoded.crc32"]
+
+
+@pytest.mark.parametrize("file", COPIES)
+def test_a_damaged_copy_is_written_again(registered, tmp_path, manual_dir, file):
     prepared = prepare("mnist", tmp_path, manual_dir)
-    copy = prepared.directory / "arrays.npz"
-    content = bytearray(copy.read_bytes())
-    content[2000] ^= 1
-    if spoil == "flip":
-        copy.write_bytes(content)
-    elif spoil == "truncate":
-        copy.write_bytes(content[:-500])
-    else:
+    copy = prepared.directory / file
+    content = copy.read_bytes()
+
+    def flip(position):
+        return content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+
+    middle = len(content) // 2
+    for damaged in (flip(0), flip(middle), flip(len(content) - 2), content[:middle], b"", None):
         copy.unlink()
+        if damaged is not None:
+            copy.write_bytes(damaged)
+        again = prepare("mnist", tmp_path)
+        assert again == prepared
+        assert_holds(again, SPLITS)
+        assert copy.read_bytes() == content
+
+
+def test_the_copy_of_an_earlier_version_is_not_needed(registered, tmp_path, manual_dir):
+    prepared = prepare("mnist", tmp_path, manual_dir)
+    for file in COPIES:
+        (prepared.directory / file).unlink()
+    (prepared.directory / "arrays.npz").write_bytes(b"PK")
+    assert prepare("mnist", tmp_path) == prepared
+    assert_holds(prepared, SPLITS)
+
+
+@pytest.mark.parametrize("refusal", [errno.EACCES, errno.EROFS])
+def test_a_read_only_folder_is_decoded_in_memory(
+    registered, tmp_path, manual_dir, monkeypatch, refusal
+):
+    prepared = prepare("mnist", tmp_path, manual_dir)
+    for file in COPIES:
+        (prepared.directory / file).unlink()
+    before = files(tmp_path)
+
+    def refuse(*_, **__):
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(decoded.tempfile, "TemporaryDirectory", refuse)
     again = prepare("mnist", tmp_path)
     assert again == prepared
-    assert_holds(again, SPLITS)
+    for split, (images, labels) in SPLITS._asdict().items():
+        for arrays in (again.arrays(split), again.mapped(split)):
+            np.testing.assert_array_equal(arrays[0], images)
+            np.testing.assert_array_equal(arrays[1], labels)
+    assert files(tmp_path) == before
 
 
 def test_damaged_records_are_one_line(registered, tmp_path, manual_dir):
     prepared = prepare("mnist", tmp_path, manual_dir)
-    (prepared.directory / "arrays.npz").unlink()
-    (records,) = prepared.directory.glob("*train*")
-    records.write_bytes(records.read_bytes()[:1000])
-    with pytest.raises(UserError, match="delete it") as caught:
+    for file in COPIES:
+        (prepared.directory / file).unlink()
+    for path in prepared.directory.iterdir():
+        whole = path.read_bytes()
+        for damaged in (whole[: len(whole) // 2], b"", None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            with pytest.raises(UserError) as caught:
+                prepare("mnist", tmp_path)
+            assert_one_line(caught, prepared.directory, "damaged", "move it")
+            path.write_bytes(whole)
+    assert_holds(prepare("mnist", tmp_path), SPLITS)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError(f"open() failed: {os.strerror(errno.EACCES)}"), os.strerror(errno.EACCES)),
+        (OSError(errno.EIO, os.strerror(errno.EIO)), os.strerror(errno.EIO)),
+        (MemoryError("1 GB"), None),
+        (ImportError("a library"), None),
+    ],
+)
+def test_what_is_no_damage_is_not_called_damage(
+    registered, tmp_path, manual_dir, monkeypatch, error, words
+):
+    prepared = prepare("mnist", tmp_path, manual_dir)
+    (prepared.directory / "decoded.crc32").unlink()
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(tfds, "builder_from_directory", fail)
+    with pytest.raises(UserError if words else type(error)) as caught:
         prepare("mnist", tmp_path)
-    assert str(prepared.directory) in str(caught.value)
-    assert "\n" not in str(caught.value)
+    if words:
+        assert_one_line(caught, prepared.directory, words)
+    assert "damaged" not in str(caught.value)
+
+
+def test_a_full_disk_is_one_line_at_every_stage(tmp_path):
+    pytest.importorskip("resource")
+    flat = archives.Splits(
+        *((np.full((n, 28, 28), 7, np.uint8), np.ones(n, np.uint8)) for n in (200, 9))
+    )
+    manual_dir = write_archives(tmp_path / "archives", flat)
+    code = """
+import resource, signal, sys
+from seqmnist.datasets import sources
+from seqmnist.errors import UserError
+def prepare():
+    return sources.prepare(
+        "mnist", data_dir=sys.argv[1], manual_dir=sys.argv[2], verify_checksums=False
+    )
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in (0, 10, 10_000, 100_000):  # bytes per file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        prepare()
+    except UserError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print(prepare().num_examples("train"))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "data", manual_dir],
+        cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )  # fmt: skip
+    full, data_dir = os.strerror(errno.EFBIG), tmp_path / "data"
+    *lines, last = done.stdout.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("TMPDIR cannot be written")
+    assert str(tmp_path) in lines[0]
+    assert (
+        lines[1:]
+        == [f"config.data.data_dir={data_dir} cannot be written ({full}); name another folder"] * 3
+    )
+    assert last == "200"
+    assert not [name for name in files(tmp_path) if "incomplete" in name]
+
+
+def test_a_disk_without_any_space_is_one_line(registered, tmp_path, manual_dir, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError) as caught:
+        prepare("mnist", tmp_path, manual_dir)
+    assert_one_line(caught, tmp_path / "data", os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("folder", ["a file", "a file/below"])
 def test_a_data_dir_that_cannot_be_is_refused(registered, tmp_path, manual_dir, folder):
     (tmp_path / "a file").write_text("here")
-    with pytest.raises(UserError, match="data_dir"):
+    with pytest.raises(UserError) as caught:
         sources.prepare(
-            "mnist",
-            data_dir=str(tmp_path / folder),
-            manual_dir=str(manual_dir),
-            verify_checksums=True,
+            "mnist", data_dir=tmp_path / folder, manual_dir=manual_dir, verify_checksums=True
         )
+    assert_one_line(caught, "config.data.data_dir", os.strerror(errno.ENOTDIR))
 
 
+@pytest.mark.parametrize("name", ["data", "with space", "ä {x} %s @2 it's"])
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+def test_paths_may_be_relative_and_odd(registered, tmp_path, monkeypatch, manual_dir, name, kind):
+    monkeypatch.chdir(tmp_path)
+    os.rename(manual_dir, f"{name} from [*]")
+    prepared = sources.prepare(
+        "mnist", data_dir=kind(name), manual_dir=kind(f"{name} from [*]"), verify_checksums=True
+    )
+    assert prepared.directory.parents[2] == tmp_path / name
+    monkeypatch.chdir("/")
+    assert_holds(prepared, SPLITS)
+
+
+def test_the_environment_names_the_folder(registered, tmp_path, manual_dir, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, expected in (("~/there", "there"), ("", "tensorflow_datasets")):
+        monkeypatch.setenv("TFDS_DATA_DIR", folder)
+        prepared = sources.prepare(
+            "mnist", data_dir=None, manual_dir=manual_dir, verify_checksums=True
+        )
+        assert prepared.directory.parents[2] == tmp_path / expected
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "~nobody-of-this-name/a", "a\nb", ""])
+def test_a_folder_that_libraries_mistake_is_refused(tmp_path, monkeypatch, manual_dir, name):
+    monkeypatch.chdir(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(UserError) as caught:
+        sources.prepare("mnist", data_dir=name, manual_dir=manual_dir, verify_checksums=False)
+    assert_one_line(caught, "config.data.data_dir")
+    if name:
+        monkeypatch.setenv("TFDS_DATA_DIR", name)
+        with pytest.raises(UserError) as caught:
+            sources.prepare("mnist", data_dir=None, manual_dir=manual_dir, verify_checksums=False)
+        assert_one_line(caught, "TFDS_DATA_DIR")
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("refusal", [OSError(errno.ENOLCK, "No locks"), NotImplementedError()])
+def test_without_locks_the_first_process_wins(
+    registered, tmp_path, manual_dir, monkeypatch, refusal
+):
+    def refuse(*_, **__):
+        raise refusal
+
+    def generate(self, images, labels):
+        with monkeypatch.context() as patch:  # another process prepares meanwhile
+            patch.setattr(builder.Builder, "_generate_examples", original)
+            first.append(prepare("mnist", tmp_path, manual_dir))
+        yield from original(self, images, labels)
+
+    first, original = [], builder.Builder._generate_examples
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(builder.Builder, "_generate_examples", generate)
+    second = prepare("mnist", tmp_path, manual_dir)
+    assert first[0] == second
+    assert_holds(second, SPLITS)
+    assert not [name for name in files(tmp_path) if "incomplete" in name]
+
+
+def test_a_lock_that_is_held_does_not_block_for_ever(registered, tmp_path, manual_dir, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(sources, "_PATIENCE", 0.1)
+    leftover = tmp_path / "data" / "mnist_family" / "mnist" / "incomplete.ABC_1.0.0"
+    leftover.mkdir(parents=True)
+    with open(tmp_path / "data" / ".seqmnist.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert_holds(prepare("mnist", tmp_path, manual_dir), SPLITS)
+    assert leftover.exists()  # it may be that of the process that holds the lock
+
+
+@pytest.mark.slow
 def test_processes_may_prepare_together(tmp_path):
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(3, mp_context=spawn) as pool:
@@ -274,8 +472,10 @@ def test_processes_may_prepare_together(tmp_path):
     assert not [name for name in files(tmp_path) if "incomplete" in name or "partial" in name]
 
 
-def test_the_subset_is_stratified_and_does_not_change(tmp_path):
-    prepared = prepare("mnist_5k", tmp_path, manual_dir=tmp_path / "nowhere")
+def test_the_subset_is_stratified_and_does_not_change(tmp_path, data_dir):
+    prepared = sources.prepare(
+        "mnist_5k", data_dir=data_dir, manual_dir=tmp_path / "nowhere", verify_checksums=False
+    )
     for split, size in (("train", 4000), ("test", 1000)):
         images, labels = prepared.arrays(split)
         assert images.shape == (size, 28, 28)
@@ -292,18 +492,19 @@ def test_addresses_and_checksums_are_those_of_tfds():
     package = tfds.image_classification
     theirs = {"mnist": package.MNIST, "fashion_mnist": package.FashionMNIST}
     theirs["kmnist"] = package.KMNIST
-    for name, builder in theirs.items():
-        infos = {url: info.checksum for url, info in builder.url_infos.items()}
+    for name, one in theirs.items():
+        infos = {url: info.checksum for url, info in one.url_infos.items()}
         ours = {archives.URLS[name] + file: sha for file, sha in archives.checksums(name).items()}
         assert ours == infos
         assert set(archives.checksums(name)) == set(sum(archives.NAMES.values(), ()))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MNIST.is_dir(), reason="the full MNIST archives are not on this machine")
 def test_full_mnist(tmp_path):
     prepared = prepare("mnist", tmp_path, MNIST)
     assert [prepared.num_examples(split) for split in ("train", "test")] == [60000, 10000]
-    whole = archives.read({name: MNIST / name for name in archives.checksums("mnist")})
+    whole = archives.parse(archives.read_folder(MNIST), MNIST)
     for split, arrays in whole._asdict().items():
         chex.assert_trees_all_equal(prepared.arrays(split)[0], arrays[0])
         chex.assert_trees_all_equal(prepared.arrays(split)[1], arrays[1].astype(np.int32))
