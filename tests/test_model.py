@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 from flax import nnx
 
-from seqmnist.config import Config, ModelConfig, ScanConfig
+from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.networks import cells
 from seqmnist.networks.cells import CELLS
@@ -16,16 +17,14 @@ from seqmnist.networks.views import VIEWS, sequence_shape
 from seqmnist.training.batches import Batch
 from seqmnist.training.steps import init_state, make_system, train_step
 
-SCAN = ScanConfig()
-
 
 def make(**fields):
     config = ModelConfig(**{"hidden_size": 6, **fields})
-    return SequenceClassifier(config, SCAN, rngs=nnx.Rngs(0))
+    return SequenceClassifier(config, rngs=nnx.Rngs(0))
 
 
 def count(config):
-    model = nnx.eval_shape(lambda: SequenceClassifier(config, SCAN, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: SequenceClassifier(config, rngs=nnx.Rngs(0)))
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
 
 
@@ -80,7 +79,7 @@ class LogitsTest(chex.TestCase):
             h = np.tanh(
                 images[:, t] / 255 @ layer["kernel"] + layer["bias"] + h @ layer["recurrent_kernel"]
             )
-        np.testing.assert_allclose(logits, h @ readout["kernel"] + readout["bias"], atol=1e-5)
+        assert_close(logits, h @ readout["kernel"] + readout["bias"])
 
 
 def test_it_computes_in_the_dtype_of_its_parameters():
@@ -96,23 +95,22 @@ def test_bidirectional_equals_two_passes(name):
     forward, backward = (CELLS[name](5, 4, rngs=nnx.Rngs(seed)) for seed in (0, 1))
     x = jax.random.normal(jax.random.key(0), (9, 2, 5))
     both = Bidirectional(forward, backward)
-    there, back = forward(x, SCAN), backward(jnp.flip(x, 0), SCAN)
-    chex.assert_trees_all_close(both(x, SCAN)[..., :4], there, atol=1e-6)
-    chex.assert_trees_all_close(both(x, SCAN)[..., 4:], jnp.flip(back, 0), atol=1e-6)
+    there, back = forward(x), backward(jnp.flip(x, 0))
+    assert_close(both(x), jnp.concatenate([there, jnp.flip(back, 0)], axis=-1))
     last = jnp.concatenate([there[-1], back[-1]], axis=-1)
-    chex.assert_trees_all_close(both.last(x, SCAN), last, atol=1e-6)
+    assert_close(both.last(x), last)
 
 
 def test_reversal_and_subsampling_act_on_the_sequence(digits):
     images = jnp.array(digits[0][:4])
     plain, backwards = make(), make(reverse=True)
-    chex.assert_trees_all_close(backwards(images), plain(images[:, ::-1]), atol=1e-6)
+    assert_close(backwards(images), plain(images[:, ::-1]))
     third = make(subsample=3, reverse=True)
     assert sequence_shape(third.config) == (10, 28)
     h = third.layers[0].initial_carry(4)
     for t in range(27, -1, -3):
         _, h = third.layers[0].step(h, third.layers[0].project(images[:, t] / 255))
-    chex.assert_trees_all_close(third(images), third.readout(h), atol=1e-5)
+    assert_close(third(images), third.readout(h))
 
 
 @pytest.mark.parametrize("block", ["plain", "residual"])
@@ -126,10 +124,10 @@ def test_readouts_read_all_outputs_of_the_top_layer(block, bidirectional, digits
         if block == "residual":
             x = model.encoder(x)
         (layer,) = model.layers
-        h = layer(x, SCAN)
-        expected = {"last": layer.last(x, SCAN), "mean": h.sum(0) / 28, "max": h.max(0)}[readout]
+        h = layer(x)
+        expected = {"last": layer.last(x), "mean": h.sum(0) / 28, "max": h.max(0)}[readout]
         logits[readout] = model(images)
-        chex.assert_trees_all_close(logits[readout], model.readout(expected), atol=1e-5)
+        assert_close(logits[readout], model.readout(expected))
     assert not np.allclose(logits["last"], logits["mean"])
 
 
@@ -138,9 +136,9 @@ def test_a_residual_block_is_its_formula():
     (block,) = model.layers
     x = np.random.default_rng(0).normal(size=(7, 2, 6)).astype(np.float32)
     normed = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
-    v = jax.nn.gelu(block.layer(jnp.array(normed), SCAN)) @ block.gate.kernel[...]
+    v = jax.nn.gelu(block.layer(jnp.array(normed))) @ block.gate.kernel[...]
     expected = x + v[..., :6] * jax.nn.sigmoid(v[..., 6:])
-    np.testing.assert_allclose(block(jnp.array(x), SCAN), expected, atol=1e-4)
+    assert_close(block(jnp.array(x)), np.asarray(expected), 1e-4)
 
 
 def test_dropout_is_random_in_training_and_absent_otherwise(digits):
@@ -152,7 +150,7 @@ def test_dropout_is_random_in_training_and_absent_otherwise(digits):
     assert not np.allclose(model(images, keys[0]), model(images, keys[1]))
     assert not np.allclose(model(images, keys[0]), model(images))
     part = model(images[3:5], keys[0, 3:5])
-    chex.assert_trees_all_close(part, model(images, keys[0])[3:5], atol=1e-6)
+    assert_close(part, model(images, keys[0])[3:5])
 
 
 @pytest.mark.parametrize("cell", CELLS)

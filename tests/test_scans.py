@@ -2,17 +2,17 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 from flax import nnx
 
-from seqmnist.config import ScanConfig
 from seqmnist.networks import cells, scans
 
 RECURRENT = ["simple_rnn", "irnn", "gru", "lstm"]
+FORMS = [scans.linear_sequential, scans.linear_parallel]
 
 
 def random_like(tree, seed, dtype):
@@ -29,9 +29,8 @@ def random_like(tree, seed, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-@pytest.mark.parametrize("unroll", ["auto", "1", "4"])
 @pytest.mark.parametrize("name", RECURRENT)
-def test_a_cell_scans_as_its_steps_one_by_one(name, unroll, dtype):
+def test_a_cell_scans_as_its_steps_one_by_one(name, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         cell = cells.CELLS[name](3, 5, rngs=nnx.Rngs(0))
         graphdef, params = nnx.split(cell)
@@ -41,17 +40,17 @@ def test_a_cell_scans_as_its_steps_one_by_one(name, unroll, dtype):
 
         def slow(params, carry, z):
             step = nnx.merge(graphdef, params).step
-            return scans.sequential(step, carry, z, ScanConfig())
+            return scans.sequential(step, carry, z)
 
         def fast(params, carry, z):
-            return nnx.merge(graphdef, params).scan(carry, z, ScanConfig(unroll=unroll))
+            return nnx.merge(graphdef, params).scan(carry, z)
 
         inputs = (params, carry, z)
         (h, pullback), (fast_h, fast_pullback) = jax.vjp(slow, *inputs), jax.vjp(fast, *inputs)
         dh = random_like(h, 4, dtype)
         tolerance = 1e-12 if dtype == jnp.float64 else 1e-5
-        chex.assert_trees_all_close(fast_h, h, atol=tolerance)
-        chex.assert_trees_all_close(fast_pullback(dh), pullback(dh), rtol=tolerance, atol=tolerance)
+        assert_close(fast_h, h, tolerance)
+        assert_close(fast_pullback(dh), pullback(dh), tolerance)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -64,8 +63,8 @@ def test_product_equals_the_plain_product(shape, dtype):
         )
         dy = random_like(y, 2, dtype)
         tolerance = 1e-12 if dtype == jnp.float64 else 1e-5
-        chex.assert_trees_all_close(fast_y, y, atol=tolerance)
-        chex.assert_trees_all_close(fast_pullback(dy), pullback(dy), rtol=tolerance, atol=tolerance)
+        assert_close(fast_y, y, tolerance)
+        assert_close(fast_pullback(dy), pullback(dy), tolerance)
 
 
 def linear_slow(a, b, carry):
@@ -74,19 +73,18 @@ def linear_slow(a, b, carry):
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("method", ["sequential", "parallel"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("is_complex", [False, True])
 @pytest.mark.parametrize("shape", [(784, 2, 3), (1, 1, 3), (784, 1, 3)])
-def test_linear_equals_the_plain_scan(method, is_complex, shape, double):
+def test_linear_equals_the_plain_scan(form, is_complex, shape, double):
     with jax.enable_x64(double):
         dtype = jnp.complex64 if is_complex else jnp.float32
         if double:
             dtype = jnp.complex128 if is_complex else jnp.float64
         real = jnp.zeros((), dtype).real.dtype
         a = random_like(jnp.zeros(shape, dtype), 0, real)
-        a = a / (1.001 * jnp.abs(a)).astype(
-            a.dtype
-        )  # the hardest stable case: memory over all 784 steps
+        # The hardest stable case: memory over all 784 steps.
+        a = a / (1.001 * jnp.abs(a)).astype(a.dtype)
         b = random_like(jnp.zeros((784, 2, 3), dtype), 1, real)
         carry = random_like(jnp.zeros((2, 3), dtype), 2, real)
         dh = random_like(b, 3, real)
@@ -96,15 +94,13 @@ def test_linear_equals_the_plain_scan(method, is_complex, shape, double):
             h, pullback = jax.vjp(scan, a, b, carry)
             return h, *pullback(dh)
 
-        got = outputs_and_cotangents(lambda *x: scans.linear(*x, ScanConfig(method=method)))
+        got = outputs_and_cotangents(lambda *x: scans.linear(*x, form))
         expected = outputs_and_cotangents(linear_slow)
-        tolerance = 1e-10 if double else 1e-4
-        for x, y in zip(got, expected, strict=True):
-            scale = float(jnp.abs(y).max())
-            np.testing.assert_allclose(x / scale, y / scale, atol=tolerance)
+        assert_close(got, expected, 1e-10 if double else 1e-4)
 
 
-def test_linear_equals_a_float64_loop():
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_equals_a_float64_loop(form):
     rng = np.random.default_rng(0)
     a = rng.uniform(0, 1, (784, 2, 3)) * np.exp(1j * rng.uniform(0, 6, (784, 2, 3)))
     b, h = rng.normal(size=(784, 2, 3)) + 0j, np.zeros((2, 3)) + 0j
@@ -112,19 +108,64 @@ def test_linear_equals_a_float64_loop():
     for t in range(784):
         h = a[t] * h + b[t]
         expected.append(h)
-    for method in ("sequential", "parallel"):
-        scan = jax.jit(scans.linear, static_argnums=3)
-        inputs = [jnp.array(x, jnp.complex64) for x in (a, b, np.zeros((2, 3)))]
-        got = scan(*inputs, ScanConfig(method=method))
-        np.testing.assert_allclose(got, expected, atol=1e-4)
+    inputs = [jnp.array(x, jnp.complex64) for x in (a, b, np.zeros((2, 3)))]
+    got = jax.jit(scans.linear, static_argnums=3)(*inputs, form)
+    assert_close(got, np.array(expected), 1e-4)
 
 
-def test_auto_is_sequential_on_a_cpu():
-    arguments = jnp.ones((100, 2, 3)), jnp.ones((100, 2, 3)), jnp.ones((2, 3))
+def linear_and_gradients(a, b, carry):
+    def total(*inputs):
+        h = scans.linear(*inputs)
+        return jnp.sum(h**2), h
 
-    def trace(method):
-        return str(
-            jax.make_jaxpr(lambda *x: scans.linear(*x, ScanConfig(method=method)))(*arguments)
-        )
+    (_, h), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(a, b, carry)
+    return h, grads
 
-    assert trace("auto") == trace("sequential") != trace("parallel")
+
+LOOPS = {"cpu": 2, "cuda": 0, "tpu": 0, "cpu,cuda,tpu": 2}  # forwards and backwards
+
+
+@pytest.mark.parametrize("platforms", LOOPS)
+def test_each_platform_gets_its_form_of_a_long_sequence(platforms):
+    (size,) = jax.export.symbolic_shape("B")
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(100, size, 3)] * 2 + [(size, 3)]]
+    exported = jax.export.export(jax.jit(linear_and_gradients), platforms=platforms.split(","))
+    exported = exported(*shapes)
+    module = exported.mlir_module()
+    assert module.count("stablehlo.while") == LOOPS[platforms]
+    assert ("pad" in module) == (platforms != "cpu")  # the parallel form interleaves by padding
+    if "cpu" in platforms:
+        inputs = [
+            random_like(jnp.zeros(s), i, jnp.float32) for i, s in enumerate([(100, 2, 3)] * 2)
+        ]
+        inputs.append(jnp.ones((2, 3)))
+        assert_close(exported.call(*inputs), linear_and_gradients(*inputs))
+
+
+@pytest.mark.parametrize("length", [8, 100])
+def test_a_cpu_compiles_one_loop_and_no_choice(length):
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in [(length, 2, 3)] * 2 + [(2, 3)]]
+    text = jax.jit(scans.linear).lower(*shapes).compile().as_text()
+    assert text.count(" while(") == 1
+    assert " conditional(" not in text
+
+
+def over_devices(function):
+    mesh = jax.sharding.Mesh(jax.devices()[:2], "member")
+    split = jax.P("member")
+    return jax.shard_map(
+        jax.vmap(function), mesh=mesh, in_specs=split, out_specs=split, check_vma=False
+    )
+
+
+@pytest.mark.parametrize(
+    "lift",
+    [jax.vmap, lambda f: lambda *x: jax.lax.map(lambda one: f(*one), x), over_devices],
+    ids=["vmap", "map", "shard_map"],
+)
+def test_linear_runs_under_transformations(lift):
+    shapes = [(4, 100, 2, 3), (4, 100, 2, 3), (4, 2, 3)]
+    inputs = [random_like(jnp.zeros(s), i, jnp.float32) / 2 for i, s in enumerate(shapes)]
+    got = jax.jit(lift(linear_and_gradients))(*inputs)
+    one_by_one = [linear_and_gradients(*(x[i] for x in inputs)) for i in range(4)]
+    assert_close(got, jax.tree.map(lambda *x: jnp.stack(x), *one_by_one))

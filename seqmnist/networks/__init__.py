@@ -1,1 +1,1 @@
-"""What reads: views, cells, recurrences, and the network they make up."""
+"""Networks: views, cells, recurrences, and the classifier."""

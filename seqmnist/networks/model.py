@@ -1,14 +1,14 @@
 """The classifier: view, cells over time, readout.
 
-Shapes: B batch, T time steps, F features a step, H hidden units, W outputs of a layer (H, or
-2 H where it is bidirectional), C classes.
+Shapes: B batch, T time steps, F features per step, H hidden units, W outputs of a layer (H, or
+2 H if it is bidirectional), C classes.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from seqmnist.config import ModelConfig, ScanConfig
+from seqmnist.config import ModelConfig
 from seqmnist.errors import UserError, choose
 from seqmnist.networks.cells import CELLS, Cell
 from seqmnist.networks.views import sequence, sequence_shape
@@ -21,29 +21,23 @@ _glorot = nnx.initializers.glorot_uniform()
 class Bidirectional(nnx.Module):
     """Two cells that read in opposite directions: [T, B, F] -> [T, B, 2 H].
 
-    Attributes:
-      forward: reads from the first time step to the last.
-      backward: reads from the last to the first; its outputs stand at the time steps that
-        they have just read.
+    The output of `backward` at a time step is its state after reading from the end to that step.
     """
 
     def __init__(self, forward: Cell, backward: Cell):
         self.forward, self.backward = forward, backward
 
-    def __call__(self, x: jax.Array, scan: ScanConfig) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the outputs of all time steps, [T, B, 2 H]."""
-        backward = self.backward(x[::-1], scan)[::-1]
-        return jnp.concatenate([self.forward(x, scan), backward], axis=-1)
+        return jnp.concatenate([self.forward(x), self.backward(x[::-1])[::-1]], axis=-1)
 
-    def last(self, x: jax.Array, scan: ScanConfig) -> jax.Array:
-        """Returns what each cell gives when it has read everything, [B, 2 H]."""
-        return jnp.concatenate(
-            [self.forward.last(x, scan), self.backward.last(x[::-1], scan)], axis=-1
-        )
+    def last(self, x: jax.Array) -> jax.Array:
+        """Returns the output of each cell after the whole sequence, [B, 2 H]."""
+        return jnp.concatenate([self.forward.last(x), self.backward.last(x[::-1])], axis=-1)
 
 
 class ResidualBlock(nnx.Module):
-    """A cell between a normalization and a gate, beside a way around: [T, B, W] -> [T, B, W].
+    """Normalization, cell, gate and a skip connection: [T, B, W] -> [T, B, W].
 
     y = x + v_1 σ(v_2), v = gelu(cell(norm(x))) V + b; W (2 W + 4) parameters beside the cell's.
 
@@ -60,61 +54,60 @@ class ResidualBlock(nnx.Module):
         self.layer = layer
         self.gate = nnx.Linear(width, 2 * width, kernel_init=_glorot, rngs=rngs)
 
-    def __call__(self, x: jax.Array, scan: ScanConfig) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the outputs of all time steps, [T, B, W]."""
-        v, gate = jnp.split(self.gate(jax.nn.gelu(self.layer(self.norm(x), scan))), 2, axis=-1)
+        v, gate = jnp.split(self.gate(jax.nn.gelu(self.layer(self.norm(x)))), 2, axis=-1)
         return x + v * jax.nn.sigmoid(gate)
 
-    def last(self, x: jax.Array, scan: ScanConfig) -> jax.Array:
+    def last(self, x: jax.Array) -> jax.Array:
         """Returns the output of the last time step, [B, W]."""
-        return self(x, scan)[-1]
+        return self(x)[-1]
 
 
 READOUTS = {
-    "last": lambda layer, x, scan: layer.last(x, scan),
-    "mean": lambda layer, x, scan: layer(x, scan).mean(0),
-    "max": lambda layer, x, scan: layer(x, scan).max(0),
+    "last": lambda layer, x: layer.last(x),
+    "mean": lambda layer, x: layer(x).mean(0),
+    "max": lambda layer, x: layer(x).max(0),
 }
 
 
 class SequenceClassifier(nnx.Module):
-    """Reads an image as a sequence and names its class.
-
-    It computes in the dtype of its parameters.
+    """Reads an image as a sequence and classifies it, in the dtype of its parameters.
 
     Attributes:
       encoder: F -> W, before residual blocks; else None.
       layers: first to last, each [T, B, F or W] -> [T, B, W].
-      readout: W -> C, on what `ModelConfig.readout` takes from the last layer.
+      readout: W -> C, applied to what `ModelConfig.readout` takes from the last layer.
     """
 
-    def __init__(self, config: ModelConfig, scan: ScanConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         """Draws the parameters.
 
         Raises:
-          UserError: the configuration names a view, cell or readout that does not exist, or
-            leaves less than two time steps.
+          UserError: the view, cell or readout does not exist, or there are fewer than two time
+            steps.
         """
-        self.config, self.scan = config, scan
+        self.config = config
         cell = choose(CELLS, config.cell, "model.cell")
         choose(READOUTS, config.readout, "model.readout")
         num_steps, size = sequence_shape(config)
         if num_steps < 2:
             raise UserError(
                 f"config.model.subsample={config.subsample} leaves {num_steps} time step of "
-                f"config.model.view={config.view}; make it smaller"
+                f"config.model.view={config.view}; choose a smaller subsample"
             )
         width = config.hidden_size * (2 if config.bidirectional else 1)
-        has_blocks = config.block == "residual"
-        encode = nnx.Linear(size, width, kernel_init=_glorot, rngs=rngs) if has_blocks else None
-        self.encoder = encode
-        size = width if has_blocks else size
+        encoder = None
+        if config.block == "residual":
+            encoder = nnx.Linear(size, width, kernel_init=_glorot, rngs=rngs)
+            size = width
+        self.encoder = encoder
         self.layers = nnx.List([])
         for _ in range(config.num_layers):
             layer = cell(size, config.hidden_size, rngs=rngs)
             if config.bidirectional:
                 layer = Bidirectional(layer, cell(size, config.hidden_size, rngs=rngs))
-            if has_blocks:
+            if config.block == "residual":
                 layer = ResidualBlock(layer, width, rngs=rngs)
             self.layers.append(layer)
             size = width
@@ -125,7 +118,7 @@ class SequenceClassifier(nnx.Module):
 
         Args:
           images: uint8 [B, 28, 28].
-          dropout_keys: of the dropout, in training, one for each image, [B]; None drops nothing.
+          dropout_keys: one per image, [B], in training; None applies no dropout.
 
         Returns:
           Logits [B, C].
@@ -133,24 +126,23 @@ class SequenceClassifier(nnx.Module):
         return self.classify(self.sequence(images), dropout_keys)
 
     def sequence(self, images: jax.Array) -> jax.Array:
-        """Returns what the layers read of images uint8 [B, 28, 28]: [T, B, F]."""
-        x = sequence(self.config, images, self.readout.kernel.dtype)
-        return jnp.swapaxes(x, 0, 1)  # time first: what a scan runs over
+        """Returns the input of the layers, time first: uint8 [B, 28, 28] -> [T, B, F]."""
+        return jnp.swapaxes(sequence(self.config, images, self.readout.kernel.dtype), 0, 1)
 
     def classify(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Classifies sequences of any length: [T, B, F] -> logits [B, C]; see `__call__`."""
+        """Classifies sequences of any length: [T, B, F] -> logits [B, C]."""
         if self.encoder is not None:
             x = self.encoder(x)
         *lower, top = self.layers
         for i, layer in enumerate(lower):
-            x = self._drop_out(layer(x, self.scan), dropout_keys, i)
-        x = READOUTS[self.config.readout](top, x, self.scan)
+            x = self._drop_out(layer(x), dropout_keys, i)
+        x = READOUTS[self.config.readout](top, x)
         x = self._drop_out(x, dropout_keys, len(lower))
         with jax.named_scope("readout"):
             return self.readout(x)
 
     def _drop_out(self, x, keys, layer):
-        """Drops outputs [..., B, W] of a layer."""
+        """Applies dropout to the outputs [..., B, W] of a layer."""
         if keys is None:
             return x
         drop_out = nnx.Dropout(self.config.dropout)

@@ -1,6 +1,6 @@
-"""Recurrences over time, and products with all time steps at once, on plain arrays, time first.
+"""Recurrences over time, and products over all time steps at once, on plain arrays, time first.
 
-Each fast path here computes what `sequential` or a plain product does, value and gradient.
+Each fast path computes what `sequential` or a plain product computes, values and gradients.
 Shapes: B batch, T time steps, F features, H hidden units, K gates.
 """
 
@@ -12,15 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from seqmnist.config import ScanConfig
-
 # Below this many time steps the parallel form saves nothing, even on an accelerator.
 _PARALLEL_LENGTH = 64
 
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiplies what all time steps see by one kernel: x [..., F], W [F, H] -> [..., H]."""
+    """Multiplies all time steps by one kernel: x [..., F], W [F, H] -> [..., H]."""
     return x @ kernel
 
 
@@ -35,27 +33,26 @@ product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_bac
 def _kernel_gradient(x, dy):
     """Sums x dyᵀ over all time steps and examples: [..., F] and [..., H] -> [F, H].
 
-    Computed as [H, F], and turned only then: XLA on CPUs takes up to twice as long for a long
-    product whose two factors both need turning. The barrier keeps it from undoing this.
+    Computed as [H, F] and then transposed: on CPUs, a long product that transposes both of its
+    factors takes up to twice as long. The barrier keeps XLA from merging the transposition.
     """
     axes = tuple(range(x.ndim - 1))
-    turned = lax.dot_general(dy, x, ((axes, axes), ((), ())))
-    return lax.optimization_barrier(turned).T
+    transposed = lax.dot_general(dy, x, ((axes, axes), ((), ())))
+    return lax.optimization_barrier(transposed).T
 
 
-def sequential(step: Callable, carry: Any, z: jax.Array, config: ScanConfig) -> jax.Array:
+def sequential(step: Callable, carry: Any, z: jax.Array) -> jax.Array:
     """Applies a recurrence step by step.
 
     Args:
-      step: (carry, z_t) -> (carry, h_t), with z_t [B, K·H] and h_t [B, H].
+      step: (carry, z_t [B, K·H]) -> (carry, h_t [B, H]).
       carry: the state before the first step.
       z: [T, B, K·H].
-      config: how.
 
     Returns:
       h, [T, B, H].
     """
-    return lax.scan(step, carry, z, unroll=_unroll(config))[1]
+    return lax.scan(step, carry, z)[1]
 
 
 def gated_step(
@@ -64,100 +61,108 @@ def gated_step(
     """Takes one step of a recurrence through a matrix: (carry, z_t) -> (carry, h_t).
 
     Args:
-      gates: (carry, z_t + h_{t-1} U) -> (carry, h_t); with a bias, (carry, z_t, h_{t-1} U + c) ->
-        (carry, h_t). Elementwise.
+      gates: (carry, z_t + h_{t-1} U) -> (carry, h_t), or with a bias (carry, z_t, h_{t-1} U + c)
+        -> (carry, h_t). Elementwise.
       kernel: U, [H, K·H].
       bias: c, [K·H], or None.
       carry: a pytree whose first array is h_{t-1}, [B, H].
       z: z_t, [B, K·H].
     """
-    return gates(carry, *_inputs(kernel, bias, carry, z))
+    return gates(carry, *_gate_inputs(kernel, bias, carry, z))
 
 
-def _inputs(kernel, bias, carry, z):
+def _gate_inputs(kernel, bias, carry, z):
     r = jax.tree.leaves(carry)[0] @ kernel
     return (z + r,) if bias is None else (z, r + bias.reshape(1, -1))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gated(
-    gates: Callable,
-    kernel: jax.Array,
-    bias: jax.Array | None,
-    carry: Any,
-    z: jax.Array,
-    config: ScanConfig,
+    gates: Callable, kernel: jax.Array, bias: jax.Array | None, carry: Any, z: jax.Array
 ) -> jax.Array:
-    """Scans `gated_step` over time, and differentiates it with one matrix product for U.
+    """Scans `gated_step` over time; its gradient of U is a single matrix product.
 
-    Differentiating a plain scan adds to the gradient of U at every time step, a small product
-    and a pass over [H, K·H] each. Here the cotangents of all r_t are kept, and one product over
-    all T·B rows follows.
+    Differentiating a plain scan adds to the gradient of U at every time step: a small product
+    and a pass over [H, K·H] each. Here the cotangents of all h_{t-1} U are kept and followed by
+    one product over all T·B rows.
 
     Args:
-      gates, kernel, bias, carry: see `gated_step`; the carry is that before the first step.
+      gates, kernel, bias: as in `gated_step`.
+      carry: the state before the first step.
       z: [T, B, K·H].
-      config: how.
 
     Returns:
       h, [T, B, H].
     """
 
     def step(carry, z_t):
-        return gated_step(gates, kernel, bias, carry, _together(z_t))
+        return gated_step(gates, kernel, bias, carry, _join_gates(z_t))
 
-    return lax.scan(step, carry, _apart(z, kernel), unroll=_unroll(config))[1]
+    return lax.scan(step, carry, _split_gates(z, kernel))[1]
 
 
-def _gated_forward(gates, kernel, bias, carry, z, config):
+def _gated_forward(gates, kernel, bias, carry, z):
     gates = jax.checkpoint(gates, policy=_is_kept, prevent_cse=False)
 
     def step(carry, z_t):
-        inputs = _inputs(kernel, bias, carry, _together(z_t))
+        inputs = _gate_inputs(kernel, bias, carry, _join_gates(z_t))
         (after, h), pullback = jax.vjp(gates, carry, *inputs)
         return after, (h, pullback)
 
-    _, (h, pullbacks) = lax.scan(step, carry, _apart(z, kernel), unroll=_unroll(config))
+    _, (h, pullbacks) = lax.scan(step, carry, _split_gates(z, kernel))
     return h, (kernel, bias, carry, h, pullbacks)
 
 
-def _gated_backward(gates, config, residuals, dh):
+def _gated_backward(gates, residuals, dh):
     del gates
     kernel, bias, carry, h, pullbacks = residuals
-    first, *rest = jax.tree.leaves(carry)
-    structure = jax.tree.structure(carry)
 
     def step(dcarry, at_t):
         pullback, dh_t = at_t
         dcarry, *dinputs = pullback((dcarry, dh_t))
-        dfirst, *drest = jax.tree.leaves(dcarry)
-        dcarry = jax.tree.unflatten(structure, [dfirst + dinputs[-1] @ kernel.T, *drest])
-        return dcarry, dinputs
+        (first, *rest), structure = jax.tree.flatten(dcarry)
+        return jax.tree.unflatten(structure, [first + dinputs[-1] @ kernel.T, *rest]), dinputs
 
-    zeros = jax.tree.unflatten(structure, [jnp.zeros_like(x) for x in (first, *rest)])
-    unroll = _unroll(config)
-    dcarry, dinputs = lax.scan(step, zeros, (pullbacks, dh), reverse=True, unroll=unroll)
+    zeros = jax.tree.map(jnp.zeros_like, carry)
+    dcarry, dinputs = lax.scan(step, zeros, (pullbacks, dh), reverse=True)
     dz, dr = dinputs[0], dinputs[-1]
-    before = jnp.concatenate([first[None], h[:-1]])
+    before = jnp.concatenate([jax.tree.leaves(carry)[0][None], h[:-1]])
     return _kernel_gradient(before, dr), None if bias is None else dr.sum((0, 1)), dcarry, dz
 
 
 gated.defvjp(_gated_forward, _gated_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 5))
-def ungated(
-    activation: Callable,
-    slope: Callable,
-    kernel: jax.Array,
-    carry: jax.Array,
-    z: jax.Array,
-    config: ScanConfig,
-) -> jax.Array:
-    """Computes h_t = φ(z_t + h_{t-1} U), each h_t in the memory of its z_t.
+def _is_kept(primitive, *_, **__):
+    """Whether the backward pass stores the results of an operation instead of recomputing them.
 
-    Backwards, the cotangent of what φ sees takes the memory of that of h_t. So a loop over time
-    is as fast as all of its steps written out, and takes half the time to compile.
+    Arithmetic on activations, such as 1 - tanh², is recomputed: training is limited by memory
+    traffic, not by arithmetic.
+    """
+    return primitive not in (lax.add_p, lax.sub_p, lax.mul_p, lax.neg_p)
+
+
+def _split_gates(z, kernel):
+    """Gives each gate an array of its own.
+
+    Inside a loop, XLA vectorizes code that reads a gate's whole time step, but not code that
+    reads its columns out of a wider array.
+    """
+    return tuple(jnp.split(z, kernel.shape[1] // kernel.shape[0], axis=-1))
+
+
+def _join_gates(z):
+    return jnp.concatenate(z, axis=-1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def ungated(
+    activation: Callable, slope: Callable, kernel: jax.Array, carry: jax.Array, z: jax.Array
+) -> jax.Array:
+    """Computes h_t = φ(z_t + h_{t-1} U); h_t overwrites z_t in place.
+
+    In the backward pass, dz_t overwrites dh_t in place. A loop is then as fast as an unrolled one
+    and compiles in half the time.
 
     Args:
       activation: φ, elementwise.
@@ -165,7 +170,6 @@ def ungated(
       kernel: U, [H, H].
       carry: h_0, [B, H].
       z: [T, B, H].
-      config: how.
 
     Returns:
       h, [T, B, H].
@@ -177,15 +181,15 @@ def ungated(
         h = activation(memory[t] + h @ kernel)
         return h, lax.dynamic_update_index_in_dim(memory, h, t, 0)
 
-    return lax.fori_loop(0, len(z), step, (carry, z), unroll=_unroll(config))[1]
+    return lax.fori_loop(0, len(z), step, (carry, z))[1]
 
 
-def _ungated_forward(activation, slope, kernel, carry, z, config):
-    h = ungated(activation, slope, kernel, carry, z, config)
+def _ungated_forward(activation, slope, kernel, carry, z):
+    h = ungated(activation, slope, kernel, carry, z)
     return h, (kernel, carry, h)
 
 
-def _ungated_backward(activation, slope, config, residuals, dh):
+def _ungated_backward(activation, slope, residuals, dh):
     del activation
     kernel, carry, h = residuals
 
@@ -195,54 +199,29 @@ def _ungated_backward(activation, slope, config, residuals, dh):
         dz_t = (memory[t] + dcarry) * slope(h[t])
         return dz_t @ kernel.T, lax.dynamic_update_index_in_dim(memory, dz_t, t, 0)
 
-    start = jnp.zeros_like(carry), dh
-    dcarry, dz = lax.fori_loop(0, len(h), step, start, unroll=_unroll(config))
+    dcarry, dz = lax.fori_loop(0, len(h), step, (jnp.zeros_like(carry), dh))
     return _kernel_gradient(jnp.concatenate([carry[None], h[:-1]]), dz), dcarry, dz
 
 
 ungated.defvjp(_ungated_forward, _ungated_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def linear(a: jax.Array, b: jax.Array, carry: jax.Array, config: ScanConfig) -> jax.Array:
-    """Computes h_t = a_t h_{t-1} + b_t, step by step or in O(log T) parallel steps.
+def linear_sequential(a: jax.Array, b: jax.Array, carry: jax.Array) -> jax.Array:
+    """Computes `linear` step by step."""
 
-    Its cotangents follow a recurrence of the same kind, backwards, so that nothing but h is
-    kept for it, whichever way it is computed.
-
-    Source of the parallel form: G. E. Blelloch, Prefix sums and their applications, CMU-CS-90-190
-    (1990).
-
-    Args:
-      a: real or complex, [T, B, H], or a shape that broadcasts to it.
-      b: [T, B, H].
-      carry: h_0, [B, H].
-      config: how; `auto` is parallel for long sequences on an accelerator. The parallel form
-        does twice the arithmetic and moves several times the memory, which two CPU cores do
-        not make up for.
-
-    Returns:
-      h, [T, B, H].
-    """
-    method = config.method
-    if method == "auto":
-        is_wide = jax.default_backend() != "cpu" and len(b) >= _PARALLEL_LENGTH
-        method = "parallel" if is_wide else "sequential"
-    if method == "parallel":
-        return _linear_parallel(a, b, carry)
-    return _linear_sequential(a, b, carry, config)
-
-
-def _linear_sequential(a, b, carry, config):
     def step(h, at_t):
         a_t, b_t = (a[0], at_t) if len(a) == 1 else at_t
         h = a_t * h + b_t
         return h, h
 
-    return lax.scan(step, carry, b if len(a) == 1 else (a, b), unroll=_unroll(config))[1]
+    return lax.scan(step, carry, b if len(a) == 1 else (a, b))[1]
 
 
-def _linear_parallel(a, b, carry):
+def linear_parallel(a: jax.Array, b: jax.Array, carry: jax.Array) -> jax.Array:
+    """Computes `linear` in O(log T) parallel steps.
+
+    Source: G. E. Blelloch, Prefix sums and their applications, CMU-CS-90-190 (1990).
+    """
     first = b[:1] + a[:1] * carry[None]
     a = jnp.broadcast_to(a, (len(b), *a.shape[1:]))
 
@@ -252,44 +231,52 @@ def _linear_parallel(a, b, carry):
     return lax.associative_scan(compose, (a, jnp.concatenate([first, b[1:]])))[1]
 
 
-def _linear_forward(a, b, carry, config):
-    h = linear(a, b, carry, config)
+def linear_by_platform(a: jax.Array, b: jax.Array, carry: jax.Array) -> jax.Array:
+    """Computes `linear` in the form that is fast on the platform it is compiled for.
+
+    The parallel form does twice the arithmetic and moves several times the memory, which pays
+    for long sequences on an accelerator, but not on a few CPU cores.
+    """
+    if len(b) < _PARALLEL_LENGTH:
+        return linear_sequential(a, b, carry)
+    forms = {"cpu": linear_sequential, "default": linear_parallel}
+    return lax.platform_dependent(a, b, carry, **forms)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear(
+    a: jax.Array, b: jax.Array, carry: jax.Array, form: Callable = linear_by_platform
+) -> jax.Array:
+    """Computes h_t = a_t h_{t-1} + b_t.
+
+    The cotangents follow a recurrence of the same kind, backwards in time, so only h is kept for
+    them, whatever the form.
+
+    Args:
+      a: real or complex, [T, B, H] or a shape that broadcasts to it.
+      b: [T, B, H].
+      carry: h_0, [B, H].
+      form: `linear_sequential`, `linear_parallel` or `linear_by_platform`.
+
+    Returns:
+      h, [T, B, H].
+    """
+    return form(a, b, carry)
+
+
+def _linear_forward(a, b, carry, form):
+    h = form(a, b, carry)
     return h, (a, carry, h)
 
 
-def _linear_backward(config, residuals, dh):
+def _linear_backward(form, residuals, dh):
     a, carry, h = residuals
     # g_t = dh_t + a_{t+1} g_{t+1}: the same recurrence, read from the end.
     later = a if len(a) == 1 else jnp.concatenate([jnp.zeros_like(a[:1]), a[:0:-1]])
-    g = linear(later, dh[::-1], jnp.zeros_like(carry), config)[::-1]
+    g = form(later, dh[::-1], jnp.zeros_like(carry))[::-1]
     before = jnp.concatenate([carry[None], h[:-1]])
     axes = tuple(i for i, size in enumerate(a.shape) if size != h.shape[i])
     return jnp.sum(g * before, axes, keepdims=True), g, a[0] * g[0]
 
 
 linear.defvjp(_linear_forward, _linear_backward)
-
-
-def _is_kept(primitive, *_, **__):
-    """Whether the backward pass reads an operation's results, or computes them once more.
-
-    What arithmetic can make again from activations, such as 1 - tanh², is not worth storing for
-    every time step: memory, not arithmetic, is what training waits for.
-    """
-    return primitive not in (lax.add_p, lax.sub_p, lax.mul_p, lax.neg_p)
-
-
-def _apart(z, kernel):
-    """Gives each gate an array of its own: XLA does not vectorize what reads a gate's columns of
-    a time step inside a loop, but does where each gate's time step is whole."""
-    return tuple(jnp.split(z, kernel.shape[1] // kernel.shape[0], axis=-1))
-
-
-def _together(z):
-    return jnp.concatenate(z, axis=-1)
-
-
-def _unroll(config):
-    """Measured on two CPU cores: more time steps an iteration gain nothing, with gates or without,
-    and take longer to compile."""
-    return 1 if config.unroll == "auto" else int(config.unroll)

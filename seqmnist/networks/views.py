@@ -1,7 +1,7 @@
 """Views: how an image becomes a sequence.
 
-A view is a pure array function: normalized images [B, 28, 28] in, a sequence [B, T, F] out. It
-runs on the device, inside the compiled step, so that images travel as bytes.
+A view is a pure function of arrays: normalized images [B, 28, 28] -> a sequence [B, T, F]. It runs
+on the device, inside the compiled step, so images are transferred as bytes.
 """
 
 import functools
@@ -23,17 +23,17 @@ def normalize(images: jax.Array, dtype=jnp.float32) -> jax.Array:
 
 
 def rows(images: jax.Array) -> jax.Array:
-    """Reads an image from top to bottom, a row a time step: -> [B, 28, 28]."""
+    """Reads an image from top to bottom, one row per time step: -> [B, 28, 28]."""
     return images
 
 
 def columns(images: jax.Array) -> jax.Array:
-    """Reads an image from left to right, a column a time step: -> [B, 28, 28]."""
+    """Reads an image from left to right, one column per time step: -> [B, 28, 28]."""
     return jnp.swapaxes(images, 1, 2)
 
 
 def pixels(images: jax.Array) -> jax.Array:
-    """Reads an image pixel by pixel, as one reads a page: -> [B, 784, 1].
+    """Reads an image pixel by pixel, row after row: -> [B, 784, 1].
 
     Source: Q. V. Le et al., arXiv 1504.00941.
     """
@@ -43,8 +43,8 @@ def pixels(images: jax.Array) -> jax.Array:
 def permutation() -> np.ndarray:
     """Returns the order of `permuted_pixels`: int64 [784].
 
-    It is NumPy's `RandomState(92916).permutation(784)`, whose stream NumPy keeps the same for
-    ever, and begins 319, 576, 323. `permutation_sha256` of it is
+    It is NumPy's `RandomState(92916).permutation(784)`, which is the same in all versions of NumPy
+    and begins 319, 576, 323. Its `permutation_sha256` is
     96240fe27409981c3ed3e92c20d995f7103a94c2282307bc776923030113be74.
     """
     return np.random.RandomState(PERMUTATION_SEED).permutation(784)
@@ -56,9 +56,7 @@ def permutation_sha256(order: np.ndarray) -> str:
 
 
 def permuted(images: jax.Array, order: np.ndarray) -> jax.Array:
-    """Reads an image pixel by pixel, in another order: -> [B, 784, 1].
-
-    Source: Q. V. Le et al., arXiv 1504.00941.
+    """Reads an image pixel by pixel, in the given order: -> [B, 784, 1].
 
     Raises:
       ValueError: `order` is not a permutation of the 784 pixels.
@@ -69,20 +67,15 @@ def permuted(images: jax.Array, order: np.ndarray) -> jax.Array:
 
 
 def permuted_pixels(images: jax.Array) -> jax.Array:
-    """Reads an image pixel by pixel, in the order of `permutation`: -> [B, 784, 1]."""
+    """Reads an image pixel by pixel, in the order of `permutation`: -> [B, 784, 1].
+
+    Source: Q. V. Le et al., arXiv 1504.00941.
+    """
     return permuted(images, permutation())
 
 
 def patches(images: jax.Array, size: int) -> jax.Array:
-    """Reads an image in squares of `size` pixels, as one reads a page.
-
-    Args:
-      images: [B, 28, 28].
-      size: a divisor of 28.
-
-    Returns:
-      [B, (28 / size)², size²].
-    """
+    """Reads an image in squares of `size` pixels, a divisor of 28: -> [B, (28 / size)², size²]."""
     n = 28 // size
     blocks = images.reshape(-1, n, size, n, size)
     return jnp.swapaxes(blocks, 2, 3).reshape(-1, n * n, size * size)
@@ -101,18 +94,10 @@ VIEWS = {
 
 
 def sequence(config: ModelConfig, images: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """Returns what the configured network reads.
-
-    Args:
-      config: says which view, in which direction, and how many of its time steps.
-      images: uint8 [B, 28, 28].
-      dtype: of the result.
-
-    Returns:
-      [B, T, F].
+    """Returns what the configured network reads: uint8 [B, 28, 28] -> `dtype` [B, T, F].
 
     Raises:
-      UserError: there is no view of that name.
+      UserError: the view does not exist.
     """
     view = choose(VIEWS, config.view, "model.view")
     x = view(normalize(images, dtype))[:, :: config.subsample]
@@ -126,14 +111,7 @@ def sequence_shape(config: ModelConfig) -> tuple[int, int]:
 
 
 def read_at(config: ModelConfig) -> np.ndarray:
-    """Returns the time step at which each pixel is read, float64 [28, 28]; NaN where it never is.
-
-    Args:
-      config: as `sequence` takes it.
-
-    Raises:
-      UserError: there is no view of that name.
-    """
+    """Returns the time step at which each pixel is read, float64 [28, 28]; NaN if it never is."""
     lit = 255 * np.eye(784, dtype=np.uint8).reshape(784, 28, 28)  # one pixel in each image
     reads = np.asarray(sequence(config, lit)).sum(-1)
     when = np.where(reads.any(1), reads.argmax(1).astype(np.float64), np.nan)

@@ -7,7 +7,6 @@ card. Nothing here depends on the model, so that reading an artifact does not ei
 import contextlib
 import hashlib
 import io
-import json
 import pathlib
 import subprocess
 import sys
@@ -29,6 +28,20 @@ DIRECTORY, ARTIFACT, PARAMETERS, CARD = (
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH_SIZES = (1, 7, 128)  # for which the artifact is compared with the network
 TOLERANCE = 1e-6  # of logits, relative to the largest logit if that exceeds 1
+USAGE = f"""\
+## Use
+
+`{ARTIFACT}` is StableHLO for {", ".join(PLATFORMS)} and for any batch size; it includes
+normalization. It needs the packages jax and flatbuffers.
+
+```python
+import jax.export, numpy as np
+
+classify = jax.export.deserialize(open("{ARTIFACT}", "rb").read()).call
+logits = classify(np.zeros((1, 28, 28), np.uint8))  # [1, 10]
+```
+
+`{PARAMETERS}` holds the parameters by name."""
 _SEAL = b"seqmnist sha256:"  # and 32 bytes, after the artifact; jax.export ignores both
 
 
@@ -130,106 +143,6 @@ def by_name(params: Any) -> dict[str, np.ndarray]:
         name.removesuffix(".value"): np.asarray(leaf)
         for name, (_, leaf) in zip(names, leaves, strict=True)
     }
-
-
-_CARD = """\
-# {name}
-
-A recurrent network that reads an image as a sequence.
-
-| | |
-|---|---|
-{facts}
-
-{notice}## Scores
-
-| split | loss | accuracy |
-|---|---|---|
-{scores}
-
-The network knows only images like those it was trained on, prepared in the same way. It predicts a
-class for every image; its probabilities do not tell whether the image shows one of the classes.
-
-## Use
-
-`{artifact}` is StableHLO for {platforms}, for any batch size; it includes
-normalization. It needs the packages jax and flatbuffers.
-
-```python
-import jax.export, numpy as np
-
-classify = jax.export.deserialize(open("{artifact}", "rb").read()).call
-logits = classify(np.zeros((1, 28, 28), np.uint8))  # [1, 10]
-```
-
-`{parameters}` holds the parameters by name.
-
-## Versions
-
-| package | version |
-|---|---|
-{versions}
-
-## Configuration
-
-```json
-{config}
-```
-"""
-
-
-def model_card(
-    name: str, config: dict[str, Any], results: dict[str, Any], member: int | None
-) -> str:
-    """Returns a model card in Markdown: the network, its data, its scores, and how to use it.
-
-    Args:
-      name: of the run.
-      config: its configuration, as plain dicts.
-      results: what `results.json` holds; empty if the run has not ended.
-      member: the member whose parameters are exported, or None.
-    """
-    model, train, optimizer = config["model"], config["train"], config["optimizer"]
-    dataset = results.get("dataset", {})
-    sizes = [f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if s in dataset]
-    # Paths of this machine are private.
-    config = {**config, "data": {**config["data"], "data_dir": None, "manual_dir": None}}
-
-    def score(split, key):
-        value = results.get(split, {}).get(key)
-        value = value[member] if isinstance(value, list) else value
-        return "not measured" if value is None else f"{value:.4f}"
-
-    facts = {
-        "task": "classifying an image of 28 × 28 pixels into 10 classes",
-        "network": f"{model['view']} → {model['num_layers']} × {model['cell']}"
-        f"({model['hidden_size']}) → {model['readout']} → logits",
-        "parameters": f"{results['parameters']:,}" if results else "see config.json",
-        "data": dataset.get("name", config["data"]["name"]),
-        "examples": ", ".join(sizes) or "not recorded",
-        "fingerprint of the data": dataset.get("fingerprint", "not recorded"),
-        "training": f"{train['num_epochs']} epochs, batches of {train['batch_size']}, "
-        f"{optimizer['name']}, learning rate {optimizer['learning_rate']}",
-        "seed": config["seed"],
-    }
-    if member is not None:  # its seed and settings replace the run's
-        facts |= {"member": member, **results.get("members", {member: {}})[member]}
-    splits = ("validation", "test")
-    return _CARD.format(
-        name=name,
-        facts=_table(facts.items()),
-        notice=f"Note: {dataset['notice']}.\n\n" if dataset.get("notice") else "",
-        scores=_table((split, score(split, "loss"), score(split, "accuracy")) for split in splits),
-        artifact=ARTIFACT,
-        platforms=", ".join(PLATFORMS),
-        parameters=PARAMETERS,
-        versions=_table(results.get("versions", {}).items()),
-        config=json.dumps(config, indent=2),
-    )
-
-
-def _table(rows):
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
 
 
 def _seal(content):

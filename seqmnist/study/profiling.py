@@ -1,11 +1,11 @@
-"""Profiles: a trace of some steps of a run, and what a step costs by XLA's own account.
+"""Profiles: a trace of some steps of a run, and what a step costs.
 
-A profiled run has in its workdir, under `profile/`, what `jax.profiler` writes, and
-`step.json`: the steps, the cost of one, the device's rates, and the scope of every operation.
+The profile folder holds what `jax.profiler` writes, and `step.json`: the traced steps, the cost of
+one, the device's rates, and the scope of every operation.
 """
 
-import dataclasses
 import functools
+import math
 import pathlib
 import re
 import time
@@ -15,85 +15,105 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
-from seqmnist import records
 from seqmnist.config import Config
 from seqmnist.errors import UserError
-from seqmnist.networks.views import sequence_shape
 from seqmnist.training import batches
+from seqmnist.training.loop import Progress
 from seqmnist.training.steps import init_state, make_system, train_step
+from seqmnist.workdir import write_json
 
-DIRECTORY, SUMMARY = "profile", "step.json"
+SUMMARY = "step.json"
 MARKER = "train"
 SCOPES = ("project", "recurrence", "readout", "loss", "optimizer")
 
+_JAXPRS = (core.Jaxpr, core.ClosedJaxpr)
+
 
 class Profile:
-    """Traces the steps that `ProfileConfig.steps` names, and no others.
+    """Traces exactly the steps in `ProfileConfig.steps`, on process 0 of a job.
 
-    Evaluations that lie between those steps are in the trace, outside of its step markers.
+    Evaluations between those steps are in the trace, outside of its step markers. As a context
+    manager, it ends a trace that a stopped run leaves unfinished.
+
+    Attributes:
+      breaks: steps of the run at which a loop must report progress.
     """
 
-    def __init__(self, config: Config, workdir: pathlib.Path, num_steps: int):
-        """Takes the length of the run, in steps.
+    def __init__(
+        self,
+        config: Config,
+        directory: pathlib.Path,
+        num_steps: int,
+        modules: Callable[[], list[str]],
+    ):
+        """Traces nothing yet.
+
+        Args:
+          config: of the run.
+          directory: the profile folder.
+          num_steps: the length of the run.
+          modules: returns the texts of the optimized HLO modules that the run executes.
 
         Raises:
           UserError: the run has no such steps.
         """
-        self._config, self._directory = config, workdir / DIRECTORY
-        self._start, self._stop = -1, -1
-        self._is_traced = False  # a run resumed between the two does not trace
+        self._config, self._directory, self._modules = config, directory, modules
+        self._is_tracing = False
+        self.breaks: tuple[int, ...] = ()
         if config.profile.steps is not None:
-            self._start, self._stop = map(int, config.profile.steps.split(":"))
-            if not self._start < self._stop <= num_steps:
+            start, stop = self.breaks = tuple(map(int, config.profile.steps.split(":")))
+            if not start < stop <= num_steps:
                 raise UserError(
                     f"config.profile.steps={config.profile.steps} must be START:STOP with START < "
-                    f"STOP <= {num_steps}, the steps of this run"
+                    f"STOP <= {num_steps}, the number of steps of this run"
                 )
 
-    def breaks(self, first: int) -> tuple[int, int]:
-        """Returns where the epoch that begins with step `first` must pause for this profile."""
-        return self._start - first, self._stop - first
+    def __enter__(self):
+        return self
 
-    def follow(
-        self, progresses: Iterator[Any], first: int, num_steps: int, done: int = 0
-    ) -> Iterator[Any]:
-        """Passes on an epoch's progress, and starts and stops the trace on the way.
+    def __exit__(self, *_):
+        if self._is_tracing:
+            jax.profiler.stop_trace()
+            self._is_tracing = False
+
+    def watch(
+        self, progresses: Iterator[Progress], first: int, done: int = 0
+    ) -> Iterator[Progress]:
+        """Passes on the progress of an epoch; starts and stops the trace.
 
         Args:
-          progresses: what a `loop.Loop` reports, with these `breaks`.
-          first: the epoch's first step.
-          num_steps: the epoch's steps.
-          done: how many of them are done already.
+          progresses: as a loop reports it, with a break at each of `breaks`.
+          first: the epoch's first step, counted from the start of the run.
+          done: how many of the epoch's steps are done already.
         """
         step = first + done
-        while step < first + num_steps:
-            if step == self._start:
+        while True:
+            if step in self.breaks[:1] and jax.process_index() == 0:
                 options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # it would slow down what it watches
+                options.python_tracer_level = 0  # it would slow down what is traced
                 jax.profiler.start_trace(self._directory, profiler_options=options)
-                self._is_traced = True
+                self._is_tracing = True
             with jax.profiler.StepTraceAnnotation(MARKER, step_num=step):
-                progress = next(progresses)
+                progress = next(progresses, None)
+            if progress is None:
+                return
             step = first + progress.step
-            if step == self._stop and self._is_traced:
+            if step in self.breaks[1:] and self._is_tracing:
                 jax.profiler.stop_trace()
+                self._is_tracing = False
                 self._write_summary()
             yield progress
 
     def _write_summary(self):
-        modules = [
-            module.to_string()
-            for executable in jax.devices()[0].client.live_executables()
-            for module in executable.hlo_modules()
-        ]
         summary = {
-            "steps": [self._start, self._stop],
+            "steps": list(self.breaks),
             **step_cost(self._config),
             **rates(),
-            "scopes": scopes(modules),
+            "scopes": scopes(self._modules()),
         }
-        records.write_json(self._directory / SUMMARY, summary)
+        write_json(self._directory / SUMMARY, summary)
 
 
 def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
@@ -104,7 +124,7 @@ def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
 
     Returns:
       {module: {operation: one of `SCOPES`, or "other"}}, without loops and calls, which only
-      contain others.
+      contain other operations.
     """
     result = {}
     for text in modules:
@@ -113,13 +133,21 @@ def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
         for operation, rest in re.findall(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$", text, re.M):
             if not re.search(r"[\])}] (while|call|conditional)\(", rest):
                 path = re.search(r'op_name="([^"]*)"', rest)
-                found = re.findall(rf"\b({'|'.join(SCOPES)})\b", path[1]) if path else []
-                result[name][operation] = found[-1] if found else "other"
+                names = re.findall(rf"\b({'|'.join(SCOPES)})\b", path[1]) if path else []
+                result[name][operation] = names[-1] if names else "other"
     return result
 
 
-def compile_step(config: Config) -> jax.stages.Compiled:
-    """Compiles one training step of one batch, from shapes alone."""
+def step_cost(config: Config) -> dict[str, float]:
+    """Counts what one training step of one batch does, from shapes alone.
+
+    XLA's own count of bytes takes some updates of slices for updates of whole arrays, so bytes are
+    estimated from its memory plan.
+
+    Returns:
+      flops of the matrix products; bytes, if arguments are read once, results written once, and
+      temporaries both; temporary_bytes, the largest sum of arrays that live at once.
+    """
     system = make_system(config, num_steps=1)
     state = jax.eval_shape(lambda: init_state(config, system, config.seed))
     size = config.train.batch_size
@@ -128,51 +156,48 @@ def compile_step(config: Config) -> jax.stages.Compiled:
         jax.ShapeDtypeStruct((size,), np.int32),
         jax.ShapeDtypeStruct((size,), np.bool_),
     )
-    return jax.jit(functools.partial(train_step, system)).lower(state, batch).compile()
-
-
-def step_cost(config: Config) -> dict[str, float]:
-    """Counts what one training step does, by XLA's own account.
-
-    XLA counts the body of a loop once, whatever its length. So a step is compiled twice, with
-    one and with two time steps a loop iteration, and the difference stands for all others. The
-    bytes that XLA counts cannot be had so (it takes an update of a slice for one of the whole
-    array, here and there); its plan of memory stands in for them.
-
-    Returns:
-      flops; bytes, if arguments are read once, results written once, and temporaries both;
-      temporary_bytes, the largest sum of what is kept between operations.
-    """
-
-    def unrolled(unroll):
-        scan = dataclasses.replace(config.scan, unroll=unroll)
-        return compile_step(dataclasses.replace(config, scan=scan))
-
-    once, twice = unrolled("1"), unrolled("2")
-    one, two = (compiled.cost_analysis()["flops"] for compiled in (once, twice))
-    memory = once.memory_analysis()
+    traced = jax.jit(functools.partial(train_step, system)).trace(state, batch)
+    memory = traced.lower().compile().memory_analysis()
     temporary = memory.temp_size_in_bytes
     return {
-        "flops": one + (sequence_shape(config.model)[0] - 1) * (two - one),
+        "flops": product_flops(traced.jaxpr.jaxpr),
         "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * temporary,
         "temporary_bytes": temporary,
     }
 
 
-def program_cost(program: jax.stages.Lowered) -> dict[str, float]:
-    """Compiles a program, and tells what that took and what XLA says of it.
+def product_flops(jaxpr: core.Jaxpr) -> int:
+    """Counts the FLOPs of the matrix products of a jaxpr.
+
+    Results that nothing reads cost nothing. The body of a `while` loop counts once; of the
+    branches of a conditional, the most expensive counts.
+    """
+    total, live = 0, {x for x in jaxpr.outvars if isinstance(x, core.Var)}
+    for eqn in reversed(jaxpr.eqns):
+        if not live.intersection(eqn.outvars):
+            continue
+        live.update(x for x in eqn.invars if isinstance(x, core.Var))
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
+        inner = [x for x in jax.tree.leaves(eqn.params) if isinstance(x, _JAXPRS)]
+        flops = [product_flops(getattr(x, "jaxpr", x)) for x in inner] or [0]
+        total += eqn.params.get("length", 1) * (max if "branches" in eqn.params else sum)(flops)
+    return total
+
+
+def program_cost(program: jax.stages.Compiled) -> dict[str, float]:
+    """Returns XLA's analysis of a program, as far as the device reports it.
 
     Returns:
-      compile_seconds, little where the program lay in the compilation cache; hlo_flops, in which
-      XLA counts the body of a loop once; argument_bytes, output_bytes and temporary_bytes. What
-      a device does not tell is left out.
+      hlo_flops, in which XLA counts the body of a loop once; argument_bytes, output_bytes and
+      temporary_bytes.
     """
-    began = time.perf_counter()
-    compiled = program.compile()
-    cost = {"compile_seconds": round(time.perf_counter() - began, 3)}
-    if analysis := compiled.cost_analysis():
+    cost = {}
+    if analysis := program.cost_analysis():
         cost["hlo_flops"] = analysis["flops"]
-    if memory := compiled.memory_analysis():
+    if memory := program.memory_analysis():
         cost["argument_bytes"] = memory.argument_size_in_bytes
         cost["output_bytes"] = memory.output_size_in_bytes
         cost["temporary_bytes"] = memory.temp_size_in_bytes
@@ -190,7 +215,7 @@ def rates() -> dict[str, float]:
 
 
 def best_seconds(function: Callable, *arguments: Any) -> float:
-    """Returns the least time of ten calls, after one that compiles."""
+    """Returns the shortest time of ten calls, after one that compiles."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(10):

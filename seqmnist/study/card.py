@@ -1,0 +1,116 @@
+"""Describes a trained network in words: in one line, as facts, and as a model card."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from seqmnist import config as config_lib
+from seqmnist.config import Config, ModelConfig
+
+_MISSING = "not recorded"
+_SCORES = (("validation", "accuracy"), ("test", "accuracy"), ("test", "loss"))
+_CARD = """\
+# {name}
+
+A recurrent network that reads an image of 28 × 28 pixels as a sequence and classifies it into 10
+classes.
+
+| | |
+|---|---|
+{facts}
+
+The network knows only images like those it was trained on, prepared in the same way. It predicts a
+class for every image; its probabilities do not tell whether the image shows one of the classes.
+
+{usage}
+
+## Configuration
+
+```json
+{config}
+```
+"""
+
+
+def describe(model: ModelConfig) -> str:
+    """Describes a network in a few words."""
+    parts = [model.view]
+    parts += ["reversed"] if model.reverse else []
+    parts += [f"one time step of {model.subsample}"] if model.subsample > 1 else []
+    sides = "bidirectional " if model.bidirectional else ""
+    block = f"{model.block} " if model.block != "plain" else ""
+    layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size})"
+    return f"{', '.join(parts)} → {layers} → {model.readout} → logits"
+
+
+def format_score(score: Any, member: int | None = None) -> str:
+    """Formats a score, a number or null.
+
+    For a list of one score per member: that of one member, and mean ± standard deviation of all
+    that have one.
+    """
+    if not isinstance(score, list):
+        return "–" if score is None else f"{score:.4f}"
+    values = [value for value in score if value is not None]
+    text = f"{np.mean(values):.4f}" if values else "–"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.4f}"
+    if len(values) < len(score):
+        text += f" ({len(values)} of {len(score)} members)"
+    return text if member is None else f"{format_score(score[member])} (all members: {text})"
+
+
+def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]:
+    """Returns the scores in `results.json` as text, e.g. {"test accuracy": "0.9456", …}."""
+    return {
+        f"{split} {name}": format_score(results.get(split, {}).get(name), member)
+        for split, name in _SCORES
+    }
+
+
+def facts(config: Config, results: dict[str, Any], member: int | None) -> dict[str, str]:
+    """Returns what is known about a network as text, e.g. {"parameters": "6,602", …}.
+
+    Args:
+      config: of the run.
+      results: what `results.json` holds; empty if the run has not finished.
+      member: which of the run's members the network is, or None.
+    """
+    dataset, seconds = results.get("dataset", {}), results.get("seconds", {})
+    sizes = [f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if dataset]
+    optimizer = config.optimizer
+    settings = {} if member is None else results.get("members", {member: {}})[member]
+    return {
+        "network": describe(config.model),
+        "parameters": f"{results['parameters']:,}" if results else _MISSING,
+        "data": ", ".join([dataset.get("name", config.data.name), *sizes]),
+        "fingerprint of the data": dataset.get("fingerprint", _MISSING),
+        "training": f"{config.train.num_epochs} epochs, batches of {config.train.batch_size}, "
+        f"{optimizer.name}, learning rate {optimizer.learning_rate}",
+        "seed": str(config.seed),
+        **({} if member is None else {"member": str(member)}),
+        **{name: str(value) for name, value in settings.items()},
+        "devices": ", ".join(results.get("devices", [_MISSING])),
+        "seconds": ", ".join(f"{value} ({name})" for name, value in seconds.items()) or _MISSING,
+        **scores(results, member),
+        "versions": ", ".join(f"{k} {v}" for k, v in results.get("versions", {}).items())
+        or _MISSING,
+    }
+
+
+def model_card(
+    name: str, config: Config, results: dict[str, Any], member: int | None, usage: str
+) -> str:
+    """Returns a model card in Markdown; for the arguments, see `facts`.
+
+    `usage` tells how to use the files beside the card. No path of this machine is on the card.
+    """
+    values = config_lib.to_dict(config)
+    values["data"] |= {"data_dir": None, "manual_dir": None}
+    rows = [f"| {key} | {value} |" for key, value in facts(config, results, member).items()]
+    if notice := results.get("dataset", {}).get("notice"):
+        rows.append(f"| notice | {notice} |")
+    return _CARD.format(
+        name=name, facts="\n".join(rows), usage=usage, config=json.dumps(values, indent=2)
+    )
