@@ -1,4 +1,4 @@
-"""The notebook: SimpleRNN(64) over the 28 rows of full MNIST.
+"""The notebook: SimpleRNN(64) over the 28 rows of full MNIST; of mnist_5k if it is not available.
 
 Command:
   python -m seqmnist.main --workdir=runs/notebook --config=experiments/notebook.py
@@ -13,6 +13,4 @@ from seqmnist import config as config_lib
 
 def get_config():
     """Returns the configuration."""
-    config = config_lib.get_config()
-    config.data.name = "mnist"
-    return config
+    return config_lib.Config()

@@ -1,0 +1,84 @@
+"""README's shell commands, as written and in order, in a copy of the repository, as a newcomer."""
+
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def commands():
+    """Every command in a block of `sh`; what follows the installation, which CI runs itself."""
+    for block in re.findall(r"^```sh\n(.*?)^```", README, re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            command = line.rpartition("&& ")[2] if line.startswith("pip install") else line
+            if "pytest" not in command:
+                yield command
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of the files that the repository holds, and a home folder without anything."""
+    folder = tmp_path_factory.mktemp("clone") / "seqmnist"
+    names = ["README.md", "pyproject.toml", "seqmnist", "tools", "experiments"]
+    for name in names:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(source, folder / name)
+    return folder
+
+
+def run(command, folder):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_NUMPY", "XLA"))}
+    environment |= {
+        "HOME": str(folder.parent / "home"),
+        "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+    }
+    with subprocess.Popen(
+        ["bash", "-ec", f"exec {command}"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        output = ""
+        for line in process.stdout:
+            output += line
+            if "(Ctrl-C ends)" in line:
+                process.send_signal(signal.SIGINT)
+    assert process.returncode == 0, f"{command}\n{output}"
+    assert "Traceback" not in output
+    return output
+
+
+FIRST, *REST = commands()
+END = next(i for i, command in enumerate(REST) if "members" in command)
+
+
+def test_there_are_commands():
+    assert len(REST) > 15
+    assert "--workdir=runs/first" in FIRST
+
+
+def test_the_first_run(copy):
+    assert "test_accuracy" in run(FIRST, copy)
+    assert (copy / "runs" / "first" / "results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [REST[:END], REST[END:]], ids=["one run", "many runs"])
+def test_the_other_commands(part, copy):
+    for command in part:
+        run(command, copy)
