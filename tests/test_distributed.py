@@ -1,18 +1,26 @@
-"""Several processes that run one job: the same numbers, and an end when one dies."""
+"""Several processes that run one job: the same numbers, and an end when one of them fails."""
 
+import contextlib
 import json
 import os
+import pathlib
+import re
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import seqmnist
+from conftest import REPOSITORY, seqmnist
+from datasets import small_archives
 
 from tools import launch_local
 
+pytestmark = pytest.mark.slow
 
-@pytest.fixture
+
+@pytest.fixture(autouse=True)
 def lone_device(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
 
@@ -32,27 +40,81 @@ def finish(processes):
     return code, [process.communicate()[0] for process in processes]
 
 
-@pytest.mark.parametrize("input_mode", ["resident", "stream"])
-def test_two_processes_agree_with_one(input_mode, data_dir, tmp_path, lone_device):
-    mode = f"--config.data.input_mode={input_mode}"
-    code, outputs = finish(launch_local.launch(2, arguments(tmp_path / "two", data_dir, 2, mode)))
-    assert code == 0, outputs
-    assert "test_accuracy" in outputs[0]
-    assert "test_accuracy" not in outputs[1]
-    seqmnist(*arguments(tmp_path / "one", data_dir, 2))
-    two, one = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("two", "one"))
-    for split in ("validation", "test"):
-        values = [[results[split][key] for key in ("loss", "accuracy")] for results in (two, one)]
-        np.testing.assert_allclose(*values, atol=1e-5)
-    assert len(two["devices"]) == 2
-
-
-def test_all_stop_when_one_is_asked_to(data_dir, tmp_path, lone_device):
-    workdir = tmp_path / "run"
-    processes = launch_local.launch(2, arguments(workdir, data_dir, 3000))
+def wait_for_a_checkpoint(processes, workdir):
     while not list((workdir / "checkpoints").glob("[0-9]*5")):
         assert all(process.poll() is None for process in processes)
         time.sleep(0.2)
+
+
+def start_launcher(*arguments):
+    handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "tools.launch_local", "--processes=2", "--", *arguments],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    signal.signal(signal.SIGHUP, handler)
+    return launcher
+
+
+def find_port(workdir):
+    """The coordinator's port of the job that writes a workdir."""
+    for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended
+            line = path.read_text()
+            if str(workdir) in line and "--coordinator" in line:
+                return int(re.search(r"--coordinator=127\.0\.0\.1:(\d+)", line)[1])
+    raise AssertionError("no such job")
+
+
+def listening_addresses(port):
+    """The local addresses on which any process listens at a port, as the kernel writes them."""
+    with open("/proc/net/tcp") as v4, open("/proc/net/tcp6") as v6:
+        lines = [line.split() for line in [*v4, *v6]]
+    sockets = [line[1].split(":") for line in lines if line[3] == "0A"]  # TCP_LISTEN
+    return [address for address, number in sockets if int(number, 16) == port]
+
+
+def test_two_processes_agree_with_one(data_dir, tmp_path):
+    seqmnist(*arguments(tmp_path / "one", data_dir, 2))
+    one = json.loads((tmp_path / "one" / "results.json").read_text())
+    for input_mode in ("resident", "stream"):
+        workdir, mode = tmp_path / input_mode, f"--config.data.input_mode={input_mode}"
+        code, outputs = finish(launch_local.launch([arguments(workdir, data_dir, 2, mode)] * 2))
+        assert code == 0, outputs
+        assert "test_accuracy" in outputs[0]
+        assert "test_accuracy" not in outputs[1]
+        two = json.loads((workdir / "results.json").read_text())
+        for split in ("validation", "test"):
+            for key in ("loss", "accuracy"):
+                np.testing.assert_allclose(two[split][key], one[split][key], rtol=1e-4, atol=1e-3)
+        assert len(two["devices"]) == 2
+
+
+def test_a_launched_job_keeps_to_itself_and_passes_signals_on(data_dir, tmp_path):
+    workdir = tmp_path / "run"
+    launcher = start_launcher(*arguments(workdir, data_dir, 3000))
+    wait_for_a_checkpoint([launcher], workdir)
+    assert listening_addresses(find_port(workdir)) == ["0100007F"]  # 127.0.0.1
+
+    began = time.monotonic()
+    second = launch_local.launch([arguments(workdir, data_dir, 3000)] * 2)
+    _, outputs = finish(second)
+    assert [process.returncode for process in second] == [2, 2], outputs
+    assert "is in use by another process" in outputs[0]
+    assert time.monotonic() - began < 30  # most of it to start two processes
+
+    launcher.send_signal(signal.SIGHUP)  # a terminal that closes
+    output, _ = launcher.communicate()
+    assert launcher.returncode == 128 + signal.SIGHUP, output
+    assert "Stopped after step" in output
+
+
+def test_all_stop_when_one_is_asked_to(data_dir, tmp_path):
+    workdir = tmp_path / "run"
+    processes = launch_local.launch([arguments(workdir, data_dir, 3000)] * 2)
+    wait_for_a_checkpoint(processes, workdir)
     processes[1].terminate()
     _, outputs = finish(processes)
     assert [process.returncode for process in processes] == [143, 143], outputs
@@ -60,12 +122,10 @@ def test_all_stop_when_one_is_asked_to(data_dir, tmp_path, lone_device):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_death_ends_the_job_and_the_rest_can_go_on(victim, data_dir, tmp_path, lone_device):
+def test_a_death_ends_the_job_and_the_rest_can_go_on(victim, data_dir, tmp_path):
     workdir = tmp_path / "run"
-    processes = launch_local.launch(2, arguments(workdir, data_dir, 3000))
-    while not list((workdir / "checkpoints").glob("[0-9]*5")):
-        assert all(process.poll() is None for process in processes)
-        time.sleep(0.2)
+    processes = launch_local.launch([arguments(workdir, data_dir, 3000)] * 2)
+    wait_for_a_checkpoint(processes, workdir)
     os.kill(processes[victim].pid, signal.SIGKILL)
     _, outputs = finish(processes)
     assert processes[1 - victim].returncode != 0
@@ -79,3 +139,51 @@ def test_a_death_ends_the_job_and_the_rest_can_go_on(victim, data_dir, tmp_path,
     result = seqmnist(f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     assert f"Resuming in epoch {max(steps) // 25 + 1}, after 0" in result.stdout
+
+
+def test_processes_with_different_data_refuse_to_train(tmp_path):
+    each = []
+    for i in range(2):
+        splits = small_archives.make_splits(seed=i)
+        folder = small_archives.write_archives(tmp_path / f"archives-{i}", splits)
+        each.append(
+            [
+                f"--workdir={tmp_path / 'run'}",
+                "--config.data.name=mnist",
+                f"--config.data.data_dir={tmp_path / f'data-{i}'}",
+                f"--config.data.manual_dir={folder}",
+                "--config.data.verify_checksums=false",
+                "--config.train.batch_size=8",
+            ]
+        )
+    began = time.monotonic()
+    processes = launch_local.launch(each)
+    _, outputs = finish(processes)
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    for output in outputs:
+        assert output.count("error: ") == 1, outputs
+    assert "data" in outputs[0].partition("error: ")[2], outputs
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_launcher_shows_the_lines_of_all_and_fails_as_they_do(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    launcher = start_launcher(f"--workdir={file}")
+    output, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 2
+    for number in ("", "[1] "):
+        assert f"\n{number}error: --workdir={file}" in f"\n{output}"
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, "01"), ("3,5", "35"), ("", ["", ""])])
+def test_each_process_gets_one_gpu(visible, expected, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    processes = launch_local.launch([["--help"]] * 2)
+    for process, gpu in zip(processes, expected, strict=True):
+        environment = pathlib.Path(f"/proc/{process.pid}/environ").read_text().split("\0")
+        assert f"CUDA_VISIBLE_DEVICES={gpu}" in environment
+    assert finish(processes)[0] == 0

@@ -12,9 +12,9 @@ import pytest
 from conftest import REPOSITORY
 from safetensors.numpy import load_file
 
-from seqmnist.config import Config, ModelConfig, to_dict
+from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
-from seqmnist.study import export, trained
+from seqmnist.study import card, export, trained
 from seqmnist.training.steps import init_state, make_system
 
 
@@ -155,11 +155,11 @@ def test_what_is_no_artifact_is_refused(exported, tmp_path):
 
 
 def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
-    config = to_dict(Config())
-    config["data"]["data_dir"] = "somewhere private"
-    card = export.model_card("name", config, {}, None)
-    assert "not measured" in card
-    assert "private" not in card
+    config = Config()
+    config.data.data_dir = "somewhere private"
+    text = card.model_card("name", config, {}, None, export.USAGE)
+    assert "| test accuracy | – |" in text
+    assert "private" not in text
     results = {
         "parameters": 6602,
         "dataset": {"name": "mnist", "train": 48000, "validation": 12000, "test": 10000},
@@ -168,10 +168,16 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
         "versions": {"jax": "1.2.3"},
         "members": [{"seed": 6}, {"seed": 7}],
     }
-    card = export.model_card("name", config, results, 1)
-    for word in ("48,000 train", "| test | 0.1250 | 0.9375 |", "| jax | 1.2.3 |", "| seed | 7 |"):
-        assert word in card
-    assert card.startswith("# name\n")
+    text = card.model_card("name", config, results, 1, export.USAGE)
+    for word in (
+        "mnist, 48,000 train, 12,000 validation",
+        "| test loss | 0.1250 (all members: 0.3125 ± 0.2652) |",
+        "| versions | jax 1.2.3 |",
+        "| seed | 7 |",
+        "6,602",
+    ):
+        assert word in text
+    assert text.startswith("# name\n")
 
 
 @pytest.mark.slow

@@ -149,8 +149,8 @@ def test_scores_of_diverged_members_are_left_out(untrained, tmp_path):
         workdir_lib.append_line(tmp_path / "metrics.jsonl", line(1, pair, pair))
     shown, found = sections.examine(tmp_path, 1)
     facts = dict(shown[0].table[1:])
-    assert facts["validation accuracy"] == "0.3750 ± 0.1768 (2 of 3 members)"
-    assert facts["test accuracy"] == "–"
+    assert facts["validation accuracy"] == "0.5000 (all members: 0.3750 ± 0.1768 (2 of 3 members))"
+    assert facts["test accuracy"] == "– (all members: – (0 of 3 members))"
     assert found["member"] == 1
 
 

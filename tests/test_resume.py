@@ -1,23 +1,34 @@
-"""Runs that are killed, stopped, damaged or started twice lose nothing, and repeat nothing."""
+"""Runs that are stopped, killed, damaged or started twice lose nothing, and repeat nothing."""
 
-import errno
-import fcntl
 import json
+import math
 import os
+import pathlib
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 import time
 
 import jax
+import numpy as np
 import pytest
+from conftest import REPOSITORY, seqmnist
 
 from seqmnist import checkpoints as checkpoint_lib
 from seqmnist import config as config_lib
-from seqmnist import records, run
+from seqmnist import run
 from seqmnist.display import Display
 from seqmnist.errors import UserError
+from seqmnist.stop import StopRequest
+from seqmnist.study import trained
+from seqmnist.workdir import Workdir
 from tools import kill_stress
+
+MEMBERS = {"members": {"num": 2}}
+SWEEP = {"members": {"num": 2, "sweep": '{"optimizer.learning_rate": [0.001, 0.01]}'}}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +36,7 @@ def make_config(data_dir):
     def make(num_epochs=3, **groups):
         groups = {key: dict(value) for key, value in groups.items()}
         groups.setdefault("model", {}).setdefault("hidden_size", 8)
-        groups.setdefault("data", {}).update(name="mnist_5k", data_dir=str(data_dir))
+        groups["data"] = {"name": "mnist_5k", "data_dir": str(data_dir), **groups.get("data", {})}
         groups.setdefault("train", {})["num_epochs"] = num_epochs
         return config_lib.from_dict(groups)
 
@@ -33,92 +44,199 @@ def make_config(data_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(make_config, tmp_path_factory):
-    """The outcome of four epochs that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("whole")
-    run.train(make_config(4), workdir)
-    return kill_stress.outcome(workdir)
+def outcomes(make_config, tmp_path_factory):
+    """The outcomes of four uninterrupted epochs, by kind of run."""
+    found = {}
+    for name, groups in (("alone", {}), ("members", MEMBERS), ("sweep", SWEEP)):
+        workdir = tmp_path_factory.mktemp("whole") / name
+        run.train(make_config(4, **groups), workdir)
+        found[name] = kill_stress.outcome(workdir)
+    return found
 
 
-def interrupt(monkeypatch, number):
-    """Sends this process a signal when the third epoch begins."""
-    show = Display.epoch
-
-    def epoch(self, title, num_steps):
-        context = show(self, title, num_steps)
-        if title.startswith("Epoch 3"):
-            os.kill(os.getpid(), number)
-        return context
-
-    monkeypatch.setattr(Display, "epoch", epoch)
+@pytest.fixture
+def whole(outcomes):
+    return outcomes["alone"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("input_mode", ["resident", "stream"])
-def test_a_signal_stops_in_order(number, input_mode, make_config, whole, tmp_path, monkeypatch):
-    config = make_config(4, data={"input_mode": input_mode})
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """Every workdir of these tests is a relative path."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def asks(owner, name, number, stop, times=1):
+    """Wraps a function: after so many calls of it, a signal arrives."""
+    function, calls = getattr(owner, name), []
+
+    def wrapped(*arguments, **keywords):
+        calls.append(name)
+        if len(calls) == times:
+            stop.receive(number)
+        return function(*arguments, **keywords)
+
+    return owner, name, wrapped
+
+
+MOMENTS = {
+    "before the first step": (Display, "setup", 1),
+    "within an epoch": (Display, "epoch", 3),
+    "between epochs": (Display, "epoch_line", 2),
+    "after the last epoch": (Display, "epoch_line", 4),
+    "while scoring": (run, "_score", 1),
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_stop_at_any_moment_loses_nothing(moment, number, make_config, whole, monkeypatch):
+    config = make_config(4, checkpoint={"every_epochs": 0})
+    stop = StopRequest()
+    stop.defer()
     with monkeypatch.context() as patch:
-        interrupt(patch, number)
+        owner, name, times = MOMENTS[moment]
+        patch.setattr(*asks(owner, name, number, stop, times))
         with pytest.raises(SystemExit) as caught:
-            run.train(config, tmp_path)
+            run.train(config, "runs/a", stop=stop)
     assert caught.value.code == 128 + number
-    step = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
-    assert 50 < step < 75
-    assert not (tmp_path / "results.json").exists()
-    run.train(config, tmp_path)
-    assert kill_stress.outcome(tmp_path) == whole
+    assert not pathlib.Path("runs/a/results.json").exists()
+    run.train(config, "runs/a")
+    assert kill_stress.outcome(pathlib.Path("runs/a")) == whole
 
 
-def test_killed_runs_end_as_if_nothing_had_been(data_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["stream", "members", "sweep"])
+def test_every_kind_of_run_resumes(kind, make_config, outcomes, monkeypatch):
+    groups = {"stream": {"data": {"input_mode": "stream"}}, "members": MEMBERS, "sweep": SWEEP}
+    config, stop = make_config(4, **groups[kind]), StopRequest()
+    with monkeypatch.context() as patch:
+        patch.setattr(*asks(Display, "epoch", signal.SIGTERM, stop, 3))
+        with pytest.raises(SystemExit):
+            run.train(config, "runs/a", stop=stop)
+    (*_, last) = sorted(int(path.name) for path in pathlib.Path("runs/a/checkpoints").iterdir())
+    assert 50 < last < 75
+    run.train(config, "runs/a")
+    expected = outcomes["alone" if kind == "stream" else kind]
+    assert kill_stress.outcome(pathlib.Path("runs/a")) == expected
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_if_nothing_had_happened(data_dir, monkeypatch):
     monkeypatch.setitem(kill_stress.SETTINGS, "train.num_epochs", 4)
-    outcomes, seconds = [], 60.0
-    generator = random.Random()
-    for name, num_kills, input_mode in (
-        ("undisturbed", 0, "resident"),
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    found, seconds, generator = [], 60.0, random.Random()
+    for name, num_kills, kind in (
+        ("uninterrupted", 0, "resident"),
         ("killed", 2, "resident"),
         ("killed, streamed", 1, "stream"),
     ):
+        workdir = pathlib.Path(name)
         for _ in range(num_kills):
-            process = kill_stress.start(tmp_path / name, str(data_dir), input_mode)
+            process = kill_stress.start(workdir, str(data_dir), kind)
             time.sleep(generator.uniform(0.3, 1) * seconds)
             process.kill()
             process.communicate()
         began = time.monotonic()
-        process = kill_stress.start(tmp_path / name, str(data_dir), input_mode)
-        kill_stress._finish(process)
+        kill_stress._finish(kill_stress.start(workdir, str(data_dir), kind))
         seconds = time.monotonic() - began
-        outcomes.append(kill_stress.outcome(tmp_path / name))
-    assert outcomes[0] == outcomes[1] == outcomes[2]
+        found.append(kill_stress.outcome(workdir))
+    assert found[0] == found[1] == found[2]
 
 
-def test_more_epochs_may_follow(make_config, whole, tmp_path):
-    run.train(make_config(2), tmp_path)
-    run.train(make_config(4), tmp_path)
-    assert kill_stress.outcome(tmp_path) == whole
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_reach_the_command_line(name, data_dir, monkeypatch):
+    """Once before training, and once while it trains."""
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    monkeypatch.setitem(kill_stress.SETTINGS, "train.num_epochs", 4000)
+    number = getattr(signal, name)
+    early = kill_stress.start(pathlib.Path("early"), str(data_dir), "resident")
+    time.sleep(0.5)
+    late = kill_stress.start(pathlib.Path("late"), str(data_dir), "resident")
+    early.send_signal(number)
+    assert (early.communicate()[1], early.returncode) == (
+        "Stopped before training began; nothing was lost\n", 128 + number,
+    )  # fmt: skip
+    metrics = pathlib.Path("late/metrics.jsonl")
+    while not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.05)
+    late.send_signal(number)
+    assert (late.communicate()[1], late.returncode) == ("", 128 + number)
 
 
-def test_a_finished_run_is_not_trained_again(make_config, tmp_path, capsys, monkeypatch):
-    results = run.train(make_config(1), tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(run, "_compose", lambda *_: pytest.fail("trained again"))
+def test_more_epochs_may_follow(make_config, whole):
+    run.train(make_config(2), "runs/a")
+    run.train(make_config(4), "runs/a")
+    assert kill_stress.outcome(pathlib.Path("runs/a")) == whole
+
+
+def test_seconds_of_an_epoch_go_on_after_a_stop(make_config, monkeypatch):
+    config, stop = make_config(1), StopRequest()
+    with monkeypatch.context() as patch:
+        patch.setattr(*asks(run.Session, "advance", signal.SIGTERM, stop))
+        now = time.monotonic
+        with pytest.raises(SystemExit):
+            run.train(config, "a", stop=stop)
+        patch.setattr(run.time, "monotonic", lambda: now() / 1e6)  # what follows takes no time
+        before = json.loads(next(pathlib.Path("a/checkpoints").rglob("facts/metadata")).read_text())
+        results = run.train(config, "a")
+    (record,) = Workdir("a").read_metrics()
+    assert record["seconds"] == pytest.approx(before["seconds"], abs=0.01)
+    assert results["seconds"]["train"] == pytest.approx(before["seconds"], abs=0.01)
+
+
+def test_a_finished_run_is_not_trained_again(make_config, capsys, monkeypatch):
+    results = run.train(make_config(1), "a")
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path("a").rglob("*")}
+    monkeypatch.setattr(run, "compose", lambda *_: pytest.fail("trained again"))
     capsys.readouterr()
-    again = run.train(make_config(1), tmp_path)
-    assert again == json.loads(json.dumps(results))
+    assert run.train(make_config(1), "a") == json.loads(json.dumps(results))
     assert "finished" in capsys.readouterr().out
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in pathlib.Path("a").rglob("*")}
 
 
-def test_overwrite_starts_afresh_and_spares_what_is_not_the_runs(make_config, whole, tmp_path):
-    (tmp_path / "thesis.txt").write_text("dear to someone")
-    run.train(make_config(1, model={"cell": "gru"}), tmp_path)
-    run.train(make_config(4), tmp_path, overwrite=True)
-    assert kill_stress.outcome(tmp_path) == whole
-    assert (tmp_path / "thesis.txt").read_text() == "dear to someone"
+def test_overwrite_replaces_what_a_run_wrote_and_nothing_else(make_config, whole):
+    run.train(make_config(1, model={"cell": "gru"}), "a")
+    ours = ("export/classifier.jax_export", "report/beliefs.png", "report.html")
+    theirs = ("thesis.txt", "notes.partial", "profile/mine.txt", "damaged/25/arrays")
+    for name in (*ours, *theirs):
+        path = pathlib.Path("a", name)
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(name)
+    run.train(make_config(4), "a", overwrite=True)
+    assert kill_stress.outcome(pathlib.Path("a")) == whole
+    assert [name for name in ours if pathlib.Path("a", name).exists()] == []
+    assert all(pathlib.Path("a", name).read_text() == name for name in theirs)
+    assert {path.name for path in pathlib.Path("a/checkpoints").iterdir()} == {"50", "75", "100"}
+
+
+def test_overwrite_prepares_before_it_removes(make_config, monkeypatch):
+    run.train(make_config(1), "a")
+    before = kill_stress.outcome(pathlib.Path("a"))
+    with pytest.raises(UserError):
+        run.train(make_config(1, mesh={"data": 3}), "a", overwrite=True)
+    with monkeypatch.context() as patch:  # killed in the middle of the replacement
+        patch.setattr(Workdir, "begin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.train(make_config(2), "a", overwrite=True)
+    assert not pathlib.Path("a/config.json").exists()
+    with Workdir("a").hold():
+        pass
+    assert kill_stress.outcome(pathlib.Path("a")) == before
+
+
+def test_a_link_to_checkpoints_elsewhere_is_replaced_too(make_config, here):
+    run.train(make_config(1), "a")
+    shutil.move("a/checkpoints", "elsewhere")
+    pathlib.Path("a/checkpoints").symlink_to(here / "elsewhere")
+    run.train(make_config(2), "a", overwrite=True)
+    assert not pathlib.Path("a/checkpoints").is_symlink()
+    assert pathlib.Path("elsewhere/25").is_dir()
 
 
 def damage(kind, folder):
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=os.path.getsize)
-    largest = files[-1]
+    largest, facts = files[-1], folder / "facts" / "metadata"
     if kind == "truncated":
         largest.write_bytes(largest.read_bytes()[:100])
     elif kind == "deleted":
@@ -127,8 +245,9 @@ def damage(kind, folder):
         for path in files:
             path.write_bytes(b"")
     elif kind == "facts":
-        path = folder / "facts" / "metadata"
-        path.write_text(path.read_text().replace('"epoch": 1', '"epoch": 7'))
+        facts.write_text(facts.read_text().replace('"epoch": 1', '"epoch": 7'))
+    elif kind == "no facts":
+        facts.write_text("[]")
     else:
         for path in files[-4:]:
             content = bytearray(path.read_bytes())
@@ -136,120 +255,302 @@ def damage(kind, folder):
             path.write_bytes(content)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "deleted", "emptied", "facts", "flipped"])
-def test_a_damaged_checkpoint_is_set_aside(kind, make_config, whole, tmp_path, capsys):
-    run.train(make_config(3), tmp_path)
-    damage(kind, tmp_path / "checkpoints" / "75")
-    run.train(make_config(4), tmp_path)
+DAMAGES = ["truncated", "deleted", "emptied", "facts", "no facts", "flipped"]
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_made_again(kind, make_config, whole, capsys):
+    run.train(make_config(3), "a")
+    damage(kind, pathlib.Path("a/checkpoints/75"))
+    # Trains up to the damaged step again, and no further.
+    shutil.copy("a/config.json", "config.json")
+    pathlib.Path("a/results.json").unlink()
+    run.train(make_config(3), "a")
     assert "NOTICE: checkpoints/75 is damaged" in capsys.readouterr().out
-    assert (tmp_path / "damaged" / "75").is_dir()
-    assert kill_stress.outcome(tmp_path) == whole
+    assert pathlib.Path("a/damaged/75").is_dir()
+    assert pathlib.Path("a/checkpoints/75").is_dir()
+    run.train(make_config(4), "a")
+    assert kill_stress.outcome(pathlib.Path("a")) == whole
 
 
-def test_without_a_whole_checkpoint_there_is_one_line(make_config, tmp_path):
-    run.train(make_config(2), tmp_path)
-    for folder in (tmp_path / "checkpoints").iterdir():
+def test_an_older_checkpoint_is_never_used_silently(make_config, capsys):
+    run.train(make_config(2), "a")
+    damage("truncated", pathlib.Path("a/checkpoints/50"))
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path("a").rglob("*")}
+    run.evaluate(make_config(2), "a")
+    assert "is damaged" in capsys.readouterr().out
+    trained.load("a")
+    assert "step 25 of 50" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in pathlib.Path("a").rglob("*")}
+
+
+def test_without_a_whole_checkpoint_nothing_is_deleted(make_config, whole):
+    run.train(make_config(2), "a")
+    for folder in pathlib.Path("a/checkpoints").iterdir():
         damage("truncated", folder)
     with pytest.raises(UserError, match="no usable checkpoint"):
-        run.evaluate(make_config(2), tmp_path)
-    with pytest.raises(UserError, match=r"no checkpoint .* --overwrite"):
-        run.train(make_config(3), tmp_path)
+        run.evaluate(make_config(2), "a")
+    with pytest.raises(UserError, match="run the same command again") as caught:
+        run.train(make_config(4), "a")
+    assert "overwrite" not in str(caught.value)
+    run.train(make_config(4), "a")
+    assert kill_stress.outcome(pathlib.Path("a")) == whole
+    assert {path.name for path in pathlib.Path("a/damaged").iterdir()} == {"25", "50"}
 
 
-def test_the_newest_and_the_best_are_kept(make_config, tmp_path):
-    config = make_config(5, checkpoint={"keep": 1, "keep_best": True, "every_steps": 20})
-    run.train(config, tmp_path)
-    steps = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    best = max(lines, key=lambda line: line["validation/accuracy"])["step"]
-    assert max(steps) == 125
-    assert best in steps
-    assert len(steps) <= 3  # every_steps saves under the accuracy of the epoch before
+def contents(folder):
+    return {path: path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
 
 
-def test_other_settings_are_refused_by_name(make_config, tmp_path):
-    run.train(make_config(2), tmp_path)
+def test_what_cannot_be_read_is_not_damaged(make_config, monkeypatch):
+    run.train(make_config(2), "a")
+    before, read_bytes = contents("a/checkpoints"), pathlib.Path.read_bytes
+
+    def refuse(path):
+        if "75" not in path.parts and "arrays" in path.parts:
+            raise PermissionError(13, os.strerror(13), str(path))
+        return read_bytes(path)
+
+    damage("deleted", pathlib.Path("a/checkpoints/50"))  # what Orbax then says is a ValueError
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "read_bytes", refuse)
+        with pytest.raises(UserError, match=r"Permission denied.*nothing was changed"):
+            run.train(make_config(3), "a")
+    assert not pathlib.Path("a/damaged").exists()
+    assert len(contents("a/checkpoints")) == len(before) - 1
+
+
+@pytest.mark.parametrize(
+    ("groups", "word"),
+    [
+        ({"model": {"hidden_size": 9}}, r"float32\[9\]|float32\[.*9"),
+        ({"model": {"num_layers": 2}}, "layers.1"),
+        ({"optimizer": {"name": "adam"}}, "opt_state"),
+        ({"optimizer": {"clip_norm": 1.0}}, "opt_state"),
+        ({"members": {"num": 3}}, r"\[3"),
+        ({"model": {"view": "pixels"}}, r"\[1, 8\]"),
+    ],
+)
+def test_a_configuration_of_another_network_moves_nothing(groups, word, make_config):
+    """As after an edit of config.json, or with another version of Optax."""
+    run.train(make_config(1), "a")
+    other = make_config(2, **groups)
+    pathlib.Path("a/config.json").write_text(json.dumps(config_lib.to_dict(other)))
+    before = contents("a/checkpoints")
+    with pytest.raises(UserError, match=word) as caught:
+        run.train(other, "a")
+    assert "damaged" not in str(caught.value)
+    assert contents("a/checkpoints") == before
+    if "optimizer" not in groups:  # a prediction needs no optimizer
+        with pytest.raises(UserError, match=word):
+            trained.load("a")
+
+
+def test_the_best_is_kept_though_it_is_not_the_newest(make_config, monkeypatch):
+    """Accuracies come from a list: by default, the last epoch is often the best."""
+    accuracies, evaluate = iter([0.3, 0.9, 0.5, 0.4, 0.6]), run.Task.evaluate
+
+    def listed(task, params, split, diverged=False):
+        means = evaluate(task, params, split, diverged)
+        return means if split == "test" else {**means, "accuracy": next(accuracies)}
+
+    monkeypatch.setattr(run.Task, "evaluate", listed)
+    settings = {"keep": 1, "keep_best": True, "every_steps": 20}
+    run.train(make_config(5, checkpoint=settings), "a")
+    steps = {int(path.name) for path in pathlib.Path("a/checkpoints").iterdir()}
+    assert steps == {50, 125}
+
+
+def test_other_settings_are_refused_by_name(make_config):
+    run.train(make_config(2), "a")
     other = make_config(2, model={"hidden_size": 9}, train={"batch_size": 64})
     with pytest.raises(UserError) as caught:
-        run.train(other, tmp_path)
+        run.train(other, "a")
     assert "config.model.hidden_size: 8 → 9" in str(caught.value)
     assert "config.train.batch_size: 128 → 64" in str(caught.value)
     with pytest.raises(UserError, match=r"train.num_epochs: 2 → 1"):
-        run.train(make_config(1), tmp_path)
+        run.train(make_config(1), "a")
     cosine = make_config(2, optimizer={"schedule": "cosine"})
     with jax.numpy_dtype_promotion("standard"):  # Optax's schedules mix dtypes
-        run.train(cosine, tmp_path / "cosine")
-    with pytest.raises(UserError, match="the schedule of the learning rate fixes the epochs"):
-        run.train(make_config(3, optimizer={"schedule": "cosine"}), tmp_path / "cosine")
+        run.train(cosine, "cosine")
+    with pytest.raises(UserError, match="schedule fixes the number of epochs"):
+        run.train(make_config(3, optimizer={"schedule": "cosine"}), "cosine")
 
 
-def test_two_processes_do_not_share_a_workdir(make_config, tmp_path):
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="in use by another process"):
-        run.train(make_config(1), tmp_path)
-    os.close(descriptor)
-    assert list(tmp_path.iterdir()) == []
-    run.train(make_config(1), tmp_path)
+def test_two_processes_do_not_share_a_workdir(make_config):
+    ready = "import sys, time; from seqmnist.workdir import Workdir\n"
+    ready += "with Workdir('a').hold(): print('held', flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(
+        [sys.executable, "-c", ready], stdout=subprocess.PIPE, text=True, env=environment
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        before = contents("a")
+        with pytest.raises(UserError, match="in use by another process"):
+            run.train(make_config(1), "a")
+        assert contents("a") == before
+        other.kill()
+    run.train(make_config(1), "a")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(make_config, tmp_path):
-    config = make_config(
-        2,
-        model={"cell": "irnn"},
-        optimizer={"name": "sgd", "learning_rate": 30.0},
-        checkpoint={"every_steps": 1},
-    )
-    with pytest.raises(
-        UserError, match=r"not finite after step (\d+) .*learning rate 30"
-    ) as caught:
-        run.train(config, tmp_path)
+def diverging(make_config, num_epochs=2, **groups):
+    optimizer = {"name": "sgd", "learning_rate": 30.0, **groups.pop("optimizer", {})}
+    return make_config(num_epochs, model={"cell": "irnn"}, optimizer=optimizer, **groups)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_config):
+    config = diverging(make_config, checkpoint={"every_steps": 1})
+    with pytest.raises(UserError, match=r"not finite after step (\d+) .*rate 30") as caught:
+        run.train(config, "a")
     step = int(str(caught.value).partition("after step ")[2].partition(" ")[0])
+    assert step > 1
     assert f"last good checkpoint: checkpoints/{step - 1};" in str(caught.value)
-    with pytest.raises(UserError, match=r"encountered in \w+ \(\w+\.py:\d+\)"):
-        run.train(config, tmp_path, debug_nans=True)
+    with pytest.raises(UserError, match=r"in \w+ \(\w+\.py:\d+\)|encountered in"):
+        run.train(config, "a", debug_nans=True)
 
 
-@pytest.mark.parametrize("function", ["append_line", "write_json"])
-def test_a_full_disk_loses_nothing(function, make_config, whole, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
+def test_the_line_on_divergence_names_the_rate_of_that_step(make_config):
+    cosine = {"schedule": "cosine", "warmup_fraction": 0.5}
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(UserError, match="not finite") as caught,
+    ):
+        run.train(diverging(make_config, optimizer=cosine), "a")
+    words = str(caught.value).replace(",", "").split()
+    step, rate = int(words[words.index("step") + 1]), float(words[words.index("rate") + 1][:-2])
+    assert rate == pytest.approx(30 * (step - 1) / 25, rel=1e-4)  # 25 of 50 steps of warm-up
+    sweep = '{"optimizer.learning_rate": [30, 60]}'
+    with pytest.raises(UserError, match="all 2 members .*rate 30 to 60"):
+        run.train(diverging(make_config, members={"sweep": sweep}), "b")
 
-        def fail(path, value):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        patch.setattr(records, function, fail)
-        with pytest.raises(UserError, match=r"No space left on device.*last checkpoint"):
-            run.train(make_config(4), tmp_path)
-    run.train(make_config(4), tmp_path)
-    assert kill_stress.outcome(tmp_path) == whole
+def test_a_schedule_of_few_steps_and_a_long_warm_up_runs(make_config):
+    optimizer = {"schedule": "cosine", "warmup_fraction": 0.6}
+    with jax.numpy_dtype_promotion("standard"):
+        results = run.train(make_config(1, optimizer=optimizer, train={"batch_size": 3200}), "a")
+    assert results["steps"] == 1
 
 
-def test_events_say_what_the_records_say(make_config, tmp_path):
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+def test_a_run_in_a_thread_changes_no_setting(make_config):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    options, found = dict(jax.config.values), []
+    thread = threading.Thread(target=lambda: found.append(run.train(make_config(1), "a")))
+    thread.start()
+    thread.join()
+    assert found[0]["steps"] == 25
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert options == dict(jax.config.values)
 
-    run.train(make_config(2), tmp_path)
-    run.train(make_config(3), tmp_path)
-    (file,) = tmp_path.glob("events.out.tfevents.*")
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [500, 5_000, 20_000, 60_000])
+def test_a_disk_that_takes_no_more_ends_in_one_line(limit, make_config, data_dir, whole):
+    """A limit on the size of files stands for a full disk, wherever something is written."""
+    arguments = ["--workdir=a", "--config=config.py", f"--config.data.data_dir={data_dir}"]
+    values = config_lib.to_dict(make_config(4))
+    pathlib.Path("config.py").write_text(
+        f"from seqmnist import config\n\ndef get_config():\n    return config.from_dict({values})\n"
+    )
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY));"
+        "from seqmnist.main import main; main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert "File too large" in line
+    assert "resumes" in line
+    run.train(make_config(4), "a")
+    assert kill_stress.outcome(pathlib.Path("a")) == whole
+
+
+def test_events_say_what_the_records_say(make_config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run.train(make_config(2), "a")
+    run.train(make_config(3), "a")
+    (file,) = pathlib.Path("a").glob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(file))
+    accumulator.Reload()
     losses = {
-        event.step: value.tensor.float_val[0]
-        for event in EventFileLoader(str(file)).Load()
-        for value in event.summary.value
-        if value.tag == "train/loss"
+        event.step: float(np.frombuffer(event.tensor_proto.tensor_content, np.float32)[0])
+        if event.tensor_proto.tensor_content
+        else event.tensor_proto.float_val[0]
+        for event in accumulator.Tensors("train/loss")
     }
-    assert losses == pytest.approx({line["step"]: line["train/loss"] for line in lines})
+    expected = {line["step"]: line["train/loss"] for line in Workdir("a").read_metrics()}
+    assert losses == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_checkpoint_of_other_data_is_refused(make_config, tmp_path):
-    config = make_config(2)
-    run.train(config, tmp_path)
-    like = run._compose(config, Display())._replace(dataset=run._compose(config, Display()).dataset)
-    checkpoints = checkpoint_lib.Checkpoints(tmp_path, config.checkpoint)
-    saved = checkpoints.restore(like.like(), print)
-    checkpoints.close()
-    shutil.rmtree(tmp_path / "checkpoints")
-    checkpoints = checkpoint_lib.Checkpoints(tmp_path, config.checkpoint)
-    checkpoints.save(saved._replace(fingerprint="of other data"))
-    checkpoints.close()
+def test_a_run_of_other_data_is_refused(make_config, monkeypatch):
+    config = make_config(1)
+    run.train(config, "a")
+    compose = run.compose
+
+    def compose_other(*arguments):
+        task = compose(*arguments)
+        return task._replace(dataset=task.dataset.__class__(**{
+            **vars(task.dataset), "fingerprint": "0123456789"
+        }))  # fmt: skip
+
+    monkeypatch.setattr(run, "compose", compose_other)
+    for other in (make_config(2), make_config(1, data={"name": "auto"})):
+        with pytest.raises(UserError, match="trained on other data"):
+            run.train(other, "a")
     with pytest.raises(UserError, match="trained on other data"):
-        run.train(make_config(3), tmp_path)
+        run.evaluate(config, "a")
+
+
+def test_a_checkpoint_of_the_first_edition_is_read(make_config, whole):
+    """Its digest covers the arrays in the order of the state; its configuration has more groups."""
+    run.train(make_config(2), "a")
+    values = json.loads(pathlib.Path("a/config.json").read_text())
+    values["scan"] = {"method": "auto", "unroll": "auto"}
+    pathlib.Path("a/config.json").write_text(json.dumps(values))
+    leaves, facts = checkpoint_lib._read(pathlib.Path("a/checkpoints/50").absolute())
+    order = [name for field in ("params", "opt_state", "step", "seed")
+             for name in leaves if name.startswith(f"0.{field}")]  # fmt: skip
+    order += ["1.loss", "1.correct", "1.count"]
+    import hashlib
+
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in order:
+        digest.update(leaves[name].tobytes())
+    written = json.loads(pathlib.Path("a/checkpoints/50/facts/metadata").read_text())
+    assert written["sha256"] == digest.hexdigest()
+    run.train(make_config(4), "a")
+    assert kill_stress.outcome(pathlib.Path("a")) == whole
+
+
+def test_a_file_in_the_place_of_checkpoints_changes_nothing(make_config):
+    run.train(make_config(1), "a")
+    shutil.rmtree("a/checkpoints")
+    pathlib.Path("a/checkpoints").write_text("a file")
+    before = contents("a")
+    with pytest.raises(UserError, match="checkpoints is not a folder"):
+        run.train(make_config(2), "a")
+    assert contents("a") == before
+
+
+def test_a_run_resumes_from_a_folder_of_any_name(make_config, whole):
+    for name in ("a b", "ü", "100%", "a{b}", "#1", "$HOME", "a:b", "a'b\"c"):
+        run.train(make_config(2), pathlib.Path("runs", name))
+    run.train(make_config(4), f"runs/{name}")
+    assert kill_stress.outcome(pathlib.Path("runs", name)) == whole
+
+
+def test_results_are_numbers_that_json_can_hold(make_config):
+    results = run.train(make_config(1), "a")
+    assert json.loads(pathlib.Path("a/results.json").read_text()) == json.loads(json.dumps(results))
+    assert all(math.isfinite(value) for value in results["test"].values())
+    assert seqmnist("--workdir=a", "--mode=evaluate", cwd=".").returncode == 0

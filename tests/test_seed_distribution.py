@@ -1,29 +1,59 @@
-"""Many seeds trained by the tool are the lone runs of those seeds."""
+"""Scores from many seeds: ours are those of a run, and two samples are compared."""
+
+import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import REPOSITORY
+from PIL import Image
 
 from seqmnist import run
-from seqmnist.config import Config, DataConfig, ModelConfig, TrainConfig
-from seqmnist.datasets import sources
-from seqmnist.training import batches
-from tools import seed_distribution
+from seqmnist.config import Config
+from tools import cli, seed_distribution
 
 
+@pytest.mark.slow
 def test_seeds_score_as_their_runs_do(data_dir, tmp_path):
-    config = Config(
-        data=DataConfig(name="mnist_5k", data_dir=str(data_dir)),
-        model=ModelConfig(hidden_size=8),
-        train=TrainConfig(num_epochs=2),
-    )
-    prepared = sources.prepare(
-        "mnist_5k", data_dir=str(data_dir), manual_dir=None, verify_checksums=True
-    )
-    arrays = zip(*(prepared.arrays(split) for split in ("train", "test")), strict=True)
-    splits = batches.make_splits(4000, 1000, 0.2)
-    seeds = np.arange(2, dtype=np.uint32)
-    scores = seed_distribution.train_here(config, seeds, *map(np.concatenate, arrays), splits)
+    command = [sys.executable, "-m", "tools.seed_distribution", "--seeds=2", "--keras_seeds=0"]
+    command += ["--data_name=mnist_5k", f"--data_dir={data_dir}"]
+    command += [f"--json={tmp_path / 'scores.json'}", f"--figure={tmp_path / 'scores.png'}"]
+    result = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert "test accuracy ours    2 seeds: 0." in result.stdout
+    Image.open(tmp_path / "scores.png").load()
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["dataset"] == "mnist_5k"
+    assert list(written["scores"]) == ["ours"]
+    config = Config(seed=1)
+    config.data.name, config.data.data_dir = "mnist_5k", str(data_dir)
     alone = run.train(config, tmp_path / "alone")["test"]
-    for name, values in scores.items():
-        assert values[0] == pytest.approx(alone[name], abs=2e-3)
+    for name, values in written["scores"]["ours"].items():
+        assert values[1] == pytest.approx(alone[name], abs=2e-3)
         assert values[0] != values[1]
+
+
+def test_without_keras_nothing_is_trained(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "keras", None)  # as if it were not installed
+    monkeypatch.setattr(sys, "argv", ["seed_distribution", "--seeds=2"])
+    assert cli.call(seed_distribution._make_parser(), seed_distribution._main) == 2
+    output = capsys.readouterr()
+    assert output.err == "error: Keras is not installed; pip install 'keras>=3.9'\n"
+    assert not output.out
+
+
+def test_the_summary_of_two_samples():
+    samples = {"ours": [0.1, 0.2, 0.3, 0.4], "keras": [0.15, 0.25, 0.35]}
+    same = seed_distribution.summarize(samples, notebook=0.3)
+    assert same["ours"]["mean"] == pytest.approx(0.25)
+    assert same["ours"]["notebook_percentile"] == pytest.approx(62.5)
+    assert same["p_value"] > 0.5
+    samples = {"ours": [0.1] * 9 + [0.2], "keras": [0.8] * 9 + [0.9]}
+    assert seed_distribution.summarize(samples, notebook=0.3)["p_value"] < 0.01
+
+
+def test_the_summary_of_one_seed():
+    summary = seed_distribution.summarize({"ours": [0.9]}, notebook=0.3)
+    assert summary["ours"]["max"] == 0.9
+    assert np.isnan(summary["ours"]["sd"])
+    assert "p_value" not in summary

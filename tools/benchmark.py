@@ -1,31 +1,30 @@
-"""Times this project against Keras 3 on JAX and PyTorch, where installed, in one run.
+"""Times this project against Keras 3 on JAX, PyTorch (if installed) and an earlier version of it.
 
 Example:
   python -m tools.benchmark --data_dir=DIR --json=benchmark.json --figure=benchmark.png
+  python -m tools.benchmark --sections=job,epoch --baseline=CHECKOUT
 
-Contestants take turns, after a warm-up, and medians are compared; ratios below 1 mean that
-ours is faster or smaller. Sections: `job`, the notebook's whole job as a process of its own;
-`epoch`, steady training; `stream`, the same with streamed input, against the resident dataset;
-`evaluate`, the test set; `growth`, ours by T, H and batch size;
-`floor`, what the arithmetic alone would take at the rate of a large matrix product.
+Contestants take turns, and medians are compared; a ratio below 1 means that ours is faster or
+smaller. Sections: `job`, the notebook's whole job as a process, with an empty compilation cache
+(cold) and a filled one (warm); `epoch`, training; `stream`, streamed against resident input;
+`evaluate`, the test set; `growth`, a step of ours by T, H and batch size; `floor`, how close a
+step comes to the time of its matrix products alone. CHECKOUT is a folder with another version of
+this project, the contestant "baseline".
 
-Measured on two CPU cores, and left out because it gains less than 5 % or loses:
-  time steps written out (`scan.unroll`): none to 5 % slower, twice the time to compile;
-  gates and states of a GRU or LSTM in the memory of their inputs, as `scans.ungated` does: XLA
-    copies whole arrays at every time step, 1.4 times as slow for rows, 40 times for a GRU's pixels;
-  a batch as two independent loops of one program: XLA runs them one after the other;
-  `xla_cpu_use_fusion_emitters=false`: a third less to compile, 8 % more to train;
-  `xla_cpu_prefer_vector_width=512`: no difference above the noise;
-  Eigen's products instead of YNNPACK's (`xla_cpu_experimental_ynn_fusion_type=`): a sixth slower;
-  an all-gather or a permutation of gradients instead of their all-reduce: no difference;
-  a kernel's gradient as the sum of two halves of the time steps: 9 % slower;
-  evaluation in batches of 512 instead of 128: no faster;
-  reading the dataset beside compilation: the decoded copy is read in 1 % of a job's time;
-  SciPy, which JAX's QR wants for orthogonal kernels, imported beside that reading: no difference.
+Measured on two CPU cores and left out, because it gains less than 5 % or loses:
+  gates and states of a GRU or LSTM in place of their inputs (XLA copies whole arrays per time
+    step): 1.4 times as slow for rows, 40 times for a GRU's pixels;
+  a batch as two independent loops of one program (XLA runs them in turn): no faster;
+  `xla_cpu_use_fusion_emitters=false`: compiles a third faster, trains 8 % slower;
+  `xla_cpu_prefer_vector_width=512`; an all-gather or a permutation of gradients instead of an
+    all-reduce; evaluation in batches of 512; reading data while compiling: no difference;
+  Eigen's products (`xla_cpu_experimental_ynn_fusion_type=`): a sixth slower than YNNPACK's;
+  a kernel's gradient as the sum of two halves of the time steps: 9 % slower.
 """
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -34,45 +33,61 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import NamedTuple
 
 import numpy as np
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from seqmnist.errors import UserError
+from seqmnist import paths
+from seqmnist.datasets import sources
+from seqmnist.errors import UserError, explain_storage
 from tools import cli
 from tools.peers import NOTEBOOK
 
-SECTIONS = ("job", "epoch", "stream", "evaluate", "growth", "floor")
 CELLS = ("simple_rnn", "gru", "lstm")
-# A case, and the steps of a timed stretch: an epoch of rows, a few steps of pixels.
+# A case, and the steps of a timed part: an epoch of rows, a few steps of pixels.
 CASES = {
     f"{cell} {view}": ({**NOTEBOOK, "cell": cell, "view": view, "hidden_size": size}, num_steps)
     for view, size, num_steps in (("rows", 64, 375), ("pixels", 128, 8))
     for cell in CELLS
 }
+_PIXELS = {**NOTEBOOK, "view": "pixels"}
 GROWTH = {
-    "T": [
-        (784 // subsample, {**NOTEBOOK, "view": "pixels", "subsample": subsample})
-        for subsample in (28, 14, 7, 4, 2, 1)
-    ],
-    "H": [(size, {**NOTEBOOK, "hidden_size": size}) for size in (64, 128, 256, 512, 1024)],
-    "batch": [(size, {**NOTEBOOK, "batch_size": size}) for size in (32, 128, 512, 2048, 8192)],
+    "T": {784 // n: {**_PIXELS, "subsample": n} for n in (28, 14, 7, 4, 2, 1)},
+    "H": {n: {**NOTEBOOK, "hidden_size": n} for n in (64, 128, 256, 512, 1024)},
+    "batch": {n: {**NOTEBOOK, "batch_size": n} for n in (32, 128, 512, 2048, 8192)},
 }
+_MEASURES = ("seconds", "peak_mib")
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Setup(NamedTuple):
+    """What is measured, and how often."""
+
+    dataset: sources.Prepared
+    file: pathlib.Path  # the same images as .npz, for all contestants
+    folders: dict[str, pathlib.Path]  # of contestants, from which they import this project
+    cases: dict[str, tuple[dict, int]]  # of CASES
+    rounds: int
+
+    def start(self, name, arguments, environment=None, **options):
+        """Starts a Python process of a contestant."""
+        root = str(self.folders.get(name, _ROOT))
+        environment = {**os.environ, "PYTHONPATH": root, **(environment or {})}
+        command = [sys.executable, "-m", *arguments]
+        return subprocess.Popen(command, cwd=root, env=environment, text=True, **options)
 
 
 class Worker:
-    """A process that holds one peer ready and answers one request after the other."""
+    """A process that holds a contestant ready and answers one request after the other."""
 
-    def __init__(self, name, case, file):
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tools.peers", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.ask("make", case, str(file))
+    def __init__(self, setup, name, case):
+        arguments = ["tools.peers", "ours" if name == "baseline" else name]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = setup.start(name, arguments, **pipes)
+        self.ask("make", case, str(setup.file))
 
     def ask(self, *request):
         """Returns {"seconds", "peak_mib", "answer"}."""
@@ -80,7 +95,7 @@ class Worker:
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"a peer ended while it did {request}")
+            raise RuntimeError(f"a contestant ended during {request}")
         return json.loads(line)
 
     def close(self):
@@ -89,150 +104,139 @@ class Worker:
         self._process.wait()
 
 
-def time_in_turns(names, case, request, file, repeats):
+def time_in_turns(setup, names, case, request):
     """Returns {name: {"seconds", "peak_mib"}}, medians over rounds in which all take turns."""
     with contextlib.ExitStack() as stack:
         workers = {}
         for name in names:
-            workers[name] = Worker(name, case, file)
-            stack.callback(workers[name].close)
+            workers[name] = stack.enter_context(contextlib.closing(Worker(setup, name, case)))
             workers[name].ask(*request)  # compiles
-        rounds = [{n: w.ask(*request) for n, w in workers.items()} for _ in range(repeats)]
-    return {
-        name: {key: statistics.median(r[name][key] for r in rounds) for key in _MEASURES}
-        for name in names
-    }
+        rounds = [{n: w.ask(*request) for n, w in workers.items()} for _ in range(setup.rounds)]
+    return {name: _medians([each[name] for each in rounds]) for name in names}
 
 
-def job(names, file, repeats, prepared):
-    """Times whole processes, cold and with a warm compilation cache."""
-    runs = []
+def job(setup):
+    """Times whole processes: {"cold" or "warm": {name: {"seconds", "peak_mib"}}}."""
+    dataset, runs = setup.dataset, {"cold": {}, "warm": {}}
+    ours = ["seqmnist.main", "--config=experiments/notebook.py"]
+    ours += [f"--config.data.name={dataset.name}"]
+    ours += [f"--config.data.data_dir={dataset.directory.parents[2]}"]
     with tempfile.TemporaryDirectory() as folder:
-        commands = {name: ["tools.peers", name, f"--job={file}"] for name in names}
-        commands["ours"] = ["seqmnist.main", "--config=experiments/notebook.py"]
-        commands["ours"] += [f"--config.data.name={prepared.name}"]
-        commands["ours"] += [f"--config.data.data_dir={prepared.directory.parents[2]}"]
-        for i in range(repeats):
-            figures = {}
-            for state in ("cold", "warm"):
-                for name, command in commands.items():
-                    if (name, state) != ("torch", "warm"):
-                        cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache-{name}-{i}"}
-                        workdir = [f"--workdir={folder}/{state}-{i}"] if name == "ours" else []
-                        figures[f"{name}, {state}"] = _run([*command, *workdir], cache)
-            runs.append(figures)
+        for i, state, name in itertools.product(range(setup.rounds), runs, setup.folders):
+            if (name, state) != ("torch", "warm"):  # it has no cache
+                arguments = ["tools.peers", name, f"--job={setup.file}"]
+                if name in ("ours", "baseline"):
+                    arguments = [*ours, f"--workdir={folder}/{name}-{state}-{i}"]
+                cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache-{name}-{i}"}
+                measured = _time_process(setup, name, arguments, cache)
+                runs[state].setdefault(name, []).append(measured)
+    return {state: {n: _medians(m) for n, m in times.items()} for state, times in runs.items()}
+
+
+def epoch(setup):
+    """Times training: {case: {name: {"seconds", "peak_mib"}}}."""
     return {
-        name: {key: statistics.median(run[name][key] for run in runs) for key in _MEASURES}
-        for name in runs[0]
+        name: time_in_turns(setup, setup.folders, case, ["train", num_steps])
+        for name, (case, num_steps) in setup.cases.items()
     }
 
 
-def growth(file, repeats, num_steps=6):
-    """Times a training step of ours as one size grows: {"T": {size: seconds}, …}."""
-    result = {}
-    for what, cases in GROWTH.items():
-        result[what] = {}
-        for size, case in cases:
-            with contextlib.closing(Worker("ours", case, file)) as worker:
-                worker.ask("train", num_steps)
-                worker.ask("steps", num_steps)
-                seconds = [worker.ask("steps", num_steps)["seconds"] for _ in range(repeats)]
-            result[what][size] = statistics.median(seconds) / num_steps
-    return result
+def stream(setup):
+    """Times streamed input, as "ours", and "resident" input."""
+    case, num_steps = CASES["simple_rnn rows"]
+    times = time_in_turns(setup, ["ours", "streamed"], case, ["train", num_steps])
+    return {"simple_rnn rows": {"ours": times["streamed"], "resident": times["ours"]}}
 
 
-def floor(file, repeats):
-    """Counts the arithmetic of a step of ours, and the share of its floor that is reached."""
+def evaluate(setup):
+    """Times the test set, read by rows."""
+    return {
+        name: time_in_turns(setup, setup.folders, case, ["evaluate"])
+        for name, (case, _) in setup.cases.items()
+        if case["view"] == "rows"
+    }
+
+
+def growth(setup):
+    """Times a training step of ours as one size grows: {"T": {T: seconds}, …}."""
+    return {
+        what: {size: _time_step(setup, case, 6)["seconds"] for size, case in cases.items()}
+        for what, cases in GROWTH.items()
+    }
+
+
+def floor(setup):
+    """Compares a training step of ours with the time of its matrix products alone."""
     result = {}
     for name, (case, num_steps) in CASES.items():
-        worker = Worker("ours", case, file)
-        cost = worker.ask("cost")["answer"]
-        worker.ask("train", num_steps)
-        seconds = [worker.ask("train", num_steps)["seconds"] for _ in range(repeats)]
-        worker.close()
-        step = statistics.median(seconds) / num_steps
-        least = cost["flops"] / cost["flops_per_second"]
-        result[name] = cost | {"seconds": step, "floor_seconds": least, "share": least / step}
+        step = _time_step(setup, case, num_steps, ["cost"])
+        least = step["flops"] / step["flops_per_second"]
+        result[name] = step | {"floor_seconds": least, "share": least / step["seconds"]}
     return result
+
+
+COMPARED = {f.__name__: f for f in (job, epoch, stream, evaluate)}
+SECTIONS = COMPARED | {"growth": growth, "floor": floor}
 
 
 def ratios(figures):
-    """Returns ours over each peer: {"section case / peer": {"seconds", "peak_mib"}}."""
-    result = {}
-    groups = {f"{s} {c}": g for s in _STEADY for c, g in figures.get(s, {}).items()}
-    whole = figures.get("job", {})
-    for state in ("cold", "warm"):
-        if whole:
-            theirs = {name: f for name, f in whole.items() if not name.startswith("ours")}
-            groups[f"job {state}"] = {"ours": whole[f"ours, {state}"], **theirs}
-    for group, entries in groups.items():
-        for name, entry in entries.items():
-            if name != "ours":
-                ours = entries["ours"]
-                result[f"{group} / {name}"] = {key: ours[key] / entry[key] for key in _MEASURES}
-    return result
+    """Returns ours over each other contestant: {"section case / name": {"seconds", "peak_mib"}}."""
+    return {
+        f"{section} {case} / {name}": {key: times["ours"][key] / time[key] for key in _MEASURES}
+        for section in COMPARED
+        for case, times in figures.get(section, {}).items()
+        for name, time in times.items()
+        if name != "ours"
+    }
 
 
-_MEASURES = ("seconds", "peak_mib")
-_STEADY = ("epoch", "stream", "evaluate")
+def _medians(measured):
+    return {key: statistics.median(each[key] for each in measured) for key in _MEASURES}
 
 
-def _run(command, environment):
+def _time_process(setup, name, arguments, environment):
     began = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **environment},
-        text=True,
-    )
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    process = setup.start(name, arguments, environment, **pipes)
     message = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise RuntimeError(f"{command} failed: {message[-2000:]}")
+        raise RuntimeError(f"{arguments} failed: {message[-2000:]}")
     return {"seconds": time.perf_counter() - began, "peak_mib": usage.ru_maxrss / 1024}
+
+
+def _time_step(setup, case, num_steps, questions=()):
+    with contextlib.closing(Worker(setup, "ours", case)) as worker:
+        worker.ask("train", num_steps)
+        worker.ask("steps", num_steps)
+        seconds = [worker.ask("steps", num_steps)["seconds"] for _ in range(setup.rounds)]
+        result = {"seconds": statistics.median(seconds) / num_steps}
+        for question in questions:
+            result |= worker.ask(question)["answer"]
+    return result
 
 
 def _main(arguments):
     sections = arguments.sections.split(",")
-    if unknown := set(sections) - set(SECTIONS):
-        raise UserError(f"--sections: {sorted(unknown)[0]!r} is none of {', '.join(SECTIONS)}")
-    prepared = cli.prepare_data(arguments)
-    names = [name for name in ("keras", "torch") if importlib.util.find_spec(name)]
-    repeats = 1 if arguments.quick else 5
-    figures = {}
+    if unknown := sorted(set(sections) - set(SECTIONS)):
+        raise UserError(f"--sections: no section {unknown[0]!r}; choose of {', '.join(SECTIONS)}")
+    names = ("ours", *(name for name in ("keras", "torch") if importlib.util.find_spec(name)))
+    folders = dict.fromkeys(names, _ROOT)
+    if arguments.baseline:
+        folders["baseline"] = paths.resolve(arguments.baseline, "--baseline")
+        if not (folders["baseline"] / "tools" / "peers.py").is_file():
+            raise UserError(f"--baseline={arguments.baseline} is not a checkout of this project")
+    cases = {n: c for n, c in CASES.items() if not arguments.quick or n.endswith("rows")}
+    rounds = 1 if arguments.quick else arguments.rounds
+    dataset = cli.prepare_data(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        file = pathlib.Path(folder) / "images.npz"
+        setup = Setup(dataset, pathlib.Path(folder) / "images.npz", folders, cases, rounds)
         arrays = {}
         for split in ("train", "test"):
-            arrays[f"{split}_images"], arrays[f"{split}_labels"] = prepared.arrays(split)
-        np.savez(file, **arrays)
-        cases = {n: c for n, c in CASES.items() if not arguments.quick or n.endswith("rows")}
-        sides = ["ours", *names]
-        if "job" in sections:
-            figures["job"] = job(names, file, repeats, prepared)
-        if "epoch" in sections:
-            figures["epoch"] = {
-                name: time_in_turns(sides, case, ["train", num_steps], file, repeats)
-                for name, (case, num_steps) in cases.items()
-            }
-        if "stream" in sections:
-            name = "simple_rnn rows"
-            case, num_steps = CASES[name]
-            loops = ["ours", "streamed"]
-            times = time_in_turns(loops, case, ["train", num_steps], file, repeats)
-            figures["stream"] = {name: {"ours": times["streamed"], "resident": times["ours"]}}
-        if "evaluate" in sections:
-            figures["evaluate"] = {
-                name: time_in_turns(sides, case, ["evaluate"], file, repeats)
-                for name, (case, _) in cases.items()
-                if name.endswith("rows")
-            }
-        if "growth" in sections:
-            figures["growth"] = growth(file, repeats)
-        if "floor" in sections:
-            figures["floor"] = floor(file, repeats)
-    figures = {"ratios": ratios(figures), "dataset": prepared.name, **figures}
+            arrays[f"{split}_images"], arrays[f"{split}_labels"] = dataset.arrays(split)
+        np.savez(setup.file, **arrays)
+        figures = {name: SECTIONS[name](setup) for name in SECTIONS if name in sections}
+    figures = {"ratios": ratios(figures), "dataset": dataset.name, **figures}
     _show(figures)
     if arguments.figure:
         _draw(figures, arguments.figure)
@@ -246,53 +250,53 @@ def _show(figures):
         table = Table(*columns, title=title, box=box.SIMPLE_HEAD)
         for row in rows:
             table.add_row(*(x if isinstance(x, str) else f"{x:.3g}" for x in row))
-        if rows:
+        if table.row_count:
             console.print(table)
 
-    show(
-        "Ours over a peer's; below 1, ours is better",
-        ("what", "time", "memory"),
-        [(name, *ratio.values()) for name, ratio in figures["ratios"].items()],
-    )
-    groups = {"job": figures.get("job", {})}
-    groups |= {f"{s} {c}": g for s in _STEADY for c, g in figures.get(s, {}).items()}
-    rows = [(group, name, *f.values()) for group, g in groups.items() for name, f in g.items()]
-    show("Medians", ("what", "who", "seconds", "peak MiB"), rows)
+    title = "Ours divided by the other; below 1, ours is better"
+    rows = [(name, *ratio.values()) for name, ratio in figures["ratios"].items()]
+    show(title, ("case / other", "time", "memory"), rows)
+    rows = [
+        (f"{section} {case}", name, *measured.values())
+        for section in COMPARED
+        for case, times in figures.get(section, {}).items()
+        for name, measured in times.items()
+    ]
+    show("Medians", ("case", "program", "seconds", "peak MiB"), rows)
     curves = figures.get("growth", {})
     rows = [(what, str(n), 1e3 * s) for what, curve in curves.items() for n, s in curve.items()]
-    show("Growth of ours", ("of", "size", "ms a step"), rows)
+    show("Growth of a training step", ("of", "size", "ms per step"), rows)
     keys = ("flops", "bytes", "flops_per_second", "bytes_per_second", "seconds", "share")
     rows = [(name, *(f[key] for key in keys)) for name, f in figures.get("floor", {}).items()]
-    show("Floor: FLOPs of a step over the rate of a large product", ("case", *keys), rows)
+    show("Floor: FLOPs of a step at the rate of a large product", ("case", *keys), rows)
 
 
 def _draw(figures, path):
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
-    panels = figures.get("growth", {})
-    canvas, axes = plt.subplots(1, 1 + len(panels), figsize=(5 * (1 + len(panels)), 4))
-    first, *others = np.atleast_1d(axes)
+    curves = figures.get("growth", {})
+    canvas = Figure((5 * (1 + len(curves)), 4), layout="tight")
+    first, *others = np.atleast_1d(canvas.subplots(1, 1 + len(curves)))
     times = {name: ratio["seconds"] for name, ratio in figures["ratios"].items()}
     first.barh(list(times), list(times.values()))
     first.axvline(1, color="black", linewidth=1)
-    first.set_xlabel("time of ours / theirs")
-    for axis, (what, seconds) in zip(others, panels.items(), strict=True):
+    first.set_xlabel("time of ours / other")
+    for axis, (what, seconds) in zip(others, curves.items(), strict=True):
         axis.loglog(list(seconds), list(seconds.values()), marker="o")
         axis.set_xlabel(what)
-        axis.set_ylabel("seconds a step")
-    canvas.tight_layout()
-    try:
-        canvas.savefig(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--figure={path}: {error}") from None
+        axis.set_ylabel("seconds per step")
+    with explain_storage(f"--figure={path}", "choose another path"):
+        canvas.savefig(path, format="png")
 
 
 def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_data_arguments(parser)
+    parser.add_argument("--baseline", metavar="CHECKOUT", help="folder of another version")
+    parser.add_argument("--rounds", type=cli.positive, default=5, help="(default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one round, rows only")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="(default: %(default)s)")
-    parser.add_argument("--figure", metavar="FILE", help="draw ratios and growth, e.g. to a PNG")
+    cli.add_output_argument(parser, "--figure", "draw ratios and growth as a PNG image")
     return parser
 
 

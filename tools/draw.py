@@ -7,15 +7,13 @@ Only this machine can reach the page. Ctrl-C ends the tool. It needs the extra `
   pip install -e '.[draw]'
 """
 
-import argparse
 import contextlib
-import os
 import pathlib
 import socket
 
 import numpy as np
 
-from seqmnist.errors import UserError
+from seqmnist.errors import UserError, one_line
 from seqmnist.study import images
 from tools import cli
 
@@ -52,11 +50,11 @@ def make_app(network):
     from starlette.routing import Route
 
     from seqmnist.networks import views
-    from tools import sections
+    from seqmnist.study import card
 
     model = network.config.model
     about = {
-        "network": sections.describe(model),
+        "network": card.describe(model),
         "time_steps": network.sequence_shape[0],
         "read_at": [None if np.isnan(t) else int(t) for t in views.read_at(model).ravel()],
     }
@@ -99,10 +97,10 @@ def _main(arguments):
 
     try:
         listener = socket.create_server((HOST, arguments.port))
-    except OSError as error:
-        reason = os.strerror(error.errno)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
-            f"--port={arguments.port} cannot be used ({reason}); choose another above 1023"
+            f"--port={arguments.port} cannot be used ({reason}); choose one from 1024 to 65535"
         ) from None
     network = trained.load(arguments.workdir, arguments.member)
     network.beliefs(np.zeros((1, 28, 28), np.uint8))  # compiles, before anyone waits
@@ -116,16 +114,10 @@ def _main(arguments):
     return {"address": address}
 
 
-def _port(text):
-    if not (text.isdecimal() and int(text) < 1 << 16):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 65535")
-    return int(text)
-
-
 def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_workdir_argument(parser)
-    parser.add_argument("--port", type=_port, default=8000, help="(default: 8000; 0: any)")
+    parser.add_argument("--port", type=int, default=8000, help="(default: 8000; 0: any)")
     return parser
 
 

@@ -13,17 +13,18 @@ from tools import cli
 
 
 def _main(arguments):
-    from seqmnist import config as config_lib  # here, not above: --help needs no JAX
-    from seqmnist.study import export, trained
+    from seqmnist.study import card, export, trained  # here, not above: --help needs no JAX
 
     network = trained.load(arguments.workdir, arguments.member)
-    workdir, config = network.workdir.path, config_lib.to_dict(network.config)
-    card = export.model_card(workdir.name, config, network.results, network.member)
+    workdir = network.workdir.path
+    text = card.model_card(
+        workdir.name, network.config, network.results, network.member, export.USAGE
+    )
 
     def classify(images):
         return network.system.apply(network.params, images)
 
-    figures = export.write(workdir, classify, network.params, card)
+    figures = export.write(workdir, classify, network.params, text)
     for name, size in figures["files"].items():
         print(f"{workdir / export.DIRECTORY / name}: {size:,} bytes")
     for size, difference in figures["largest_difference"].items():

@@ -3,182 +3,204 @@
 Example:
   python -m tools.keras_parity --float64 --manual_dir=DIR
 
-Prints the largest difference in initial logits, in the gradients of the first step, in the
-loss of each step, in the parameters at the end, and in the score on the test set; then puts
-parameters trained here into a Keras model and scores them there. DIR holds the four archives
-of MNIST; without it the dataset is found as `python -m seqmnist.main` finds it.
+Prints the largest difference in initial logits, in the gradients of the first step, in the loss
+of each step and in the parameters at the end, and the scores on the test set; `ours_in_keras` is
+the score of the parameters trained here in a Keras model. DIR holds the four archives of MNIST;
+without it the dataset is chosen as by `python -m seqmnist.main`.
 """
 
+import importlib.util
 import os
-
-os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqmnist import config as config_lib
+from seqmnist import process
 from seqmnist.config import Config
 from seqmnist.datasets.sources import Prepared
+from seqmnist.errors import UserError, explain_storage
 from seqmnist.study import interop
 from seqmnist.training import batches
-from seqmnist.training.loop import Resident
+from seqmnist.training.loop import Loop, Resident
 from seqmnist.training.steps import init_state, make_system, train_step
 from tools import cli
 
 
+def require_keras() -> None:
+    """Selects JAX as Keras's backend; raises UserError if Keras is not installed."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    if not importlib.util.find_spec("keras"):
+        raise UserError("Keras is not installed; pip install 'keras>=3.9'")
+
+
 def compare(
     dataset: Prepared,
+    config: Config,
     num_steps: int | None = None,
-    seed: int = 0,
     softmax: bool = False,
-    save: str | None = None,
+    save: str | os.PathLike | None = None,
 ) -> dict:
     """Compares one epoch in Keras with one here.
 
     Args:
       dataset: the images.
-      num_steps: how many steps of the epoch; None is all.
-      seed: of Keras's initial weights and of the epoch order.
-      softmax: let Keras's model give probabilities, which its loss clips, as the notebook
-        writes it, instead of logits.
-      save: a file for the trained Keras model, or None.
-
-    Returns:
-      The figures.
+      config: its seed is also that of Keras's initial weights.
+      num_steps: steps of the epoch; None is all.
+      softmax: Keras's model returns probabilities, which its loss clips, as in the notebook,
+        instead of logits.
+      save: a file for the trained Keras model.
     """
-    import keras
-
-    config = Config(seed=seed)
-    dtype = jnp.dtype(keras.config.floatx())
-    images, labels = (
-        np.concatenate(pair) for pair in zip(*map(dataset.arrays, ("train", "test")), strict=True)
-    )
-    sizes = [dataset.num_examples(split) for split in ("train", "test")]
+    parts = ("train", "test")
+    arrays = tuple(map(np.concatenate, zip(*map(dataset.arrays, parts), strict=True)))
+    sizes = map(dataset.num_examples, parts)
     splits = batches.make_splits(*sizes, config.data.validation_fraction)
-    order = batches.epoch_order(seed, 0, len(splits["train"]))
+    order = batches.epoch_order(config.seed, 0, len(splits["train"]))
     rows = batches.batch_rows(order, config.train.batch_size)[:num_steps]
-
-    keras.utils.set_random_seed(seed)
-    theirs = interop.build_keras(config.model)
-    if softmax:
-        theirs.add(keras.layers.Softmax())
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not softmax)
-    theirs.compile(keras.optimizers.RMSprop(), loss, metrics=["accuracy"])
-
-    system = make_system(config)
-    state = jax.tree.map(
-        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
-        init_state(config, system, seed),
-    )
-    interop.from_keras(config.model, state.params, theirs.get_weights())
-
-    pairs = [
-        (images[row] / np.asarray(255, dtype), labels[row])
-        for row in (np.asarray(row[row != batches.PADDING]) for row in rows)
-    ]
-    logits = system.apply(state.params, jnp.asarray(images[np.asarray(rows[0])]))
-    their_logits = np.asarray(theirs(pairs[0][0]))
+    theirs = _Keras(config, arrays, softmax)
+    ours = _Ours(config, arrays, softmax, theirs.weights())
+    first = _unpadded(rows[0])
     figures = {
         "dataset": dataset.name,
-        "dtype": dtype.name,
+        "dtype": theirs.dtype.name,
         "steps": len(rows),
-        "initial_logits": _difference(jax.nn.softmax(logits) if softmax else logits, their_logits),
-        "first_gradients": _difference(
-            interop.to_keras(config.model, _our_gradients(system, state, images, labels, rows[0])),
-            _their_gradients(theirs, loss, *pairs[0]),
-        ),
+        "initial_logits": _difference([ours.outputs(first)], [theirs.outputs(first)]),
+        "first_gradients": _difference(ours.gradients(first), theirs.gradients(first)),
     }
-
-    arrays = jax.device_put((images, labels))
-    step = jax.jit(lambda state, row: train_step(system, state, batches.take(*arrays, row)))
-    losses = []
-    for row in rows:
-        state, sums = step(state, row)
-        losses.append(sums.means()["loss"])
-    # Reset after each batch, so that Keras reports the batch and not a running mean.
-    their_losses = []
-    for batch in pairs:
-        theirs.reset_metrics()
-        their_losses.append(float(theirs.train_on_batch(*batch)[0]))
-    gaps = np.abs(np.array(losses) - their_losses)
-    weights, their_weights = interop.to_keras(config.model, state.params), theirs.get_weights()
+    gaps = np.array([abs(ours.train(row) - theirs.train(row)) for row in rows])
+    pairs = list(zip(ours.weights(), theirs.weights(), strict=True))
     figures |= {
-        "loss_first_100_steps": float(gaps[:100].max()),
-        "loss_all_steps": float(gaps.max()),
-        "parameters": _difference(weights, their_weights),
+        "loss_first_100_steps": gaps[:100].max().item(),
+        "loss_all_steps": gaps.max().item(),
+        "parameters": _difference(*zip(*pairs, strict=True)),
         "parameters_relative": max(
-            float(np.linalg.norm(ours - other) / np.linalg.norm(other))
-            for ours, other in zip(weights, their_weights, strict=True)
+            (np.linalg.norm(a - b) / np.linalg.norm(b)).item() for a, b in pairs
         ),
-        "ours": _score_here(config, system, state.params, images, labels, splits["test"]),
-        "keras": _score_there(theirs, images, labels, splits["test"]),
+        "ours": ours.score(splits["test"]),
+        "keras": theirs.score(splits["test"]),
     }
-    theirs.set_weights(weights)
-    figures["ours_in_keras"] = _score_there(theirs, images, labels, splits["test"])
+    theirs.model.set_weights(ours.weights())
+    figures["ours_in_keras"] = theirs.score(splits["test"])
     if save:
-        theirs.save(save)
+        with explain_storage(f"--save={save}", "choose another path"):
+            theirs.save(save)
     return figures
 
 
-def enable_float64() -> None:
-    """Lets JAX and Keras compute in double precision.
+class _Ours:
+    def __init__(self, config, arrays, softmax, weights):
+        self._config, self._softmax = config, softmax
+        self._arrays = jax.device_put(arrays)
+        self._system = make_system(config)
+        state = init_state(config, self._system, config.seed)
+        self._state = jax.tree.map(
+            lambda x: x.astype(weights[0].dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            state,
+        )
+        interop.from_keras(config.model, self._state.params, weights)
+        self._step = jax.jit(
+            lambda arrays, state, row: train_step(self._system, state, batches.take(*arrays, row))
+        )
 
-    On JAX, Keras narrows the results of tanh, mean and others to float32, by a table of its
-    own that has to be amended.
-    """
-    from keras import config
-    from keras.src.backend.common import dtypes
+    def outputs(self, row):
+        logits = self._system.apply(self._state.params, self._arrays[0][row])
+        return jax.nn.softmax(logits) if self._softmax else logits
 
-    jax.config.update("jax_enable_x64", True)
-    config.set_floatx("float64")
-    config.set_dtype_policy("float64")
-    dtypes.BIT64_TO_BIT32_DTYPE["float64"] = "float64"
+    def gradients(self, row):
+        images, labels = (array[row] for array in self._arrays)
+
+        def mean_loss(params):
+            log_probabilities = jax.nn.log_softmax(self._system.apply(params, images))
+            return -jnp.mean(log_probabilities[jnp.arange(len(row)), labels])
+
+        return interop.to_keras(self._config.model, jax.grad(mean_loss)(self._state.params))
+
+    def train(self, row):
+        self._state, sums = self._step(self._arrays, self._state, row)
+        return sums.means()["loss"]
+
+    def weights(self):
+        return interop.to_keras(self._config.model, self._state.params)
+
+    def score(self, split):
+        rows = batches.batch_rows(np.array(split), self._config.train.batch_size)
+        loop = Loop(self._system, Resident(*map(np.asarray, self._arrays)))
+        return loop.evaluate(self._state.params, rows).means()
+
+
+class _Keras:
+    def __init__(self, config, arrays, softmax):
+        import keras
+
+        self._arrays, self.dtype = arrays, np.dtype(keras.config.floatx())
+        keras.utils.set_random_seed(config.seed)
+        self.model = interop.build_keras(config.model)
+        if self.dtype == np.float64:  # Keras's own tanh casts to float32
+            self.model.layers[0].cell.activation = jnp.tanh
+        if softmax:
+            self.model.add(keras.layers.Softmax())
+        self._loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not softmax)
+        self.model.compile(keras.optimizers.RMSprop(), self._loss, metrics=["accuracy"])
+
+    def _examples(self, row):
+        images, labels = self._arrays
+        return images[row] / self.dtype.type(255), labels[row]
+
+    def outputs(self, row):
+        return self.model(self._examples(row)[0])
+
+    def gradients(self, row):
+        fixed = [variable.value for variable in self.model.non_trainable_variables]
+        images, labels = self._examples(row)
+
+        def mean_loss(weights):
+            return self._loss(labels, self.model.stateless_call(weights, fixed, images)[0])
+
+        return jax.grad(mean_loss)([variable.value for variable in self.model.trainable_variables])
+
+    def train(self, row):
+        self.model.reset_metrics()  # or Keras would report a running mean
+        return float(self.model.train_on_batch(*self._examples(_unpadded(row)))[0])
+
+    def weights(self):
+        return self.model.get_weights()
+
+    def score(self, split):
+        examples = self._examples(slice(split.start, split.stop))
+        loss, accuracy = self.model.evaluate(*examples, 128, verbose=0)
+        return {"loss": float(loss), "accuracy": float(accuracy)}
+
+    def save(self, path):
+        import keras
+
+        self.model.layers[0].cell.activation = keras.activations.tanh  # saved by its name
+        self.model.save(path)
+
+
+def _unpadded(row):
+    return row[row != batches.PADDING]
 
 
 def _difference(ours, theirs) -> float:
-    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
-    return max(float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in pairs)
-
-
-def _our_gradients(system, state, images, labels, row):
-    def mean_loss(params):
-        logits = system.apply(params, jnp.asarray(images[np.asarray(row)]))
-        log_probabilities = jax.nn.log_softmax(logits)
-        return -jnp.mean(log_probabilities[jnp.arange(len(row)), jnp.asarray(labels)[row]])
-
-    return jax.grad(mean_loss)(state.params)
-
-
-def _their_gradients(model, loss, x, y):
-    fixed = [variable.value for variable in model.non_trainable_variables]
-
-    def mean_loss(weights):
-        return loss(y, model.stateless_call(weights, fixed, x)[0])
-
-    return jax.grad(mean_loss)([variable.value for variable in model.trainable_variables])
-
-
-def _score_here(config, system, params, images, labels, split):
-    rows = batches.batch_rows(np.array(split), config.train.batch_size)
-    return Resident(system, images, labels).evaluate(params, rows).means()
-
-
-def _score_there(model, images, labels, split):
-    x = images[split.start : split.stop] / np.asarray(255, model.weights[0].dtype)
-    loss, accuracy = model.evaluate(x, labels[split.start : split.stop], 128, verbose=0)
-    return {"loss": float(loss), "accuracy": float(accuracy)}
+    pairs = zip(ours, theirs, strict=True)
+    return max(np.abs(np.asarray(a) - np.asarray(b)).max().item() for a, b in pairs)
 
 
 def _main(arguments):
+    require_keras()
+    config = config_lib.validated(Config(seed=arguments.seed))
+    if arguments.save and arguments.save.suffix != ".keras":
+        raise UserError(f"--save={arguments.save} must end in .keras")
+    process.set_up_jax(config)
     if arguments.float64:
-        enable_float64()
-    figures = compare(
-        cli.prepare_data(arguments),
-        arguments.steps,
-        arguments.seed,
-        arguments.softmax,
-        arguments.save,
-    )
+        import keras
+
+        jax.config.update("jax_enable_x64", True)
+        keras.config.set_floatx("float64")
+        keras.config.set_dtype_policy("float64")
+    dataset = cli.prepare_data(arguments)
+    figures = compare(dataset, config, arguments.steps, arguments.softmax, arguments.save)
     for name, value in figures.items():
         print(f"{name:24}{value}")
     return figures
@@ -189,11 +211,9 @@ def _make_parser():
     cli.add_data_arguments(parser)
     parser.add_argument("--float64", action="store_true", help="compute in double precision")
     parser.add_argument("--steps", type=cli.positive, help="steps of the epoch (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
-    parser.add_argument(
-        "--softmax", action="store_true", help="probabilities, not logits, in Keras"
-    )
-    parser.add_argument("--save", metavar="FILE.keras", help="save the trained network for Keras")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--softmax", action="store_true", help="Keras computes probabilities")
+    cli.add_output_argument(parser, "--save", "save the trained network for Keras, as FILE.keras")
     return parser
 
 

@@ -3,83 +3,94 @@
 Example:
   python -m tools.launch_local --processes=2 -- --workdir=runs/two --config=experiments/notebook.py
 
-The processes find each other on 127.0.0.1, and reduce gradients by gloo on CPUs. Process 0 prints;
-the others' lines are shown with their number. When one ends badly, so do the others.
+The processes connect through 127.0.0.1. On GPUs, process i gets one: entry i of
+CUDA_VISIBLE_DEVICES if it is set, else GPU i. Lines of all processes but the first are printed
+with the number of their process. If a process fails, the others end as well.
 """
 
 import argparse
+import contextlib
+import math
+import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Sequence
+from concurrent import futures
 
-from seqmnist import distributed
+from seqmnist.training import distributed
 from tools import cli
 
-# Seconds that the others get to say why they end, once one has ended badly.
+# Seconds that the others have to report an error of their own after a process has failed.
 GRACE = distributed.PATIENCE + 20
 
 
-def launch(num_processes: int, arguments: list[str]) -> list[subprocess.Popen]:
-    """Starts the processes of a job; `arguments` are those of `seqmnist.main`."""
+def launch(arguments: Sequence[list[str]]) -> list[subprocess.Popen]:
+    """Starts a process for each list of arguments of `seqmnist.main`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}"]
+    common = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={len(arguments)}"]
+    each = ",".join(map(str, range(len(arguments))))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", each).split(",")
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "seqmnist.main", *common, f"--process_id={i}", *arguments],
+            [sys.executable, "-m", "seqmnist.main", *common, f"--process_id={i}", *rest],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "".join(gpus[i : i + 1])},
+            process_group=0,  # Ctrl-C in a terminal reaches it once, through `_main`
         )
-        for i in range(num_processes)
+        for i, rest in enumerate(arguments)
     ]
 
 
 def wait(processes: list[subprocess.Popen]) -> int:
-    """Waits for all to end; returns 0, or the exit code of the first that ended badly."""
-    failed, since = None, 0.0
-    while any(process.poll() is None for process in processes):
+    """Waits for all processes; returns 0, or the exit code of the first that failed."""
+    code, deadline = 0, math.inf
+    while True:
         codes = [process.poll() for process in processes]
-        if failed is None and any(codes):
-            failed, since = next(i for i, code in enumerate(codes) if code), time.monotonic()
-            print(
-                f"launch_local: process {failed} ended with exit code {codes[failed]}; the others "
-                f"end within {GRACE} seconds"
-            )
-        if failed is not None and time.monotonic() - since > GRACE:
+        if not code and any(codes):
+            code, deadline = next(filter(None, codes)), time.monotonic() + GRACE
+            if None in codes:
+                print(
+                    f"launch_local: process {codes.index(code)} ended with exit code {code}; the "
+                    f"others end within {GRACE} seconds",
+                    flush=True,
+                )
+        if None not in codes:
+            return code if code >= 0 else 128 - code
+        if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.1)
-    codes = [process.returncode for process in processes]
-    code = codes[failed] if failed is not None else next((code for code in codes if code), 0)
-    return code if code >= 0 else 128 - code
 
 
 def _show(number, process):
     for line in process.stdout:
-        print(f"[{number}] {line}" if number else line, end="", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # a pipe that is not read blocks the process
+            print(f"[{number}] {line}" if number else line, end="", flush=True)
 
 
 def _main(arguments):
     rest = [argument for argument in arguments.arguments if argument != "--"]
-    processes = launch(arguments.processes, rest)
+    processes = launch([rest] * arguments.processes)
 
     def pass_on(received, _):
         for process in processes:
             process.send_signal(received)
 
-    for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, pass_on)
-    threads = [threading.Thread(target=_show, args=pair) for pair in enumerate(processes)]
-    for thread in threads:
-        thread.start()
-    code = wait(processes)
-    for thread in threads:
-        thread.join()
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, pass_on)
+    with futures.ThreadPoolExecutor(len(processes)) as pool:
+        pool.map(_show, range(len(processes)), processes)
+        code = wait(processes)
     if code:
         sys.exit(code)
     return {"processes": arguments.processes, "exit_code": code}

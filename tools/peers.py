@@ -1,6 +1,6 @@
 """The programs that `tools.benchmark` times: ours, Keras and PyTorch, each in its own process.
 
-`python -m tools.peers NAME` answers requests, a line of JSON each, from standard input;
+`python -m tools.peers NAME` answers requests from standard input, one line of JSON each;
 `python -m tools.peers NAME --job=FILE.npz` does the notebook's whole job and ends.
 """
 
@@ -17,51 +17,43 @@ class Ours:
     """This project, with its dataset in device memory."""
 
     def __init__(self, case, file):
+        from seqmnist import process
+        from seqmnist.config import Config
+        from seqmnist.training import batches, devices, loop, steps
+
+        self.batches, self.config = batches, Config()
+        for name, value in case.items():
+            setattr(self.config.train if name == "batch_size" else self.config.model, name, value)
+        process.set_up_jax(self.config)
+
         import jax
 
-        from seqmnist.config import Config, MeshConfig, ModelConfig, TrainConfig
-        from seqmnist.training import devices
-        from seqmnist.training.steps import init_state, make_system
+        train, test = (_load(file, split) for split in _SPLITS)
+        self.num_train, self.num_test = len(train[1]), len(test[1])
+        plan = devices.plan(self.config.mesh, 1, case["batch_size"], len(jax.devices()))
+        system = steps.make_system(self.config, 1)
+        self.loop = loop.Loop(system, self.make_feed(train, test), devices.make_mesh(*plan))
+        self.state = steps.init_state(self.config, system, 0)
 
-        model = ModelConfig(
-            view=case["view"],
-            cell=case["cell"],
-            hidden_size=case["hidden_size"],
-            subsample=case.get("subsample", 1),
-        )
-        self.config = Config(model=model, train=TrainConfig(batch_size=case["batch_size"]))
-        splits = [_load(file, split) for split in _SPLITS]
-        self.num_train, self.num_test = (len(labels) for _, labels in splits)
-        system = make_system(self.config, 1)
-        devices.use_cores(1, case["batch_size"])
-        plan = devices.plan(MeshConfig(), 1, case["batch_size"], len(jax.devices()))
-        self.loop = self.make_loop(system, splits, devices.make_mesh(*plan))
-        self.state = init_state(self.config, system, 0)
-
-    def make_loop(self, system, splits, mesh):
-        from seqmnist.training import batches
+    def make_feed(self, train, test):
         from seqmnist.training.loop import Resident
 
-        return Resident(system, *map(batches.join, zip(*splits, strict=True)), mesh)
+        return Resident(*map(self.batches.join, zip(train, test, strict=True)))
 
     def train(self, num_steps):
-        from seqmnist.training import batches
-
-        order = batches.epoch_order(0, 0, self.num_train)
-        self.rows = batches.batch_rows(order, self.config.train.batch_size)
+        order = self.batches.epoch_order(0, 0, self.num_train)
+        self.rows = self.batches.batch_rows(order, self.config.train.batch_size)
         self.steps(num_steps)
 
     def steps(self, num_steps):
-        """As `train`, without drawing an epoch's order, which takes as long as some steps."""
+        """Trains without drawing an epoch's order, which takes as long as several steps."""
         *_, progress = self.loop.train(self.loop.start(self.state), self.rows[:num_steps])
         self.state = progress.state
         progress.sums.means()
 
     def evaluate(self):
-        from seqmnist.training import batches
-
         rows = np.arange(self.num_train, self.num_train + self.num_test)
-        rows = batches.batch_rows(rows, self.config.train.batch_size)
+        rows = self.batches.batch_rows(rows, self.config.train.batch_size)
         self.loop.evaluate(self.state.params, rows).means()
 
     def cost(self):
@@ -73,11 +65,10 @@ class Ours:
 class Streamed(Ours):
     """This project, with batches streamed from the host."""
 
-    def make_loop(self, system, splits, mesh):
-        from seqmnist.training import batches
+    def make_feed(self, train, test):
         from seqmnist.training.loop import Streamed
 
-        return Streamed(system, batches.Records(*splits), mesh)
+        return Streamed(self.batches.Records(train, test))
 
 
 class Keras:
@@ -117,12 +108,11 @@ class Torch:
     def __init__(self, case, file):
         import torch
 
-        self.torch = torch
+        self.torch, self.batch_size = torch, case["batch_size"]
         layer = {"simple_rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}[case["cell"]]
         (self.x, self.y), self.test = (
             tuple(map(torch.from_numpy, _sequences(file, split, case))) for split in _SPLITS
         )
-        self.batch_size = case["batch_size"]
         hidden_size = case["hidden_size"]
         self.rnn = getattr(torch.nn, layer)(self.x.shape[2], hidden_size, batch_first=True)
         self.dense = torch.nn.Linear(hidden_size, 10)
@@ -134,9 +124,8 @@ class Torch:
         return self.torch.nn.functional.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
 
     def train(self, num_steps, size=None):
-        rows = self.torch.randperm(size or len(self.x)).split(self.batch_size)[:num_steps]
         correct = 0
-        for row in rows:
+        for row in self.torch.randperm(size or len(self.x)).split(self.batch_size)[:num_steps]:
             self.optimizer.zero_grad()
             loss, hits = self._sums(self.x[row], self.y[row])
             loss.backward()
@@ -148,8 +137,7 @@ class Torch:
         x, y = examples or self.test
         with self.torch.no_grad():
             batches = zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
-            hits = sum(self._sums(*batch)[1] for batch in batches)
-        return float(hits) / len(x)
+            return float(sum(self._sums(*batch)[1] for batch in batches)) / len(x)
 
     def job(self):
         boundary = int(0.8 * len(self.x))
@@ -171,8 +159,8 @@ def _load(file, split):
 
 def _sequences(file, split, case):
     images, labels = _load(file, split)
-    shape = {"rows": (28, 28), "pixels": (784, 1)}[case["view"]]
-    return (images / np.float32(255)).reshape(-1, *shape), labels.astype(np.int64)
+    shape = {"rows": images.shape, "pixels": (len(images), -1, 1)}[case["view"]]
+    return (images / np.float32(255)).reshape(shape), labels.astype(np.int64)
 
 
 def _serve(name):
@@ -186,12 +174,12 @@ def _serve(name):
             peer = PEERS[name](*arguments)
         else:
             answer = getattr(peer, request)(*arguments)
-        figures = {
+        measured = {
             "seconds": time.perf_counter() - began,
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "answer": answer,
         }
-        print(json.dumps(figures), file=answers, flush=True)
+        print(json.dumps(measured), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seqmnist.networks import views
-from seqmnist.study import insight, trained
+from seqmnist.study import card, insight, trained
 from seqmnist.workdir import Workdir
 from tools import figures
 
@@ -117,58 +117,36 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
         config, results = workdir.read_config(), workdir.read_results()
         metrics[name] = workdir.read_metrics()
         seconds = (results.get("seconds") or {}).get("train", "–")
-        row = [name, describe(config.model), results.get("parameters", "–"), len(metrics[name])]
-        rows.append([*row, seconds, *_scores(results).values()])
+        row = [
+            name,
+            card.describe(config.model),
+            results.get("parameters", "–"),
+            len(metrics[name]),
+        ]
+        rows.append([*row, seconds, *card.scores(results).values()])
     alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
     text = "Mean and standard deviation for runs with several members."
     pictures = _picture("compare", figures.learning_curves(metrics), alt)
     return Section("Runs side by side", text, pictures, rows)
 
 
-def describe(model: Any) -> str:
-    """Describes the network of a `ModelConfig` in a few words."""
-    parts = [model.view]
-    parts += ["reversed"] if model.reverse else []
-    parts += [f"one time step of {model.subsample}"] if model.subsample > 1 else []
-    sides = "bidirectional " if model.bidirectional else ""
-    block = f"{model.block} " if model.block != "plain" else ""
-    layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size})"
-    return f"{', '.join(parts)} → {layers} → {model.readout} → logits"
-
-
 def _what_was_run(found):
-    network, config, results = found.network, found.network.config, found.network.results
-    dataset, seconds = results.get("dataset", {}), results.get("seconds")
-    sizes = ", ".join(
-        f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if s in dataset
-    )
-    train, optimizer = config.train, config.optimizer
-    rows = {
-        "network": describe(config.model),
-        "parameters": f"{results['parameters']:,}" if results else "–",
-        "data": f"{dataset.get('name', config.data.name)}: {sizes or 'not recorded'}",
-        "training": f"{train.num_epochs} epochs, batches of {train.batch_size}, {optimizer.name}, "
-        f"learning rate {optimizer.learning_rate}",
-        "seed": str(config.seed),
-        "devices": ", ".join(results.get("devices", ["not recorded"])),
-        "seconds": f"{seconds['train']} to train, {seconds['total']} in all" if seconds else "–",
-        **_scores(results),
-        "versions": ", ".join(f"{k} {v}" for k, v in results.get("versions", {}).items()) or "–",
-    }
+    network, results = found.network, found.network.results
     text = f"The accuracy on the test set, measured for this page, is {found.accuracy:.4f}."
     if network.member is not None:
         text += f" All pictures except the learning curves show member {network.member} only."
     if not results:
         text += "\nNOTICE: the run has not ended; this is its latest checkpoint."
-    if dataset.get("notice"):
-        text += f"\nNOTICE: {dataset['notice']}"
-    return Section("What was run", text, {}, [[], *rows.items()])
+    if notice := results.get("dataset", {}).get("notice"):
+        text += f"\nNOTICE: {notice}"
+    facts = card.facts(network.config, results, network.member)
+    return Section("What was run", text, {}, [[], *facts.items()])
 
 
 def _learning_curves(found):
     metrics = found.metrics
     figure = figures.learning_curves({found.network.workdir.path.name: metrics})
-    final = _mean(metrics[-1].get("validation/accuracy"))
+    final = card.format_score(metrics[-1].get("validation/accuracy"))
     alt = f"Loss and accuracy over {len(metrics)} epochs; final validation accuracy {final}"
     text = (
         "Training scores are means over an epoch in which the parameters change; validation "
@@ -222,7 +200,7 @@ def _sequence(found):
 def _unrolled(found):
     model, example = found.network.config.model, found.examples[0]
     figure = figures.unrolled(found.x, example.beliefs[-1], model)
-    alt = f"{describe(model)}, drawn as a chain of states; prediction: {example.title}"
+    alt = f"{card.describe(model)}, drawn as a chain of states; prediction: {example.title}"
     text = (
         "Each state h is computed from the state one time step earlier and from the layer below. "
         "All time steps share the same weights."
@@ -289,22 +267,3 @@ def _picture(name, figure, alt):
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
     return {f"{name}.png": (file.getvalue(), alt)}
-
-
-def _scores(results):
-    names = (("validation", "accuracy"), ("test", "accuracy"), ("test", "loss"))
-    return {f"{split} {name}": _mean(results.get(split, {}).get(name)) for split, name in names}
-
-
-def _mean(score):
-    """Formats a score, number or null; for a list of one per member, mean ± standard deviation."""
-    scores = score if isinstance(score, list) else [score]
-    values = [value for value in scores if value is not None]
-    if not values:
-        return "–"
-    text = f"{np.mean(values):.4f}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.4f}"
-    return text + (
-        f" ({len(values)} of {len(scores)} members)" if len(values) < len(scores) else ""
-    )
