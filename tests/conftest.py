@@ -14,7 +14,10 @@ MNIST = REPOSITORY.parent / "shared" / "data" / "mnist"
 
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# What is compiled here runs briefly: LLVM's lowest level halves the time of many tests.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
 os.environ["KERAS_BACKEND"] = "jax"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the caches of the session
     _CACHES = tempfile.TemporaryDirectory(prefix="seqmnist-tests-")
