@@ -16,9 +16,10 @@ WIDTH = 6.0
 # The palette of M. Okabe and K. Ito, distinguishable with any kind of colour vision.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 ORANGE, SKY, YELLOW, GREY = "#E69F00", "#56B4E9", "#F0E442", "#666666"
-COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#000000", YELLOW)
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "black", YELLOW)
 _GRAY_BYTES = {"cmap": "gray", "vmin": 0, "vmax": 255}
 _GRAY = {"cmap": "gray", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
+_BAR_BELOW = {"location": "bottom", "shrink": 0.5, "aspect": 40}
 _UNUSED = "#e8e8e8"  # cells of a heat map without a value
 
 
@@ -83,10 +84,8 @@ def confusion(counts: np.ndarray) -> Figure:
         weight = "bold" if i == j else "normal"
         _write(axis, j, i, counts[i, j], color=color, size=9, weight=weight)
     axis.set(xticks=range(num), yticks=range(num), xlabel="predicted class", ylabel="class")
-    bar = figure.colorbar(heat, ax=axis, shrink=0.8)
-    bar.set_label("share of the class")
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    bar.ax.yaxis.set_major_locator(MaxNLocator(5))
+    style = {"format": PercentFormatter(1, decimals=0), "ticks": MaxNLocator(5), "shrink": 0.8}
+    figure.colorbar(heat, ax=axis, label="share of the class", **style)
     return figure
 
 
@@ -105,11 +104,9 @@ def class_bars(precision: np.ndarray, recall: np.ndarray, f1: np.ndarray) -> Fig
 def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> Figure:
     """Draws images uint8 [N, 28, 28] with their labels [N] and class probabilities [N, C]."""
     rows = -(-len(images) // 5)
-    figure, axes = _subplots(1.5 * rows, rows, 5, squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, label, row in zip(axes.flat, images, labels, probabilities, strict=False):
-        axis.imshow(image, **_GRAY_BYTES)
+    figure = Figure(figsize=(WIDTH, 1.5 * rows), layout="constrained")
+    for i, (image, label, row) in enumerate(zip(images, labels, probabilities, strict=True)):
+        axis = _show_image(figure.add_subplot(rows, 5, i + 1), image)
         axis.set_title(f"{row.argmax()} ({row.max():.0%}), is {label}", size=9)
     return figure
 
@@ -127,7 +124,7 @@ def sequence(image: np.ndarray, x: np.ndarray, read_at: np.ndarray, title: str) 
     order.set_facecolor(_UNUSED)
     heat = order.imshow(read_at + 1, cmap="viridis", vmin=1, vmax=num_steps)
     order.set(xticks=[], yticks=[], title="when each pixel is read")
-    figure.colorbar(heat, ax=order, shrink=0.85).set_label("time step")
+    figure.colorbar(heat, ax=order, shrink=0.85, label="time step")
     axis = figure.add_subplot(grid[1, :])
     if size == 1:
         axis.fill_between(np.arange(1, num_steps + 1), x[:, 0], step="mid", color=BLUE, lw=0)
@@ -250,8 +247,7 @@ def beliefs(correct: Sequence[Example], wrong: Sequence[Example]) -> Figure:
             if i == len(column) - 1:
                 axis.set_xlabel("class", size=8)
             axes.append(axis)
-    bar = figure.colorbar(heat, ax=axes, location="bottom", shrink=0.5, aspect=40)
-    bar.set_label("probability", size=8)
+    figure.colorbar(heat, ax=axes, label="probability", **_BAR_BELOW)
     return figure
 
 
@@ -284,8 +280,7 @@ def hidden_states(examples: Sequence[Example]) -> Figure:
         axis.set_ylabel("unit")
         _show_image(axis.inset_axes((1.02, 0.3, 0.16, 0.4)), example.image)
     axes[-1, 0].set_xlabel("time step")
-    bar = figure.colorbar(heat, ax=axes, location="bottom", shrink=0.5, aspect=40)
-    bar.set_label("output of the top layer")
+    figure.colorbar(heat, ax=axes, label="output of the top layer", **_BAR_BELOW)
     return figure
 
 
