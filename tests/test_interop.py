@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 from flax import nnx
 
-from seqmnist.config import Config, ModelConfig, ScanConfig
+from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.networks.cells import CELLS
 from seqmnist.networks.views import sequence
@@ -57,13 +58,12 @@ def test_keras_gives_the_same_logits_and_gradients(model, digits):
         logits, _ = their_model.stateless_call(weights, other, x)
         return mean_loss(logits)
 
-    np.testing.assert_allclose(system.apply(params, images), their_model(x), atol=1e-5)
+    assert_close(system.apply(params, images), their_model(x))
     other = [variable.value for variable in their_model.non_trainable_variables]
     weights = [variable.value for variable in their_model.trainable_variables]
     theirs = jax.grad(their_loss)(weights)
     ours = interop.to_keras(model, jax.grad(our_loss)(params))
-    for our_gradient, their_gradient in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(our_gradient, their_gradient, atol=1e-5)
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("model", ARCHITECTURES, ids=lambda model: model.cell)
@@ -138,11 +138,11 @@ def test_pytorch_gives_the_same_states_and_gradients(name):
     (their_h * torch.tensor(cotangent)).sum().backward()
 
     def inner(params):
-        h = nnx.merge(graphdef, params)(jnp.array(x), ScanConfig())
+        h = nnx.merge(graphdef, params)(jnp.array(x))
         return jnp.sum(h * cotangent), h
 
     grads, our_h = jax.grad(inner, has_aux=True)(params)
-    np.testing.assert_allclose(our_h, their_h.detach().numpy(), atol=1e-5)
+    assert_close(our_h, their_h.detach().numpy())
     for theirs, ours in names.items():
         gradient = getattr(layer, theirs).grad.numpy()
-        np.testing.assert_allclose(reorder(grads[ours][...]), gradient, atol=1e-5, rtol=1e-5)
+        assert_close(reorder(grads[ours][...]), gradient)
