@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from seqmnist.config import CheckpointConfig
-from seqmnist.errors import UserError, one_line, storage_reason
+from seqmnist.errors import UserError, explain_storage, one_line, storage_reason
 from seqmnist.training import devices
 from seqmnist.training.metrics import Sums
 from seqmnist.training.steps import TrainState
@@ -26,7 +26,8 @@ from seqmnist.training.steps import TrainState
 DIRECTORY, DAMAGED = "checkpoints", "damaged"
 
 # What Orbax raises for content that is missing or cannot be decoded.
-_UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, FileNotFoundError)
+_UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
+_UNDECODABLE += (FileNotFoundError,)
 # What TensorStore says in a ValueError that has other causes.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED", "CANCELLED")
 
@@ -146,8 +147,9 @@ class Checkpoints:
             aside = _unused(self._workdir / DAMAGED / str(step))
             notice(f"checkpoints/{step} is damaged ({reason}); moved to {DAMAGED}/{aside.name}")
             if jax.process_index() == 0:
-                aside.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(aside)
+                with explain_storage(str(aside.parent), "move what is there"):
+                    aside.parent.mkdir(exist_ok=True)
+                    (self.directory / str(step)).rename(aside)
         if steps:
             raise UserError(
                 f"all checkpoints of {self._workdir} are damaged and were moved to {DAMAGED}; run "
@@ -225,6 +227,8 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         if str(error).startswith(_NOT_DAMAGE):
             raise
         raise _DamagedError(one_line(error)) from error
+    except OSError as error:
+        raise _unreadable(folder, error) from error
     if not is_whole or facts["step"] != int(folder.name):
         raise _DamagedError("its content has changed since it was written")
     return leaves, facts
@@ -237,11 +241,15 @@ def _check_readable(folder):
             if path.is_file():
                 path.read_bytes()
     except OSError as error:
-        reason = storage_reason(error) or one_line(error)
-        raise UserError(
-            f"{error.filename or folder} cannot be read ({reason}); make it readable, nothing was "
-            "changed"
-        ) from error
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder, error):
+    reason = storage_reason(error) or one_line(error)
+    return UserError(
+        f"{error.filename or folder} cannot be read ({reason}); make it readable, nothing was "
+        "changed"
+    )
 
 
 def _fitted(step, leaves: Mapping[str, np.ndarray], name, like):
@@ -280,7 +288,8 @@ def _digest(leaves: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> str:
         index, field, *rest = name.split(".")
         fields = (TrainState, Sums)[int(index)]._fields
         keys = [(0, int(x), "") if x.isdecimal() else (1, 0, x) for x in rest]
-        return int(index), fields.index(field), keys
+        place = fields.index(field) if field in fields else len(fields)
+        return int(index), place, keys
 
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(leaves, key=order):

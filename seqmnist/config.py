@@ -20,7 +20,7 @@ from seqmnist import paths
 from seqmnist.errors import UserError, nearest, one_line
 
 # What float32 can hold.
-_SMALLEST, LARGEST = 1e-37, 3.4e38
+SMALLEST, LARGEST = 1e-37, 3.4e38
 _COUNT = "[0, 1000000000]"
 
 
@@ -92,7 +92,7 @@ class OptimizerConfig(_Group):
     """How gradients become updates."""
 
     name: str = _field("rmsprop", "a name in optim.OPTIMIZERS; rmsprop is computed as in Keras")
-    learning_rate: float = _field(1e-3, "peak learning rate", within=f"[{_SMALLEST}, {LARGEST}]")
+    learning_rate: float = _field(1e-3, "peak learning rate", within=f"[{SMALLEST}, {LARGEST}]")
     schedule: str = _field(
         "constant",
         "constant, or cosine: half a cosine down to zero",
@@ -110,7 +110,7 @@ class OptimizerConfig(_Group):
     clip_norm: float | None = _field(
         None,
         "largest global norm of a gradient; none does not clip",
-        within=f"[{_SMALLEST}, {LARGEST}]",
+        within=f"[{SMALLEST}, {LARGEST}]",
     )
     recurrent_factor: float = _field(
         1.0,
@@ -293,7 +293,11 @@ def load_experiment(path: str) -> Config:
         config = function() if callable(function) else None
     except UserError as error:
         raise UserError(f"--config={path}: {error}") from error
-    except (Exception, SystemExit) as error:  # an experiment's code may raise anything
+    except (
+        Exception,
+        SystemExit,
+        KeyboardInterrupt,
+    ) as error:  # an experiment's code may raise anything
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"--config={path} cannot be loaded: {reason}; correct the file") from error
     if not isinstance(config, Config):

@@ -78,19 +78,20 @@ class Display:
             TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(compact=True),
         )
-        with Progress(
-            *columns,
-            console=self._console,
-            transient=True,
-            disable=not self._is_live or self._console.quiet,
-        ) as bar:
-            task = bar.add_task(title, total=num_steps, metrics="")
+        is_hidden = not self._is_live or self._console.quiet
+        bar = Progress(*columns, console=self._console, transient=True, disable=is_hidden)
+        task = bar.add_task(title, total=num_steps, metrics="")
 
-            def update(step: int, means: Mapping[str, Any]) -> None:
-                metrics = " ".join(f"{name}: {_text(value)}" for name, value in means.items())
-                bar.update(task, completed=step, metrics=metrics)
+        def update(step: int, means: Mapping[str, Any]) -> None:
+            metrics = " ".join(f"{name}: {_text(value)}" for name, value in means.items())
+            bar.update(task, completed=step, metrics=metrics)
 
+        bar.start()
+        try:
             yield update
+        finally:
+            with contextlib.suppress(OSError):  # the terminal is closed
+                bar.stop()
 
     def epoch_line(self, title: str, num_steps: int, record: Mapping[str, Any]) -> None:
         """Prints the line of an epoch as Keras does; two lines if the terminal is too narrow."""
@@ -157,7 +158,7 @@ class Display:
     def _print(self, what, style=None):
         try:
             self._console.print(what, style=style)
-        except BrokenPipeError:  # nobody reads any more; the run goes on
+        except OSError:  # the pipe or the terminal is closed; the run goes on
             self._console.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

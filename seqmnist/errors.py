@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _STORAGE_ERRORS = (
-    "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "EMFILE", "ENFILE", "ENOENT",
+    "ENOSPC", "EDQUOT", "EEXIST", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "EMFILE", "ENFILE", "ENOENT",
     "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "ESTALE", "ENOLCK", "ENXIO", "ENODEV",
 )  # fmt: skip
 _ERRNOS = {getattr(errno, name) for name in _STORAGE_ERRORS if hasattr(errno, name)}

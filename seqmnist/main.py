@@ -1,14 +1,15 @@
-"""Trains a network that reads images as sequences, or resumes what --workdir holds.
+"""Trains a network that reads images as sequences, or resumes a run.
 
 Example:
-  python -m seqmnist.main --workdir=runs/notebook --config=experiments/notebook.py
-  python -m seqmnist.main --workdir=runs/gru --config.model.cell=gru --config.train.num_epochs=2
+  python -m seqmnist.main --workdir=runs/a --config=experiments/notebook.py
+  python -m seqmnist.main --workdir=runs/b --config.model.cell=gru
 """
 
 import argparse
 import difflib
 import re
 import sys
+import textwrap
 import traceback
 
 import seqmnist
@@ -20,7 +21,7 @@ from seqmnist.stop import StopRequest
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message}; see --help")
+        raise UserError(f"{textwrap.shorten(message, 300)}; see --help")
 
 
 def make_parser() -> argparse.ArgumentParser:

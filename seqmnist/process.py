@@ -7,8 +7,11 @@ import os
 import pathlib
 import signal
 import sys
+import threading
+import warnings
 
 from seqmnist.config import Config
+from seqmnist.errors import storage_reason
 from seqmnist.stop import StopRequest
 
 # The compilation cache holds programs of a few MB; the least recently used ones go first.
@@ -27,15 +30,23 @@ def prepare_output() -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="ascii_substitutes")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+    def report(failure):
+        """Threads of storage libraries fail after the main thread has said why."""
+        if storage_reason(failure.exc_value) is None:
+            threading.__excepthook__(failure)
+
+    threading.excepthook = report
 
 
 def listen(stop: StopRequest) -> None:
     """Lets the signals that ask a process to end reach `stop`."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        is_nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-        if number and not is_nohup:
-            signal.signal(number, stop.receive)
+        if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
+            continue  # the latter under nohup
+        signal.signal(number, stop.receive)
 
 
 def set_up_jax(config: Config) -> None:

@@ -16,10 +16,9 @@ import math
 import os
 import pathlib
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-import filelock
 
 from seqmnist import config as config_lib
 from seqmnist import paths
@@ -45,16 +44,17 @@ _PACKAGES = (
 )  # fmt: skip
 
 # The kinds of what other programs rely on; more may be there.
+_SCORE = (float, int, list, type(None))
 _RESULTS_KINDS = {
     "dataset": {"name": str, "fingerprint": str, "train": int, "validation": int, "test": int},
     "epochs": int,
     "steps": int,
     "parameters": int,
-    "validation": {"loss": object, "accuracy": object},
-    "test": {"loss": object, "accuracy": object},
+    "validation": {"loss": _SCORE, "accuracy": _SCORE},
+    "test": {"loss": _SCORE, "accuracy": _SCORE},
 }
-_METRICS_KINDS = {"epoch": int, "step": int, "train/loss": object, "train/accuracy": object}
-_METRICS_KINDS |= {"validation/loss": object, "validation/accuracy": object, "seconds": object}
+_METRICS_KINDS = {"epoch": int, "step": int, "train/loss": _SCORE, "train/accuracy": _SCORE}
+_METRICS_KINDS |= {"validation/loss": _SCORE, "validation/accuracy": _SCORE, "seconds": _SCORE}
 
 
 class Workdir:
@@ -88,10 +88,14 @@ class Workdir:
         Raises:
           UserError: another process holds it, or it cannot be made.
         """
-        lock = filelock.FileLock(self.path / _LOCK)
+        import filelock  # here, not above: only a run that writes needs it
+
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
+            with warnings.catch_warnings():  # of a file system without locks
+                warnings.simplefilter("ignore", UserWarning)
+                lock = filelock.FileLock(self.path / _LOCK)
+                lock.acquire(timeout=0)
         except filelock.Timeout:
             raise UserError(
                 f"--workdir={self} is in use by another process; wait for it, or choose another"

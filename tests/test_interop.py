@@ -67,7 +67,7 @@ def test_keras_gives_the_same_logits_and_gradients(model, digits):
 
 
 @pytest.mark.parametrize("model", ARCHITECTURES, ids=lambda model: model.cell)
-def test_weights_survive_the_way_there_and_back(model):
+def test_weights_survive_a_round_trip(model):
     config = Config(model=model)
     params, other = noisy_params(config, 0), noisy_params(config, 1)
     their_model = interop.build_keras(model)
@@ -88,7 +88,7 @@ def test_weights_survive_the_way_there_and_back(model):
         ({"dropout": 0.1}, "dropout=0.1"),
     ],
 )
-def test_what_keras_cannot_hold_is_refused(fields, word):
+def test_what_keras_does_not_have_is_refused(fields, word):
     with pytest.raises(UserError, match=word):
         interop.build_keras(ModelConfig(**fields))
     with pytest.raises(UserError, match=word):
@@ -99,7 +99,7 @@ def test_weights_of_another_architecture_are_refused_and_change_nothing():
     params = noisy_params(Config(), 0)
     before = interop.to_keras(ModelConfig(), params)
     for weights in (before[:-1], [*before, before[0]], [before[0].T, *before[1:]]):
-        with pytest.raises(UserError, match="Keras's"):
+        with pytest.raises(UserError, match="Keras has"):
             interop.from_keras(ModelConfig(), params, weights)
     for one, two in zip(before, interop.to_keras(ModelConfig(), params), strict=True):
         np.testing.assert_array_equal(one, two)

@@ -420,7 +420,7 @@ def test_the_line_on_divergence_names_the_rate_of_that_step(make_config):
     step, rate = int(words[words.index("step") + 1]), float(words[words.index("rate") + 1][:-2])
     assert rate == pytest.approx(30 * (step - 1) / 25, rel=1e-4)  # 25 of 50 steps of warm-up
     sweep = '{"optimizer.learning_rate": [30, 60]}'
-    with pytest.raises(UserError, match="all 2 members .*rate 30 to 60"):
+    with pytest.raises(UserError, match=r"all 2 members .*rate 30 to 60"):
         run.train(diverging(make_config, members={"sweep": sweep}), "b")
 
 

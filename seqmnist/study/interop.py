@@ -1,4 +1,4 @@
-"""Parameters to Keras and back, for the architectures that both can hold."""
+"""Parameters to Keras and back, for architectures that exist in both."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -14,8 +14,8 @@ from seqmnist.networks.views import sequence_shape
 if TYPE_CHECKING:
     import keras
 
-# Of each cell: its layer in Keras, the layer's options, and our names in Keras's order; a tuple
-# of names stands for one weight of Keras's that stacks several of ours.
+# For each cell: its layer in Keras, the layer's options, and our parameters in Keras's order; a
+# tuple of names is one weight in Keras that stacks several of ours.
 _CELLS = {
     "simple_rnn": ("SimpleRNN", {}, ("kernel", "recurrent_kernel", "bias")),
     "irnn": ("SimpleRNN", {"activation": "relu"}, ("kernel", "recurrent_kernel", "bias")),
@@ -25,14 +25,14 @@ _CELLS = {
 
 
 def build_keras(config: ModelConfig) -> "keras.Sequential":
-    """Builds a model of the same architecture in Keras: sequences [B, T, F] -> logits [B, C].
+    """Builds the same architecture in Keras: sequences [B, T, F] -> logits [B, C].
 
-    Keras computes on JAX, unless it is imported already or KERAS_BACKEND says otherwise.
+    Keras uses the JAX backend unless it is already imported or KERAS_BACKEND is set.
 
     Raises:
-      UserError: Keras cannot hold the architecture, or is not installed.
+      UserError: Keras has no such layers, or is not installed.
     """
-    layer_name, options, _ = _check(config)
+    layer_name, options, _ = _keras_cell(config)
     keras = _import_keras()
     layers = [keras.Input(sequence_shape(config))]
     for i in range(config.num_layers):
@@ -45,58 +45,41 @@ def build_keras(config: ModelConfig) -> "keras.Sequential":
 
 
 def to_keras(config: ModelConfig, params: Any) -> list[np.ndarray]:
-    """Returns parameters as `keras.Model.set_weights` takes them.
-
-    Args:
-      config: the architecture.
-      params: an `nnx.State` of a `SequenceClassifier` of that architecture.
+    """Converts parameters, an `nnx.State`, to the form of `keras.Model.set_weights`.
 
     Raises:
-      UserError: Keras cannot hold the architecture.
+      UserError: Keras has no such layers.
     """
     weights = []
-    for module, names in _modules(config, params):
-        for name in names:
-            if isinstance(name, tuple):
-                weights.append(np.stack([np.asarray(module[part][...]) for part in name]))
-            else:
-                weights.append(np.asarray(module[name][...]))
+    for names, variables in _slots(config, params):
+        values = [np.asarray(variable[...]) for variable in variables]
+        weights.append(np.stack(values) if isinstance(names, tuple) else values[0])
     return weights
 
 
 def from_keras(config: ModelConfig, params: Any, weights: list[np.ndarray]) -> None:
-    """Replaces parameters by what `keras.Model.get_weights` returns.
-
-    Args:
-      config: the architecture.
-      params: an `nnx.State` of a `SequenceClassifier` of that architecture; changed in place.
-      weights: the weights.
+    """Replaces parameters, an `nnx.State`, in place by what `keras.Model.get_weights` returns.
 
     Raises:
-      UserError: Keras cannot hold the architecture, or the weights are of another one.
+      UserError: Keras has no such layers, or the weights are of another architecture; the
+        parameters are then unchanged.
     """
-    remaining = list(weights)
-    slots = []
-    for module, names in _modules(config, params):
-        for name in names:
-            parts = name if isinstance(name, tuple) else (name,)
-            if not remaining:
-                raise UserError(f"Keras's {len(weights)} weights are too few for {config}")
-            weight = remaining.pop(0)
-            values = weight if isinstance(name, tuple) else [weight]
-            if [value.shape for value in values] != [module[part].shape for part in parts]:
-                raise UserError(
-                    f"Keras's weight of shape {weight.shape} does not fit {'/'.join(parts)} of "
-                    f"{config}"
-                )
-            slots += zip([module[part] for part in parts], values, strict=True)
-    if remaining:
-        raise UserError(f"Keras's {len(weights)} weights are too many for {config}")
-    for variable, value in slots:
+    slots = list(_slots(config, params))
+    if len(weights) != len(slots):
+        raise UserError(f"Keras has {len(weights)} weights, not the {len(slots)} of {config}")
+    pairs = []
+    for (names, variables), weight in zip(slots, weights, strict=True):
+        values = weight if isinstance(names, tuple) else [weight]
+        if [value.shape for value in values] != [variable.shape for variable in variables]:
+            raise UserError(
+                f"Keras has a weight of shape {weight.shape}, which does not fit {names} of {config}"
+            )
+        pairs += zip(variables, values, strict=True)
+    for variable, value in pairs:
         variable[...] = jnp.asarray(value, variable.dtype)
 
 
-def _check(config):
+def _keras_cell(config):
     refused = {
         f"cell={config.cell}": config.cell not in _CELLS,
         f"readout={config.readout}": config.readout != "last",
@@ -106,23 +89,23 @@ def _check(config):
     for setting, is_refused in refused.items():
         if is_refused:
             raise UserError(
-                f"Keras has no layers for config.model.{setting}; it holds plain stacks of "
+                f"config.model.{setting} has no equivalent in Keras; use plain stacks of "
                 f"{', '.join(_CELLS)} with the readout last and no dropout"
             )
     return _CELLS[config.cell]
 
 
-def _modules(config, params):
-    """The modules that hold parameters, in Keras's order, each with its parameters' names."""
-    *_, names = _check(config)
-    for i in range(config.num_layers):
-        layer = params["layers"][i]
-        if config.bidirectional:
-            yield layer["forward"], names
-            yield layer["backward"], names
-        else:
-            yield layer, names
-    yield params["readout"], ("kernel", "bias")
+def _slots(config, params):
+    """Yields the names and variables of each of Keras's weights, in Keras's order."""
+    *_, cell_names = _keras_cell(config)
+    layers = [params["layers"][i] for i in range(config.num_layers)]
+    if config.bidirectional:
+        layers = [layer[name] for layer in layers for name in ("forward", "backward")]
+    modules = [(layer, cell_names) for layer in layers]
+    for module, all_names in [*modules, (params["readout"], ("kernel", "bias"))]:
+        for names in all_names:
+            parts = names if isinstance(names, tuple) else (names,)
+            yield names, [module[name] for name in parts]
 
 
 def _import_keras():

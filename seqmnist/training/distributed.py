@@ -5,6 +5,7 @@ import faulthandler
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 
 import jax
@@ -60,6 +61,10 @@ def joined(
     faulthandler.disable()  # where JAX itself ends this process, its message is enough
     try:
         yield
+    except UserError:
+        if jax.process_index() == 0:
+            time.sleep(2)  # the others, which it coordinates, say first why they end
+        raise
     except jax.errors.JaxRuntimeError as error:
         if not _GONE.search(str(error)):
             raise

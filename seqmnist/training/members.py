@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from seqmnist import config as config_lib
-from seqmnist.config import LARGEST, Config
+from seqmnist.config import LARGEST, SMALLEST, Config
 from seqmnist.errors import UserError, choose
 
 # What changes no shape and no structure, and the values that it may take.
@@ -38,7 +38,7 @@ def settings(config: Config) -> list[dict[str, float]]:
     text = config.members.sweep
 
     def refuse(reason):
-        raise UserError(f"config.members.sweep={text!r} {reason}; write e.g. {_EXAMPLE}")
+        raise UserError(f"config.members.sweep={text[:100]!r} {reason}; write e.g. {_EXAMPLE}")
 
     def unique(pairs):
         names = [name for name, _ in pairs]
@@ -68,7 +68,8 @@ def settings(config: Config) -> list[dict[str, float]]:
             refuse("names other fields in one setting than in another")
         for name, value in setting.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not abs(value) <= LARGEST or not SWEEPABLE[name](value):
+            is_held = is_number and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
+            if not is_held or not SWEEPABLE[name](value):
                 refuse(f"has {value!r}, which {name} cannot be")
     return [{name: float(value) for name, value in setting.items()} for setting in sweep]
 
