@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import numpy as np
 import pytest
@@ -118,6 +119,7 @@ def test_an_unfinished_upload_does_not_keep_it_alive(finished_run):
             b"POST /beliefs?width=9&height=9 HTTP/1.1\r\nHost: localhost\r\n"
             b"Content-Length: 81\r\n\r\nonly a part"
         )
+        urllib.request.urlopen(f"{address}/about").close()  # the upload has arrived by then
     client.close()
     assert process.returncode == 0
     assert "Traceback" not in process.stderr.read()

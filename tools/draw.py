@@ -7,6 +7,7 @@ Only this machine can reach the page. Ctrl-C ends the tool. It needs the extra `
   pip install -e '.[draw]'
 """
 
+import asyncio
 import contextlib
 import pathlib
 import socket
@@ -70,7 +71,7 @@ def make_app(network):
                 if len(body) > _MAX_BYTES:
                     raise ValueError("too large")
             drawing = np.frombuffer(body, np.uint8).reshape(height, width)
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, asyncio.CancelledError):  # cancelled: the server stops
             return JSONResponse({"error": "expected height × width bytes"}, 400)
         try:
             return JSONResponse(await run_in_threadpool(classify, network, drawing))
