@@ -1,54 +1,129 @@
 """Profiles: exactly the steps asked for, and operations by scope."""
 
-import dataclasses
-
+import jax
+import jax.numpy as jnp
 import pytest
 
-from seqmnist import config as config_lib
-from seqmnist import records
 from seqmnist.config import Config, ProfileConfig
 from seqmnist.errors import UserError
 from seqmnist.study import profiling
-from seqmnist.training import batches, loop
+from seqmnist.training import batches
+from seqmnist.training.loop import Loop, Resident
 from seqmnist.training.steps import init_state, make_system
+from seqmnist.workdir import PROFILE, read_json
 from tools import trace_summary
 
 
-@pytest.mark.parametrize("steps", ["3", "5:3", "0:14", "3:3"])
+def make_profile(steps, directory, num_steps, modules=list):
+    return profiling.Profile(
+        Config(profile=ProfileConfig(steps)), directory, num_steps, lambda: modules()
+    )
+
+
+@pytest.mark.parametrize("steps", ["5:3", "0:14", "3:3", "999999999998:999999999999"])
 def test_impossible_steps_are_refused(steps, tmp_path):
-    def make():
-        return profiling.Profile(
-            config_lib.from_dict({"profile": {"steps": steps}}), tmp_path, num_steps=13
+    with pytest.raises(UserError, match=r"config\.profile\.steps.*START:STOP.*13"):
+        make_profile(steps, tmp_path, num_steps=13)
+
+
+class Run:
+    """Two epochs of 13 steps on the toy dataset."""
+
+    def __init__(self, digits):
+        system = make_system(Config())
+        self.loop, self.state = Loop(system, Resident(*digits)), init_state(Config(), system, 0)
+
+    def modules(self):
+        begin, rows = self.loop.start(self.state), self.rows(0)
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+            (begin.state, begin.sums),
         )
+        programs = self.loop.programs(*shapes, rows.shape, rows.shape).values()
+        return [program.compile().as_text() for program in programs]
 
-    with pytest.raises(UserError, match=r"config\.profile\.steps.*START:STOP"):
-        make()
+    def rows(self, epoch):
+        return batches.batch_rows(batches.epoch_order(0, epoch, 100), 8)
+
+    def train(self, profile, epochs=(0, 1), done=0):
+        for epoch in epochs:
+            first = 13 * epoch
+            begin = self.loop.start(self.state)._replace(step=done)
+            breaks = [step - first for step in profile.breaks]
+            progresses = self.loop.train(begin, self.rows(epoch), breaks)
+            for progress in profile.watch(progresses, first, done):
+                self.state = progress.state
+                yield first + progress.step
 
 
-def test_stretches_pause_at_breaks():
-    stretches = list(loop._stretches(0, 375, (-1, 100, 117)))
-    assert [i for start, stop in stretches for i in range(start, stop)] == list(range(375))
-    assert {100, 117} < {stop for _, stop in stretches}
-
-
+@pytest.mark.slow
 def test_a_trace_holds_exactly_its_steps(digits, tmp_path):
-    config = dataclasses.replace(Config(), profile=ProfileConfig("11:15"))
-    system = make_system(config)
-    resident = loop.Resident(system, *digits)
-    state = init_state(config, system, 0)
-    profile = profiling.Profile(config, tmp_path, 26)
-    for epoch in range(2):
-        rows = batches.batch_rows(batches.epoch_order(0, epoch, 100), 8)
-        first = 13 * epoch
-        progresses = resident.train(resident.start(state), rows, profile.breaks(first))
-        for progress in profile.follow(progresses, first, 13):
-            state = progress.state
-    assert int(state.step) == 26
+    run = Run(digits)
+    profile = make_profile("11:15", tmp_path / PROFILE, 26, run.modules)
+    assert {11, 15, 26} <= set(run.train(profile))
+    assert int(run.state.step) == 26
 
-    summary = records.read_json(tmp_path / "profile" / profiling.SUMMARY)
+    summary = read_json(tmp_path / PROFILE / profiling.SUMMARY)
     assert set(summary["scopes"]["jit_train"].values()) == {*profiling.SCOPES, "other"}
     figures = trace_summary.summarize(tmp_path)
     assert figures["num_steps"] == 4
     counts = {operation["count"] for operation in figures["operations"]}
     assert counts <= {4, 4 * 27, 4 * 28, 4 * 29}
     assert 0 < figures["scopes"]["recurrence"] <= figures["wall"] * 2
+
+
+@pytest.mark.parametrize(("process", "done"), [(1, 0), (0, 4)])
+def test_other_processes_and_runs_resumed_in_between_trace_nothing(
+    process, done, digits, tmp_path, monkeypatch
+):
+    run = Run(digits)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    profile = make_profile("3:6", tmp_path / PROFILE, 26, run.modules)
+    assert list(run.train(profile, done=done, epochs=[0]))[-1] == 13
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stopped_run_ends_its_trace(digits, tmp_path):
+    for attempt in range(2):  # a trace that goes on would refuse the second one
+        run = Run(digits)
+        with make_profile("3:6", tmp_path / str(attempt), 26, run.modules) as profile:
+            for step in run.train(profile):
+                if step > 2:
+                    break
+        assert not (tmp_path / str(attempt) / profiling.SUMMARY).exists()
+
+
+def test_a_folder_that_cannot_be_made_is_explained(digits, tmp_path):
+    run, directory = Run(digits), tmp_path / PROFILE
+    directory.write_text("a file where the folder should be")
+    profile = make_profile("3:6", directory, 26, run.modules)
+    with profile, pytest.raises(UserError, match=f"{directory}.*resumes"):
+        list(run.train(profile))
+
+
+@pytest.mark.slow
+def test_a_summary_that_cannot_be_written_is_explained(digits, tmp_path):
+    run, directory = Run(digits), tmp_path / PROFILE
+    (directory / f"{profiling.SUMMARY}.partial").mkdir(parents=True)
+    profile = make_profile("3:6", directory, 26, run.modules)
+    with profile, pytest.raises(UserError, match=f"{directory}.*resumes"):
+        list(run.train(profile))
+
+
+def test_products_are_counted_through_loops_and_branches():
+    square, wide = jnp.ones((4, 4)), jnp.ones((4, 16))
+
+    def branches(x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ square, lambda x: (x @ wide) @ wide.T, x)
+
+    def body(x, _):
+        return jax.checkpoint(branches)(x), x @ wide
+
+    def function(x):
+        x, outputs = jax.lax.scan(jax.jit(body), x, length=3)
+        jnp.tensordot(outputs, outputs, 3)  # nothing reads it
+        return jax.lax.fori_loop(0, 5, lambda _, x: x @ square, x)
+
+    jaxpr = jax.make_jaxpr(function)(jnp.ones((2, 4))).jaxpr
+    one = 2 * 2 * 4 * 4
+    assert profiling.product_flops(jaxpr) == 3 * (8 * one + 4 * one) + 5 * one

@@ -1,38 +1,36 @@
-"""Says where the time of some training steps went, from a profiler's trace, without TensorBoard.
+"""Shows where the time of some training steps went, from a profiler's trace, without TensorBoard.
 
 Example:
   python -m seqmnist.main --workdir=runs/profiled --config.profile.steps=400:500
   python -m tools.trace_summary runs/profiled
 
-Busy time is counted once for each operation, on whichever thread it ran; idle is the share of
-the wall time in which no operation ran. The floor is the least time that the arithmetic of the
-steps can take: FLOPs of the compiled step over the rate of a large matrix product, both
-recorded with the trace.
+Busy time adds up all operations on all threads; idle is the share of the wall time in which no
+operation ran. The floor is the shortest time in which the device could compute the matrix products
+of the steps, at the rate of a large one, which was measured with the trace.
 """
 
 import collections
-import pathlib
+import os
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from seqmnist import records
 from seqmnist.errors import UserError
 from seqmnist.study import profiling
+from seqmnist.workdir import PROFILE, Workdir, read_json
 from tools import cli
 
 NUM_OPERATIONS = 15
 
+_KEYS = {"steps", "scopes", "flops", "bytes", "flops_per_second"}
 
-def summarize(workdir: pathlib.Path) -> dict:
-    """Reads the newest trace of a workdir.
 
-    Args:
-      workdir: of a run with `--config.profile.steps`.
+def summarize(workdir: str | os.PathLike) -> dict:
+    """Summarizes the newest trace of a workdir.
 
     Returns:
-      Seconds over all traced steps: wall, idle, busy by scope, the floor; and operations, the
+      Over all traced steps, in seconds: wall, idle, floor and scopes (busy); and operations, the
       longest first, each with its scope, seconds and count.
 
     Raises:
@@ -40,37 +38,37 @@ def summarize(workdir: pathlib.Path) -> dict:
     """
     from jax.profiler import ProfileData
 
-    directory = workdir / profiling.DIRECTORY
+    directory = Workdir(workdir).path / PROFILE
     traces = sorted(directory.glob("plugins/profile/*/*.xplane.pb"))
-    if not traces or not (directory / profiling.SUMMARY).is_file():
+    summary = directory / profiling.SUMMARY
+    cost = read_json(summary) if traces and summary.is_file() else {}
+    if not isinstance(cost, dict) or not cost.keys() >= _KEYS:
         raise UserError(f"{directory} holds no trace; train with --config.profile.steps=START:STOP")
-    cost = records.read_json(directory / profiling.SUMMARY)
     num_steps = cost["steps"][1] - cost["steps"][0]
     markers, operations = _read_events(ProfileData.from_file(str(traces[-1])), cost["scopes"])
 
+    inside = [each for each in operations if any(a <= each[0] < b for a, b in markers)]
     seconds, counts = collections.Counter(), collections.Counter()
+    for start, stop, *operation in inside:
+        seconds[tuple(operation)] += (stop - start) / 1e9
+        counts[tuple(operation)] += 1
     scopes = dict.fromkeys((*profiling.SCOPES, "other"), 0.0)
-    inside = []
-    for start, stop, name, scope in operations:
-        if any(begin <= start < end for begin, end in markers):
-            inside.append((start, stop))
-            seconds[name, scope] += (stop - start) / 1e9
-            counts[name, scope] += 1
-            scopes[scope] += (stop - start) / 1e9
+    for (_, scope), busy in seconds.items():
+        scopes[scope] += busy
     wall = sum(end - begin for begin, end in markers) / 1e9
     floor = num_steps * cost["flops"] / cost["flops_per_second"]
     return {
         "num_steps": num_steps,
         "wall": wall,
-        "idle": wall - _union(inside) / 1e9,
+        "idle": wall - _union(each[:2] for each in inside) / 1e9,
         "floor": floor,
         "floor_share": floor / wall,
         "flops_per_step": cost["flops"],
         "bytes_per_step": cost["bytes"],
         "scopes": scopes,
         "operations": [
-            {"name": name, "scope": scope, "seconds": total, "count": counts[name, scope]}
-            for (name, scope), total in seconds.most_common(NUM_OPERATIONS)
+            {"name": name, "scope": scope, "seconds": busy, "count": counts[name, scope]}
+            for (name, scope), busy in seconds.most_common(NUM_OPERATIONS)
         ],
     }
 
@@ -94,7 +92,7 @@ def _read_events(trace, scopes):
 
 
 def _union(intervals):
-    """The length of the union of intervals."""
+    """Returns the length of the union of intervals."""
     total, reached = 0.0, 0.0
     for start, stop in sorted(intervals):
         total += max(0.0, stop - max(start, reached))
@@ -106,30 +104,29 @@ def _main(arguments):
     figures = summarize(arguments.workdir)
     num_steps, wall = figures["num_steps"], figures["wall"]
     busy = sum(figures["scopes"].values())
+
+    def per_step(seconds):
+        return f"{1000 * seconds / num_steps:.3f}"
+
     console = Console(highlight=False)
     console.print(
-        f"{num_steps} steps, {1000 * wall / num_steps:.3f} ms a step; floor "
-        f"{1000 * figures['floor'] / num_steps:.3f} ms, {figures['floor_share']:.0%} of it "
-        f"reached; idle {figures['idle'] / wall:.0%}"
+        f"{num_steps} steps, {per_step(wall)} ms per step; floor {per_step(figures['floor'])} ms, "
+        f"{figures['floor_share']:.0%} of that; idle {figures['idle'] / wall:.0%}"
     )
-    scopes = Table("scope", "ms a step", "share of busy time", box=box.SIMPLE_HEAD)
+    scopes = Table("scope", "ms per step", "share of busy time", box=box.SIMPLE_HEAD)
     for scope, seconds in figures["scopes"].items():
-        scopes.add_row(scope, f"{1000 * seconds / num_steps:.3f}", f"{seconds / busy:.0%}")
-    operations = Table("operation", "scope", "ms a step", "times a step", box=box.SIMPLE_HEAD)
-    for operation in figures["operations"]:
-        operations.add_row(
-            operation["name"],
-            operation["scope"],
-            f"{1000 * operation['seconds'] / num_steps:.3f}",
-            f"{operation['count'] / num_steps:g}",
-        )
+        scopes.add_row(scope, per_step(seconds), f"{seconds / busy:.0%}")
+    operations = Table("operation", "scope", "ms per step", "per step", box=box.SIMPLE_HEAD)
+    for each in figures["operations"]:
+        count = f"{each['count'] / num_steps:g}"
+        operations.add_row(each["name"], each["scope"], per_step(each["seconds"]), count)
     console.print(scopes, operations)
     return figures
 
 
 def _make_parser():
     parser = cli.make_parser(__doc__)
-    parser.add_argument("workdir", type=pathlib.Path, metavar="DIR", help="a profiled workdir")
+    parser.add_argument("workdir", metavar="DIR", help="workdir of a profiled run")
     return parser
 
 

@@ -71,9 +71,7 @@ def from_keras(config: ModelConfig, params: Any, weights: list[np.ndarray]) -> N
     for (names, variables), weight in zip(slots, weights, strict=True):
         values = weight if isinstance(names, tuple) else [weight]
         if [value.shape for value in values] != [variable.shape for variable in variables]:
-            raise UserError(
-                f"Keras has a weight of shape {weight.shape}, which does not fit {names} of {config}"
-            )
+            raise UserError(f"Keras has a weight {weight.shape} for {names}, not that of {config}")
         pairs += zip(variables, values, strict=True)
     for variable, value in pairs:
         variable[...] = jnp.asarray(value, variable.dtype)
@@ -113,5 +111,5 @@ def _import_keras():
     try:
         import keras
     except ImportError:
-        raise UserError("Keras is not installed; pip install 'seqmnist[peers]'") from None
+        raise UserError("Keras is not installed; pip install 'keras>=3.9'") from None
     return keras

@@ -18,7 +18,7 @@ import numpy as np
 from jax.extend import core
 
 from seqmnist.config import Config
-from seqmnist.errors import UserError
+from seqmnist.errors import UserError, explain_storage
 from seqmnist.training import batches
 from seqmnist.training.loop import Progress
 from seqmnist.training.steps import init_state, make_system, train_step
@@ -75,8 +75,8 @@ class Profile:
 
     def __exit__(self, *_):
         if self._is_tracing:
-            jax.profiler.stop_trace()
             self._is_tracing = False
+            jax.profiler.stop_trace()
 
     def watch(
         self, progresses: Iterator[Progress], first: int, done: int = 0
@@ -91,29 +91,38 @@ class Profile:
         step = first + done
         while True:
             if step in self.breaks[:1] and jax.process_index() == 0:
-                options = jax.profiler.ProfileOptions()
-                options.python_tracer_level = 0  # it would slow down what is traced
-                jax.profiler.start_trace(self._directory, profiler_options=options)
-                self._is_tracing = True
+                self._start()
             with jax.profiler.StepTraceAnnotation(MARKER, step_num=step):
                 progress = next(progresses, None)
             if progress is None:
                 return
             step = first + progress.step
             if step in self.breaks[1:] and self._is_tracing:
-                jax.profiler.stop_trace()
-                self._is_tracing = False
-                self._write_summary()
+                self._stop()
             yield progress
 
-    def _write_summary(self):
-        summary = {
-            "steps": list(self.breaks),
-            **step_cost(self._config),
-            **rates(),
-            "scopes": scopes(self._modules()),
-        }
-        write_json(self._directory / SUMMARY, summary)
+    def _start(self):
+        with self._explain():
+            self._directory.mkdir(parents=True, exist_ok=True)
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it would slow down what is traced
+        jax.profiler.start_trace(self._directory, profiler_options=options)
+        self._is_tracing = True
+
+    def _stop(self):
+        with self._explain():
+            self.__exit__()
+            summary = {
+                "steps": list(self.breaks),
+                **step_cost(self._config),
+                **rates(),
+                "scopes": scopes(self._modules()),
+            }
+            write_json(self._directory / SUMMARY, summary)
+
+    def _explain(self):
+        remedy = "correct that and run the same command again: it resumes from the last checkpoint"
+        return explain_storage(f"the profile in {self._directory}", remedy)
 
 
 def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
