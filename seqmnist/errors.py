@@ -10,8 +10,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _STORAGE_ERRORS = (
-    "ENOSPC", "EDQUOT", "EEXIST", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "EMFILE", "ENFILE", "ENOENT",
-    "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "ESTALE", "ENOLCK", "ENXIO", "ENODEV",
+    "ENOSPC", "EDQUOT", "EEXIST", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "EMFILE", "ENFILE",
+    "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "ESTALE", "ENOLCK", "ENXIO", "ENODEV",
 )  # fmt: skip
 _ERRNOS = {getattr(errno, name) for name in _STORAGE_ERRORS if hasattr(errno, name)}
 

@@ -25,6 +25,21 @@ def lone_device(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS")
 
 
+@pytest.fixture
+def launch():
+    """`launch_local.launch`; what still runs at the end of a failed test is killed."""
+    started = []
+
+    def launch(*arguments):
+        processes = launch_local.launch(arguments)
+        started.extend(processes)
+        return processes
+
+    yield launch
+    for process in started:
+        process.kill()
+
+
 def arguments(workdir, data_dir, num_epochs, *more):
     return [
         f"--workdir={workdir}",
@@ -46,16 +61,22 @@ def wait_for_a_checkpoint(processes, workdir):
         time.sleep(0.2)
 
 
-def start_launcher(*arguments):
+@contextlib.contextmanager
+def launcher(*arguments):
     handler = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
-    launcher = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "tools.launch_local", "--processes=2", "--", *arguments],
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         text=True,
     )
     signal.signal(signal.SIGHUP, handler)
-    return launcher
+    try:
+        yield process
+    finally:  # a second signal ends a job at once
+        for _ in range(2):
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.5)
 
 
 def find_port(workdir):
@@ -70,50 +91,56 @@ def find_port(workdir):
 
 def listening_addresses(port):
     """The local addresses on which any process listens at a port, as the kernel writes them."""
-    with open("/proc/net/tcp") as v4, open("/proc/net/tcp6") as v6:
-        lines = [line.split() for line in [*v4, *v6]]
+    tables = [pathlib.Path(f"/proc/net/{name}") for name in ("tcp", "tcp6")]
+    lines = [line.split() for table in tables for line in table.read_text().splitlines()]
     sockets = [line[1].split(":") for line in lines if line[3] == "0A"]  # TCP_LISTEN
-    return [address for address, number in sockets if int(number, 16) == port]
+    # IPv4 addresses in the table of IPv6 have a prefix.
+    return {
+        address.removeprefix("0000000000000000FFFF0000")
+        for address, number in sockets
+        if int(number, 16) == port
+    }
 
 
-def test_two_processes_agree_with_one(data_dir, tmp_path):
+def test_two_processes_agree_with_one(data_dir, tmp_path, launch):
     seqmnist(*arguments(tmp_path / "one", data_dir, 2))
     one = json.loads((tmp_path / "one" / "results.json").read_text())
     for input_mode in ("resident", "stream"):
         workdir, mode = tmp_path / input_mode, f"--config.data.input_mode={input_mode}"
-        code, outputs = finish(launch_local.launch([arguments(workdir, data_dir, 2, mode)] * 2))
+        code, outputs = finish(launch(*[arguments(workdir, data_dir, 2, mode)] * 2))
         assert code == 0, outputs
         assert "test_accuracy" in outputs[0]
         assert "test_accuracy" not in outputs[1]
         two = json.loads((workdir / "results.json").read_text())
         for split in ("validation", "test"):
-            for key in ("loss", "accuracy"):
-                np.testing.assert_allclose(two[split][key], one[split][key], rtol=1e-4, atol=1e-3)
+            np.testing.assert_allclose(two[split]["loss"], one[split]["loss"], rtol=1e-4)
+            # Rounding may change one prediction of 1,000.
+            assert abs(two[split]["accuracy"] - one[split]["accuracy"]) <= 1.5e-3
         assert len(two["devices"]) == 2
 
 
-def test_a_launched_job_keeps_to_itself_and_passes_signals_on(data_dir, tmp_path):
+def test_a_launched_job_keeps_to_itself_and_passes_signals_on(data_dir, tmp_path, launch):
     workdir = tmp_path / "run"
-    launcher = start_launcher(*arguments(workdir, data_dir, 3000))
-    wait_for_a_checkpoint([launcher], workdir)
-    assert listening_addresses(find_port(workdir)) == ["0100007F"]  # 127.0.0.1
+    with launcher(*arguments(workdir, data_dir, 3000)) as job:
+        wait_for_a_checkpoint([job], workdir)
+        assert listening_addresses(find_port(workdir)) == {"0100007F"}  # 127.0.0.1
 
-    began = time.monotonic()
-    second = launch_local.launch([arguments(workdir, data_dir, 3000)] * 2)
-    _, outputs = finish(second)
-    assert [process.returncode for process in second] == [2, 2], outputs
-    assert "is in use by another process" in outputs[0]
-    assert time.monotonic() - began < 30  # most of it to start two processes
+        began = time.monotonic()
+        second = launch(*[arguments(workdir, data_dir, 3000)] * 2)
+        _, outputs = finish(second)
+        assert [process.returncode for process in second] == [2, 2], outputs
+        assert "is in use by another process" in outputs[0]
+        assert time.monotonic() - began < 45  # most of it to start two processes
 
-    launcher.send_signal(signal.SIGHUP)  # a terminal that closes
-    output, _ = launcher.communicate()
-    assert launcher.returncode == 128 + signal.SIGHUP, output
+        job.send_signal(signal.SIGHUP)  # a terminal that closes
+        output, _ = job.communicate()
+    assert job.returncode == 128 + signal.SIGHUP, output
     assert "Stopped after step" in output
 
 
-def test_all_stop_when_one_is_asked_to(data_dir, tmp_path):
+def test_all_stop_when_one_is_asked_to(data_dir, tmp_path, launch):
     workdir = tmp_path / "run"
-    processes = launch_local.launch([arguments(workdir, data_dir, 3000)] * 2)
+    processes = launch(*[arguments(workdir, data_dir, 3000)] * 2)
     wait_for_a_checkpoint(processes, workdir)
     processes[1].terminate()
     _, outputs = finish(processes)
@@ -122,9 +149,9 @@ def test_all_stop_when_one_is_asked_to(data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_death_ends_the_job_and_the_rest_can_go_on(victim, data_dir, tmp_path):
+def test_a_death_ends_the_job_and_the_rest_can_go_on(victim, data_dir, tmp_path, launch):
     workdir = tmp_path / "run"
-    processes = launch_local.launch([arguments(workdir, data_dir, 3000)] * 2)
+    processes = launch(*[arguments(workdir, data_dir, 3000)] * 2)
     wait_for_a_checkpoint(processes, workdir)
     os.kill(processes[victim].pid, signal.SIGKILL)
     _, outputs = finish(processes)
@@ -141,7 +168,7 @@ def test_a_death_ends_the_job_and_the_rest_can_go_on(victim, data_dir, tmp_path)
     assert f"Resuming in epoch {max(steps) // 25 + 1}, after 0" in result.stdout
 
 
-def test_processes_with_different_data_refuse_to_train(tmp_path):
+def test_processes_with_different_data_refuse_to_train(tmp_path, launch):
     each = []
     for i in range(2):
         splits = small_archives.make_splits(seed=i)
@@ -157,7 +184,7 @@ def test_processes_with_different_data_refuse_to_train(tmp_path):
             ]
         )
     began = time.monotonic()
-    processes = launch_local.launch(each)
+    processes = launch(*each)
     _, outputs = finish(processes)
     assert [process.returncode for process in processes] == [2, 2], outputs
     for output in outputs:
@@ -170,19 +197,19 @@ def test_processes_with_different_data_refuse_to_train(tmp_path):
 def test_the_launcher_shows_the_lines_of_all_and_fails_as_they_do(tmp_path):
     file = tmp_path / "file"
     file.touch()
-    launcher = start_launcher(f"--workdir={file}")
-    output, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode == 2
+    with launcher(f"--workdir={file}") as job:
+        output, _ = job.communicate(timeout=60)
+    assert job.returncode == 2
     for number in ("", "[1] "):
         assert f"\n{number}error: --workdir={file}" in f"\n{output}"
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, "01"), ("3,5", "35"), ("", ["", ""])])
-def test_each_process_gets_one_gpu(visible, expected, monkeypatch):
+def test_each_process_gets_one_gpu(visible, expected, monkeypatch, launch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    processes = launch_local.launch([["--help"]] * 2)
+    processes = launch(*[["--help"]] * 2)
     for process, gpu in zip(processes, expected, strict=True):
         environment = pathlib.Path(f"/proc/{process.pid}/environ").read_text().split("\0")
         assert f"CUDA_VISIBLE_DEVICES={gpu}" in environment

@@ -42,8 +42,9 @@ def test_a_run_writes_what_it_promises(trained):
     assert results["validation"]["loss"] == lines[-1]["validation/loss"]
     assert results["devices"] == ["cpu:0", "cpu:1"]  # half a batch each
     assert results["versions"]["jax"]
-    assert set(results["programs"]) == {"train", "evaluate"}
-    assert all(cost["hlo_flops"] > 0 for cost in results["programs"].values())
+    assert set(results["programs"]) == {"train", "evaluate", "total"}
+    assert all(cost["compile_seconds"] > 0 for cost in results["programs"].values())
+    assert results["programs"]["train"]["hlo_flops"] > 0
     assert 0 < results["seconds"]["train"] < results["seconds"]["total"]
     assert (workdir / "checkpoints").is_dir()
     assert 0.3 < results["test"]["accuracy"] < 1
@@ -100,7 +101,7 @@ def test_auto_falls_back_loudly(data_dir, tmp_path, trained):
         )
         insisting = seqmnist(
             f"--workdir={tmp_path / 'mnist'}",
-            "--config=experiments/notebook.py",
+            "--config.data.name=mnist",
             f"--config.data.data_dir={data_dir}",
         )
     assert result.returncode == 0, result.stderr

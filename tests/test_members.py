@@ -1,36 +1,42 @@
 """Members: settings and seeds, and what is told of them."""
 
-import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from close import assert_close
 from scipy import stats
 
+from seqmnist import checkpoints, run
 from seqmnist import config as config_lib
-from seqmnist import run
-from seqmnist.config import Config, MembersConfig
+from seqmnist.config import Config, MembersConfig, OptimizerConfig
 from seqmnist.errors import UserError
+from seqmnist.study import trained
 from seqmnist.training import members
+from seqmnist.training.task import compose
+from seqmnist.workdir import Workdir
 
 
-def config_of(num=1, sweep=None, seed=0):
+def config_of(num=1, sweep=None, seed=0, optimizer="sgd"):
     sweep = "{}" if sweep is None else sweep if isinstance(sweep, str) else json.dumps(sweep)
-    return dataclasses.replace(Config(), seed=seed, members=MembersConfig(num, sweep))
+    config = dataclasses.replace(Config(), seed=seed, members=MembersConfig(num, sweep))
+    return config_lib.override(config, {"optimizer.name": optimizer})
 
 
 def test_a_grid_times_seeds():
     config = config_of(2, {"optimizer.learning_rate": [0.1, 1], "optimizer.momentum": [0]}, 5)
     rates, momentum = ("optimizer.learning_rate", "optimizer.momentum")
-    assert members.plan(config) == [
+    assert members.list_members(config) == [
         {"seed": seed, rates: rate, momentum: 0.0} for rate in (0.1, 1.0) for seed in (5, 6)
     ]
-    assert members.plan(config_of()) == [{"seed": 0}]
+    assert members.list_members(config_of()) == [{"seed": 0}]
 
 
 def test_a_list_of_settings():
     sweep = [{"optimizer.learning_rate": rate, "optimizer.clip_norm": 1} for rate in (1, 2)]
-    assert [m["optimizer.learning_rate"] for m in members.plan(config_of(1, sweep))] == [1.0, 2.0]
+    found = members.list_members(config_of(1, sweep))
+    assert [member["optimizer.learning_rate"] for member in found] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(
@@ -45,17 +51,36 @@ def test_a_list_of_settings():
         ({"optimizer.learning_rate": [True]}, "has True, which"),
         ({"optimizer.momentum": [1.0]}, "has 1.0, which"),
         ({"model.hidden_size": [1]}, "model.hidden_size"),
+        ({"optimizer.learning_rate": [1e39]}, r"has 1e\+39, which"),
+        ({"optimizer.learning_rate": [10**400]}, "which optimizer.learning_rate cannot be"),
+        ({"optimizer.weight_decay": [0.1]}, "weight_decay does nothing with optimizer.name=sgd"),
+        ({"optimizer.learning_rate": [1.0] * 5000}, "more than 4096 settings"),
+        ('{"optimizer.momentum": [0], "optimizer.momentum": [0.1]}', "optimizer.momentum twice"),
+        ('[{"optimizer.momentum": 0, "optimizer.momentum": 0.1}]', "optimizer.momentum twice"),
+        ("[" * 100_000, "is not JSON"),
         ([{"optimizer.momentum": 0}, {}], "names other fields"),
+        ({"optimizer.weight_decay": [0.1]}, "does nothing with optimizer.name=sgd"),
+        ({"optimizer.learning_rate": [1e-60]}, "has 1e-60, which"),
+        ({"optimizer.learning_rate": [1] * 5000}, "more than 4096 settings"),
+        ('{"optimizer.momentum": [0.5], "optimizer.momentum": [0.1]}', "momentum twice"),
+        ("[" * 100000, "is not JSON"),
     ],
 )
 def test_what_is_not_a_sweep_is_refused(sweep, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         members.settings(config_of(1, sweep))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_seeds_do_not_wrap_around():
     with pytest.raises(UserError, match="beyond 4294967295"):
-        members.plan(config_of(2, seed=2**32 - 1))
+        members.list_members(config_of(2, seed=2**32 - 1))
+
+
+def test_too_many_members_are_refused():
+    with pytest.raises(UserError, match="more than 4096 members"):
+        members.list_members(config_of(3, {"optimizer.learning_rate": [1.0] * 2000}))
 
 
 def test_the_best_setting_is_that_of_validation():
@@ -69,36 +94,137 @@ def test_the_best_setting_is_that_of_validation():
     interval = stats.t.interval(0.95, 2, np.mean(accuracy[:3]), stats.sem(accuracy[:3]))
     np.testing.assert_allclose(spread["interval"], interval)
     assert spread["mean"] == pytest.approx(0.8)
+    assert spread["sd"] == pytest.approx(0.1)
     assert members.summarize(config, None, test)["best"] is None
 
 
-def test_members_of_a_run_equal_lone_runs(data_dir, tmp_path):
-    common = {
-        "data": {"name": "mnist_5k", "data_dir": str(data_dir)},
-        "model": {"hidden_size": 8},
-        "train": {"num_epochs": 2},
-    }
-    sweep = json.dumps({"optimizer.learning_rate": [0.001, 0.01, 3e38]})
-    together = run.train(
-        config_lib.from_dict({**common, "members": {"num": 2, "sweep": sweep}}), tmp_path / "all"
-    )
-    alone = run.train(
-        config_lib.from_dict({**common, "seed": 1, "optimizer": {"learning_rate": 0.01}}),
-        tmp_path / "one",
-    )
-    assert [m["seed"] for m in together["members"]] == [0, 1, 0, 1, 0, 1]
+def test_a_member_that_diverged_counts_for_nothing():
+    config = config_of(3, {"optimizer.learning_rate": [1, 2, 3]})
+    nan = float("nan")
+    accuracy = [0.1, 0.2, 0.3, nan, 0.8, 0.9, nan, nan, nan]  # the second would be the best
+    scores = {"loss": accuracy, "accuracy": accuracy}
+    summary = members.summarize(config, scores, scores)
+    assert [setting["diverged"] for setting in summary["settings"]] == [0, 1, 3]
+    assert summary["best"] == 0
+    one, none = (summary["settings"][i]["test"]["accuracy"] for i in (1, 2))
+    assert one["mean"] == pytest.approx(0.85)
+    assert one["sd"] == pytest.approx(np.std([0.8, 0.9], ddof=1))
+    assert np.isfinite(one["interval"]).all()
+    assert none == {"mean": None, "sd": None, "interval": None}
+
+
+# At this rate a few steps are finite, then the loss overflows.
+DIVERGES = 1e35
+RATES = [0.001, 0.01, DIVERGES]
+
+
+@pytest.fixture(scope="module")
+def make_config(data_dir):
+    def make(num_epochs, seed=0, rate=0.001, rates=None, num=1):
+        sweep = json.dumps({"optimizer.learning_rate": rates} if rates else {})
+        return config_lib.from_dict(
+            {
+                "seed": seed,
+                "data": {"name": "mnist_5k", "data_dir": str(data_dir)},
+                "model": {"hidden_size": 8},
+                "optimizer": {"learning_rate": rate},
+                "train": {"num_epochs": num_epochs},
+                "members": {"num": num, "sweep": sweep},
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def together(make_config, tmp_path_factory):
+    """A workdir of 3 settings × 2 seeds after two epochs and, resumed, after three.
+
+    Members 4 and 5 diverge in the first epoch. Also returned: the parameters after two epochs.
+    """
+    workdir = tmp_path_factory.mktemp("members") / "run"
+    run.train(make_config(2, rates=RATES, num=2), workdir)
+    params = [params_of(workdir, member) for member in range(6)]
+    run.train(make_config(3, rates=RATES, num=2), workdir)
+    return workdir, params
+
+
+def params_of(workdir, member):
+    return jax.tree.map(np.asarray, trained.load(workdir, member).params)
+
+
+@pytest.mark.parametrize(("member", "seed", "rate"), [(3, 1, 0.01), (0, 0, 0.001)])
+def test_a_member_equals_a_separate_run(member, seed, rate, together, make_config, tmp_path):
+    results = Workdir(together[0]).read_results()
+    assert results["members"][member] == {"seed": seed, "optimizer.learning_rate": rate}
+    alone = run.train(make_config(3, seed=seed, rate=rate), tmp_path / "alone")
+    assert_close(params_of(together[0], member), params_of(tmp_path / "alone", None), 1e-3)
     for split in ("validation", "test"):
-        for key in ("loss", "accuracy"):
-            assert together[split][key][3] == pytest.approx(alone[split][key], abs=1e-5)
-    # A setting that diverges harms no other, and is never the best.
-    last = json.loads((tmp_path / "all" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["train/loss"][4] is None
-    assert together["best"] in (0, 1)
-    assert together["parameters"] == alone["parameters"]
-    ensemble = together["ensemble"]
-    assert ensemble["members"] == [2 * together["best"], 2 * together["best"] + 1]
-    best = together["settings"][together["best"]]["test"]["loss"]["mean"]
-    assert ensemble["test"]["loss"] <= best + 1e-6  # by Jensen's inequality
-    config = config_lib.from_dict({**common, "members": {"num": 2, "sweep": sweep}})
-    scores = run.evaluate(config, tmp_path / "all")
-    assert scores["accuracy"] == together["test"]["accuracy"]
+        assert results[split]["loss"][member] == pytest.approx(alone[split]["loss"], rel=1e-4)
+        assert results[split]["accuracy"][member] == pytest.approx(
+            alone[split]["accuracy"], abs=0.003
+        )
+    assert results["parameters"] == alone["parameters"]
+
+
+def test_a_member_that_diverges_takes_steps_and_then_stays_as_it_is(together, make_config):
+    workdir, after_two = together
+    task = compose(make_config(1, rates=RATES, num=2), print)
+    *_, progress = task.loop.train(task.start(task.template()[0]), task.epoch_rows(0))
+    steps = np.asarray(progress.state.step)
+    assert (steps[:4] == 25).all()
+    assert ((steps[4:] > 1) & (steps[4:] < 25)).all()
+    for member in range(6):
+        now, then = params_of(workdir, member), after_two[member]
+        is_same = [
+            np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (now, then)), strict=True)
+        ]
+        assert all(is_same) if member >= 4 else not any(is_same)
+
+
+def test_the_scores_of_a_member_that_diverged_are_null(together):
+    lines = Workdir(together[0]).read_metrics()
+    results = Workdir(together[0]).read_results()
+    assert len(lines) == 3
+    for line in lines:
+        for name in ("train/loss", "validation/loss", "validation/accuracy"):
+            assert [value is None for value in line[name]] == 4 * [False] + 2 * [True]
+    for split in ("validation", "test"):
+        for values in results[split].values():
+            assert [value is None for value in values] == 4 * [False] + 2 * [True]
+
+
+def test_a_member_that_diverged_is_in_no_summary(together):
+    results = Workdir(together[0]).read_results()
+    assert [setting["diverged"] for setting in results["settings"]] == [0, 0, 2]
+    empty = {"mean": None, "sd": None, "interval": None}
+    assert results["settings"][2]["test"] == {"loss": empty, "accuracy": empty}
+    for i, setting in enumerate(results["settings"][:2]):
+        of_seeds = results["test"]["accuracy"][2 * i : 2 * i + 2]
+        assert setting["test"]["accuracy"]["mean"] == pytest.approx(np.mean(of_seeds))
+        assert setting["test"]["accuracy"]["sd"] == pytest.approx(np.std(of_seeds, ddof=1))
+    best = results["best"]
+    assert best in (0, 1)
+    ensemble = results["ensemble"]
+    assert ensemble["members"] == [2 * best, 2 * best + 1]
+    mean_loss = results["settings"][best]["test"]["loss"]["mean"]
+    assert 0 < ensemble["test"]["loss"] < mean_loss * (1 + 1e-6)  # by Jensen's inequality
+
+
+def test_the_same_command_shows_and_evaluates_what_diverged(together, make_config, capsys):
+    config, results = make_config(3, rates=RATES, num=2), Workdir(together[0]).read_results()
+    capsys.readouterr()
+    assert run.train(config, together[0]) == results
+    shown = capsys.readouterr().out
+    assert "2 of 6 members diverged" in shown
+    assert f"test_accuracy: {results['ensemble']['test']['accuracy']:.4f}" in shown
+    scores = run.evaluate(config, together[0])
+    assert scores["accuracy"][:4] == results["test"]["accuracy"][:4]
+    assert np.isnan(scores["accuracy"][4:]).all()
+
+
+def test_a_run_ends_when_all_members_have_diverged(make_config, tmp_path):
+    config = make_config(2, rates=[DIVERGES, 1e36])
+    with pytest.raises(UserError, match=r"not finite in all 2 members .*rate 1e\+35 to 1e\+36"):
+        run.train(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
