@@ -211,6 +211,8 @@ def test_each_process_gets_one_gpu(visible, expected, monkeypatch, launch):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     processes = launch(*[["--help"]] * 2)
     for process, gpu in zip(processes, expected, strict=True):
-        environment = pathlib.Path(f"/proc/{process.pid}/environ").read_text().split("\0")
+        file = pathlib.Path(f"/proc/{process.pid}/environ")
+        while not (environment := file.read_text().split("\0"))[0]:  # it is being started
+            time.sleep(0.01)
         assert f"CUDA_VISIBLE_DEVICES={gpu}" in environment
     assert finish(processes)[0] == 0
