@@ -160,6 +160,7 @@ def _run(arguments, stop):
     with distributed.joined(
         flags.distributed, flags.coordinator, flags.num_processes, flags.process_id
     ):
+        process.listen(stop)  # once more: a distributed JAX takes SIGTERM for itself
         process.set_up_jax(config)
         if flags.mode == "train":
             run.train(
