@@ -8,8 +8,8 @@ import pytest
 from close import assert_close
 from scipy import stats
 
-from seqmnist import checkpoints, run
 from seqmnist import config as config_lib
+from seqmnist import run
 from seqmnist.config import Config, MembersConfig, OptimizerConfig
 from seqmnist.errors import UserError
 from seqmnist.study import trained
@@ -18,10 +18,9 @@ from seqmnist.training.task import compose
 from seqmnist.workdir import Workdir
 
 
-def config_of(num=1, sweep=None, seed=0, optimizer="sgd"):
-    sweep = "{}" if sweep is None else sweep if isinstance(sweep, str) else json.dumps(sweep)
-    config = dataclasses.replace(Config(), seed=seed, members=MembersConfig(num, sweep))
-    return config_lib.override(config, {"optimizer.name": optimizer})
+def config_of(num=1, sweep="{}", seed=0):
+    sweep = sweep if isinstance(sweep, str) else json.dumps(sweep)
+    return Config(seed=seed, members=MembersConfig(num, sweep), optimizer=OptimizerConfig("sgd"))
 
 
 def test_a_grid_times_seeds():
@@ -51,6 +50,7 @@ def test_a_list_of_settings():
         ({"optimizer.learning_rate": [True]}, "has True, which"),
         ({"optimizer.momentum": [1.0]}, "has 1.0, which"),
         ({"model.hidden_size": [1]}, "model.hidden_size"),
+        ({"optimizer.learning_rate": [1e-60]}, "has 1e-60, which"),
         ({"optimizer.learning_rate": [1e39]}, r"has 1e\+39, which"),
         ({"optimizer.learning_rate": [10**400]}, "which optimizer.learning_rate cannot be"),
         ({"optimizer.weight_decay": [0.1]}, "weight_decay does nothing with optimizer.name=sgd"),
@@ -59,11 +59,6 @@ def test_a_list_of_settings():
         ('[{"optimizer.momentum": 0, "optimizer.momentum": 0.1}]', "optimizer.momentum twice"),
         ("[" * 100_000, "is not JSON"),
         ([{"optimizer.momentum": 0}, {}], "names other fields"),
-        ({"optimizer.weight_decay": [0.1]}, "does nothing with optimizer.name=sgd"),
-        ({"optimizer.learning_rate": [1e-60]}, "has 1e-60, which"),
-        ({"optimizer.learning_rate": [1] * 5000}, "more than 4096 settings"),
-        ('{"optimizer.momentum": [0.5], "optimizer.momentum": [0.1]}', "momentum twice"),
-        ("[" * 100000, "is not JSON"),
     ],
 )
 def test_what_is_not_a_sweep_is_refused(sweep, message):
@@ -175,11 +170,8 @@ def test_a_member_that_diverges_takes_steps_and_then_stays_as_it_is(together, ma
     assert (steps[:4] == 25).all()
     assert ((steps[4:] > 1) & (steps[4:] < 25)).all()
     for member in range(6):
-        now, then = params_of(workdir, member), after_two[member]
-        is_same = [
-            np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (now, then)), strict=True)
-        ]
-        assert all(is_same) if member >= 4 else not any(is_same)
+        same = jax.tree.map(np.array_equal, params_of(workdir, member), after_two[member])
+        assert all(jax.tree.leaves(same)) if member >= 4 else not any(jax.tree.leaves(same))
 
 
 def test_the_scores_of_a_member_that_diverged_are_null(together):
