@@ -325,7 +325,7 @@ def test_what_cannot_be_read_is_not_damaged(make_config, monkeypatch):
     [
         ({"model": {"hidden_size": 9}}, r"float32\[9\]|float32\[.*9"),
         ({"model": {"num_layers": 2}}, "layers.1"),
-        ({"optimizer": {"name": "adam"}}, "opt_state"),
+        ({"optimizer": {"name": "sgd"}}, "opt_state"),
         ({"optimizer": {"clip_norm": 1.0}}, "opt_state"),
         ({"members": {"num": 3}}, r"\[3"),
         ({"model": {"view": "pixels"}}, r"\[1, 8\]"),
@@ -443,7 +443,7 @@ def test_a_run_in_a_thread_changes_no_setting(make_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [500, 5_000, 20_000, 60_000])
+@pytest.mark.parametrize("limit", [500, 2_000, 5_000])
 def test_a_disk_that_takes_no_more_ends_in_one_line(limit, make_config, data_dir, whole):
     """A limit on the size of files stands for a full disk, wherever something is written."""
     arguments = ["--workdir=a", "--config=config.py", f"--config.data.data_dir={data_dir}"]
