@@ -18,11 +18,18 @@ from rich.table import Table
 from seqmnist.config import ModelConfig
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Goes on without output; Rich would end the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Display:
     """Prints the progress of a run on standard output; of several processes, the first one does."""
 
     def __init__(self):
-        self._console = Console(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)
+        self._console = _Console(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)
         self._is_live = self._console.is_terminal or self._console.is_jupyter
         if not self._is_live:
             self._console.width = 120
@@ -158,9 +165,8 @@ class Display:
     def _print(self, what, style=None):
         try:
             self._console.print(what, style=style)
-        except OSError:  # the pipe or the terminal is closed; the run goes on
-            self._console.quiet = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:  # the terminal is closed; the run goes on
+            self._console.on_broken_pipe()
 
 
 def describe(model: ModelConfig) -> str:

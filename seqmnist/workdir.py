@@ -255,9 +255,16 @@ def versions() -> dict[str, str]:
 
 
 def _write_aside(path, text):
+    if path.exists() and not path.is_file():  # a device, which must stay one
+        path.write_text(text, encoding="utf-8")
+        return
     aside = path.with_name(path.name + ".partial")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _read_text(path):

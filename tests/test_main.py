@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 from conftest import MNIST, REPOSITORY, seqmnist
 
+import seqmnist as package
+from seqmnist import config as config_lib
+from seqmnist import main
+
 KEYS = ["epoch", "step", "train/loss", "train/accuracy"]
 KEYS += ["validation/loss", "validation/accuracy", "seconds"]
 
@@ -17,21 +21,24 @@ KEYS += ["validation/loss", "validation/accuracy", "seconds"]
 def trained(tmp_path_factory, data_dir):
     """A workdir trained on the 5,000 digits for two epochs, and what was printed."""
     workdir = tmp_path_factory.mktemp("runs") / "a näme with spaces"
-    config = "--config=experiments/mnist_5k.py"
     result = seqmnist(
         f"--workdir={workdir}",
-        config,
+        "--config=experiments/mnist_5k.py",
         f"--config.data.data_dir={data_dir}",
         "--config.train.num_epochs=2",
     )
     assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     return workdir, result.stdout
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 def test_a_run_writes_what_it_promises(trained):
     workdir, _ = trained
-    config = json.loads((workdir / "config.json").read_text())
-    results = json.loads((workdir / "results.json").read_text())
+    config, results = read(workdir / "config.json"), read(workdir / "results.json")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert config["train"] == {"batch_size": 128, "num_epochs": 2, "augment": "none"}
     assert [list(line) for line in lines] == [KEYS, KEYS]
@@ -40,19 +47,25 @@ def test_a_run_writes_what_it_promises(trained):
     assert dataset == {"name": "mnist_5k", "train": 3200, "validation": 800, "test": 1000}
     assert (results["parameters"], results["epochs"], results["steps"]) == (6602, 2, 50)
     assert results["validation"]["loss"] == lines[-1]["validation/loss"]
-    assert results["devices"] == ["cpu:0", "cpu:1"]  # half a batch each
     assert results["versions"]["jax"]
     assert set(results["programs"]) == {"train", "evaluate", "total"}
     assert all(cost["compile_seconds"] > 0 for cost in results["programs"].values())
     assert results["programs"]["train"]["hlo_flops"] > 0
     assert 0 < results["seconds"]["train"] < results["seconds"]["total"]
-    assert (workdir / "checkpoints").is_dir()
+    assert (workdir / "checkpoints" / "50").is_dir()
     assert 0.3 < results["test"]["accuracy"] < 1
 
 
-def test_a_run_tells_its_story_in_plain_lines(trained):
+def test_each_of_two_cores_takes_half_a_batch(trained):
+    from seqmnist import process
+
+    names = [f"cpu:{i}" for i in range(min(2, process.num_cores()))]
+    assert read(trained[0] / "results.json")["devices"] == names
+
+
+def test_a_run_shows_its_progress_in_plain_lines(trained):
     workdir, stdout = trained
-    results = json.loads((workdir / "results.json").read_text())
+    results = read(workdir / "results.json")
     assert "3,200 train, 800 validation, 1,000 test" in stdout
     assert "Device: cpu:0" in stdout
     assert "6,602" in stdout
@@ -72,71 +85,122 @@ def test_evaluate_gives_the_same_score(trained):
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(trained, data_dir, tmp_path):
-    workdir, _ = trained
-    again = tmp_path / "again"
     result = seqmnist(
-        f"--workdir={again}",
+        f"--workdir={tmp_path}",
         "--config=experiments/mnist_5k.py",
         f"--config.data.data_dir={data_dir}",
         "--config.train.num_epochs=2",
         "--config.data.input_mode=stream",
     )
     assert result.returncode == 0, result.stderr
-    first, second = (json.loads((w / "results.json").read_text()) for w in (workdir, again))
+    first, second = (read(workdir / "results.json") for workdir in (trained[0], tmp_path))
     assert first["test"] == second["test"]
     assert first["validation"] == second["validation"]
 
 
-def test_auto_falls_back_loudly(data_dir, tmp_path, trained):
-    # The proxy is a closed port: no machine reaches the public addresses through it.
-    proxy = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in proxy.items():
-            patch.setenv(name, value)
-        result = seqmnist(
-            f"--workdir={tmp_path}",
-            f"--config.data.data_dir={data_dir}",
-            "--config.train.num_epochs=1",
-        )
-        insisting = seqmnist(
-            f"--workdir={tmp_path / 'mnist'}",
-            "--config.data.name=mnist",
-            f"--config.data.data_dir={data_dir}",
-        )
+@pytest.fixture
+def without_network(monkeypatch):
+    """The proxy is a closed port: no machine reaches the public addresses through it."""
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+
+@pytest.mark.slow
+def test_auto_falls_back_loudly(without_network, data_dir, tmp_path):
+    result = seqmnist(
+        f"--workdir={tmp_path}",
+        f"--config.data.data_dir={data_dir}",
+        "--config.train.num_epochs=1",
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("NOTICE: ") == 2  # before training, and beside the score
-    dataset = json.loads((tmp_path / "results.json").read_text())["dataset"]
+    dataset = read(tmp_path / "results.json")["dataset"]
     assert (dataset["name"], dataset["requested"]) == ("mnist_5k", "auto")
     assert "manual_dir" in dataset["notice"]
     evaluated = seqmnist(f"--workdir={tmp_path}", "--mode=evaluate")
     assert "NOTICE: " in evaluated.stdout
-    assert insisting.returncode == 2
-    assert re.fullmatch(r"error: .*mnist.*\n", insisting.stderr)
-    assert not (tmp_path / "mnist").exists()
 
 
-def imported(code):
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", *code], capture_output=True, text=True, cwd=REPOSITORY
+def test_a_dataset_that_cannot_be_had_is_refused(without_network, data_dir, tmp_path):
+    result = seqmnist(
+        f"--workdir={tmp_path / 'run'}",
+        "--config.data.name=mnist",
+        f"--config.data.data_dir={data_dir}",
     )
-    return {
-        line.rpartition("|")[2].strip().partition(".")[0] for line in result.stderr.splitlines()
-    }
+    assert result.returncode == 2
+    assert re.fullmatch(r"error: .*mnist.*\n", result.stderr)
+    assert not (tmp_path / "run").exists()
 
 
-def test_help_imports_nothing_heavy():
-    names = imported(["-m", "seqmnist.main", "--helpfull"])
+def run_python(*arguments):
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
+
+
+HEAVY = {"tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "pandas", "scipy"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "heavy"),
+    [
+        (["-m", "seqmnist.main", "--help"], HEAVY | {"jax", "flax", "numpy", "rich"}),
+        (["-m", "seqmnist.main", "--wrokdir=x"], HEAVY | {"jax", "flax", "numpy", "rich"}),
+        (["-c", "import seqmnist"], HEAVY | {"jax", "flax", "numpy", "rich"}),
+        (["-c", "import seqmnist.run"], HEAVY),
+    ],
+)
+def test_nothing_heavy_is_imported(arguments, heavy):
+    result = run_python("-X", "importtime", *arguments)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("import time:")]
+    names = {line.rpartition("|")[2].strip().partition(".")[0] for line in lines}
     assert "seqmnist" in names
-    assert not names & {"tensorflow", "tensorflow_datasets", "jax", "orbax", "matplotlib", "pandas"}
+    assert not names & heavy
 
 
-def test_the_package_imports_nothing_heavy():
-    names = imported(["-c", "import seqmnist"])
-    assert "seqmnist" in names
-    assert not names & {"tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "pandas"}
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_package_answers_as_its_main_module_does(flag):
+    first, second = (run_python("-m", name, flag) for name in ("seqmnist", "seqmnist.main"))
+    assert first.returncode == second.returncode == 0
+    assert first.stdout == second.stdout
+    assert first.stderr == second.stderr == ""
+    assert "python -m seqmnist.main --workdir=" in first.stdout
 
 
+def test_the_version_is_printed():
+    result = run_python("-m", "seqmnist", "--version")
+    assert (result.returncode, result.stdout) == (0, f"{package.__version__}\n")
+
+
+@pytest.mark.parametrize("name", config_lib.fields())
+def test_the_help_lists_a_field_with_its_default_and_meaning(name):
+    text, field = " ".join(main.make_parser().format_help().split()), config_lib.fields()[name]
+    own = text.rpartition(f"--config.{name} ")[2].partition("--config.")[0]
+    default = "none" if field.default is None else field.default
+    assert f"default: {default})" in own
+    assert " ".join(field.metadata["meaning"].split()) in own
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--config.model.reverse", True),
+        ("--config.model.reverse=false", False),
+        ("--config.model.reverse=1", True),
+        ("--config.optimizer.clip_norm=none", None),
+        ("--config.optimizer.clip_norm=1", 1.0),
+        ("--config.data.manual_dir=None", None),
+        ("--config.profile.steps=1:2", "1:2"),
+    ],
+)
+def test_flags_become_values(flag, expected):
+    flags = vars(main.make_parser().parse_args([flag]))
+    assert flags[flag.removeprefix("--").partition("=")[0]] == expected
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not MNIST.is_dir(), reason="the full MNIST archives are not on this machine")
 def test_the_notebook_on_full_mnist(tmp_path):
     result = seqmnist(
@@ -146,7 +210,7 @@ def test_the_notebook_on_full_mnist(tmp_path):
         f"--config.data.data_dir={tmp_path / 'data'}",
     )
     assert result.returncode == 0, result.stderr
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    results = read(tmp_path / "run" / "results.json")
     counts = [results["dataset"][name] for name in ("train", "validation", "test")]
     assert counts == [48000, 12000, 10000]
     assert (results["parameters"], results["steps"]) == (6602, 1875)

@@ -1,72 +1,118 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 
-from seqmnist import checkpoints as checkpoint_lib
 from seqmnist import config as config_lib
-from seqmnist import records
+from seqmnist import workdir as workdir_lib
+from seqmnist.checkpoints import Checkpoints, Saved
 from seqmnist.config import Config, MembersConfig, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.study import trained
-from seqmnist.training.steps import TrainState, init_state, make_system
+from seqmnist.training.metrics import Sums
+from seqmnist.training.steps import init_state, make_system
 
 
-def test_it_scores_as_the_run_did(finished_run):
-    network = trained.load(finished_run)
-    images, labels = network.test_set()
+@pytest.fixture(scope="module")
+def network(finished_run):
+    return trained.load(finished_run)
+
+
+@pytest.fixture(scope="module")
+def test_set(network):
+    return network.test_set()
+
+
+def test_it_scores_as_the_run_did(network, test_set):
+    images, labels = test_set
     assert images.shape == (1000, 28, 28)
     answers = network.probabilities(images).argmax(-1)
     assert (answers == labels).mean() == network.results["test"]["accuracy"]
     one_by_one = np.concatenate([network.logits(images[i : i + 1]) for i in range(3)])
-    np.testing.assert_allclose(one_by_one, network.logits(images)[:3], atol=1e-5)
+    assert_close(one_by_one, network.logits(images)[:3])
 
 
-def test_what_it_does_by_time_step_comes_in_any_number(finished_run):
-    network = trained.load(finished_run)
-    images, labels = (array[:5] for array in network.test_set())
+def test_it_is_found_from_the_folder_above(finished_run, network, test_set, monkeypatch):
+    monkeypatch.chdir(finished_run.parent)
+    again = trained.load(finished_run.name)
+    assert again.workdir.path == finished_run
+    np.testing.assert_array_equal(again.logits(test_set[0][:8]), network.logits(test_set[0][:8]))
+
+
+def test_what_it_does_by_time_step_comes_in_any_number(network, test_set):
+    images, labels = (array[:5] for array in test_set)
     beliefs = network.beliefs(images)
     assert beliefs.shape == (28, 5, 10)
-    np.testing.assert_allclose(beliefs[-1], network.probabilities(images), atol=1e-5)
+    assert_close(beliefs[-1], network.probabilities(images))
     assert network.hidden_states(images).shape == (28, 5, 8)
     assert network.gradient_norms(images, labels).shape == (1, 28, 5)
 
 
-def test_a_member_is_taken_out_of_many(tmp_path, monkeypatch):
+@pytest.fixture
+def three_members(tmp_path, finished_run):
+    """A workdir with a checkpoint of three random members, and their parameters."""
     config = Config(model=ModelConfig(hidden_size=3), members=MembersConfig(num=3))
-    system = make_system(config)
+    system, rng = make_system(config), np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_state(config, system, 0))
-    rng = np.random.default_rng(0)
-    states = [
-        jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
-        for _ in range(3)
-    ]
-    state = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
+    state = jax.tree.map(lambda leaf: rng.normal(size=(3, *leaf.shape)).astype(leaf.dtype), shapes)
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    checkpoints.save(Saved(state, Sums.zeros(shape=(3,)), 5, [], "of no data", 1.0))
+    checkpoints.close()
+    workdir_lib.write_json(tmp_path / "config.json", config_lib.to_dict(config))
+    results = workdir_lib.Workdir(finished_run).read_results()
+    results |= {"steps": 5, "validation": {"loss": [None, 0.1, 0.2], "accuracy": [0.9, 0.8, 0.7]}}
+    workdir_lib.write_json(tmp_path / "results.json", results)
+    return tmp_path, system, state.params
 
-    def restore(workdir, like: TrainState):
-        assert jax.tree.map(jnp.shape, like) == jax.tree.map(jnp.shape, state)
-        return state
 
-    monkeypatch.setattr(checkpoint_lib, "restore", restore)
-    records.write_json(tmp_path / records.CONFIG, config_lib.to_dict(config))
-    records.write_json(tmp_path / records.RESULTS, {"validation": {"loss": [None, 0.1, 0.2]}})
-    best = trained.load(tmp_path)
-    assert best.member == 1
+def test_a_member_is_taken_out_of_many(three_members):
+    workdir, system, params = three_members
     images = np.full((2, 28, 28), 9, np.uint8)
     for member in range(3):
-        alone = system.apply(states[member].params, jnp.array(images))
-        np.testing.assert_allclose(trained.load(tmp_path, member).logits(images), alone, atol=1e-6)
-    (tmp_path / records.RESULTS).unlink()  # the run has not ended
-    assert trained.load(tmp_path).member == 0
+        alone = jax.tree.map(lambda leaf, i=member: leaf[i], params)
+        expected = system.apply(alone, jnp.array(images))
+        assert_close(trained.load(workdir, member).logits(images), np.asarray(expected))
     with pytest.raises(UserError, match="members 0 to 2, not 3"):
-        trained.load(tmp_path, 3)
+        trained.load(workdir, 3)
 
 
-def test_what_is_not_there_is_named(tmp_path, finished_run):
+def test_the_best_member_is_that_of_validation_and_has_not_diverged(three_members):
+    workdir, _, _ = three_members
+    assert trained.load(workdir).member == 1
+    (workdir / "results.json").unlink()  # the run has not finished
+    assert trained.load(workdir).member == 0
+
+
+def test_an_older_checkpoint_is_announced(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    results = workdir_lib.Workdir(tmp_path / "run").read_results()
+    workdir_lib.write_json(tmp_path / "run" / "results.json", {**results, "steps": 999})
+    said = []
+    trained.load(tmp_path / "run", say=said.append)
+    assert len(said) == 1
+    assert "step 25 of 999" in said[0]
+
+
+def test_what_is_missing_is_named(tmp_path, finished_run):
     with pytest.raises(UserError, match=r"config.json does not exist; train"):
         trained.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="one network"):
         trained.load(finished_run, 1)
-    (tmp_path / records.CONFIG).write_bytes((finished_run / records.CONFIG).read_bytes())
-    with pytest.raises(UserError, match=r"checkpoints does not exist; train"):
+    shutil.copy(finished_run / "config.json", tmp_path)
+    with pytest.raises(UserError, match=r"checkpoints holds no usable checkpoint; train"):
         trained.load(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_other_images_than_those_of_the_run_are_refused(three_members, data_dir):
+    workdir, _, _ = three_members
+    config = config_lib.override(
+        workdir_lib.Workdir(workdir).read_config(),
+        {"data.name": "mnist_5k", "data.data_dir": str(data_dir)},
+    )
+    workdir_lib.write_json(workdir / "config.json", config_lib.to_dict(config))
+    with pytest.raises(UserError, match="other images than those"):
+        trained.load(workdir).test_set()
