@@ -72,11 +72,11 @@ class Setup(NamedTuple):
     cases: dict[str, tuple[dict, int]]  # of CASES
     rounds: int
 
-    def start(self, name, arguments, environment=None, **options):
-        """Starts a Python process of a contestant."""
-        root = str(self.folders.get(name, _ROOT))
-        environment = {**os.environ, "PYTHONPATH": root, **(environment or {})}
-        command = [sys.executable, "-m", *arguments]
+    def start(self, name, arguments, cache="cache", **options):
+        """Starts a Python process of a contestant, with a compilation cache of its own."""
+        root, cache = str(self.folders.get(name, _ROOT)), self.file.with_name(f"{cache}-{name}")
+        variables = {"PYTHONPATH": root, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        command, environment = [sys.executable, "-m", *arguments], {**os.environ, **variables}
         return subprocess.Popen(command, cwd=root, env=environment, text=True, **options)
 
 
@@ -127,8 +127,7 @@ def job(setup):
                 arguments = ["tools.peers", name, f"--job={setup.file}"]
                 if name in ("ours", "baseline"):
                     arguments = [*ours, f"--workdir={folder}/{name}-{state}-{i}"]
-                cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache-{name}-{i}"}
-                measured = _time_process(setup, name, arguments, cache)
+                measured = _time_process(setup, name, arguments, f"cache-of-round-{i}")
                 runs[state].setdefault(name, []).append(measured)
     return {state: {n: _medians(m) for n, m in times.items()} for state, times in runs.items()}
 
@@ -194,10 +193,10 @@ def _medians(measured):
     return {key: statistics.median(each[key] for each in measured) for key in _MEASURES}
 
 
-def _time_process(setup, name, arguments, environment):
+def _time_process(setup, name, arguments, cache):
     began = time.perf_counter()
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = setup.start(name, arguments, environment, **pipes)
+    process = setup.start(name, arguments, cache, **pipes)
     message = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
