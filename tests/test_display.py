@@ -1,0 +1,246 @@
+"""What a person sees: on a terminal of 80 columns, in a pipe, and in ASCII."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+
+import jax
+import pytest
+from conftest import REPOSITORY, seqmnist
+
+from seqmnist.config import Config, MembersConfig, ModelConfig, OptimizerConfig
+from seqmnist.display import Display
+from seqmnist.training import members
+from seqmnist.training.steps import init_state, make_system
+
+NAN = float("nan")
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def record(loss, accuracy, val_loss, val_accuracy):
+    return {
+        "train/loss": loss,
+        "train/accuracy": accuracy,
+        "validation/loss": val_loss,
+        "validation/accuracy": val_accuracy,
+        "seconds": 12.34,
+    }
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Lets the standard output pass for a colour terminal of 80 columns."""
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "80", "TERM": "xterm-256color"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def lines_of(capsys):
+    """The lines that were printed, without colours; every one fits into 80 columns."""
+    lines = CONTROL.sub("", capsys.readouterr().out).replace("\r", "\n").splitlines()
+    assert not [line for line in lines if len(line) > 80]
+    assert not [line for line in lines if "…" in line]
+    return lines
+
+
+def test_the_line_of_an_epoch_fits(terminal, capsys):
+    Display().epoch_line("Epoch 100/100", 1375, record(0.51234, 0.89, 0.45678, 0.9123))
+    shown = " ".join(lines_of(capsys))
+    expected = ["Epoch 100/100", "1375/1375", "12.3s 9.0ms/step", " loss: 0.5123"]
+    expected += ["accuracy: 0.8900", "val_loss: 0.4568", "val_accuracy: 0.9123"]
+    for words in expected:
+        assert words in shown
+
+
+def test_the_line_of_an_epoch_of_members_fits(terminal, capsys):
+    scores = [0.1, 0.2, 0.3], [0.2, 0.4, 0.6], [1.0, 2.0, 3.0], [0.3, 0.5, 0.7]
+    Display().epoch_line("Epoch 100/100", 1375, record(*scores))
+    shown = " ".join(lines_of(capsys))
+    expected = ["Epoch 100/100", "1375/1375", "12.3s 9.0ms/step", " loss: 0.2000 ± 0.1000"]
+    expected += ["accuracy: 0.4000 ± 0.2000", "val_loss: 2.0000 ± 1.0000"]
+    expected += ["val_accuracy: 0.5000 ± 0.2000"]
+    for words in expected:
+        assert words in shown
+
+
+def test_without_a_validation_set_there_are_no_scores_of_it(terminal, capsys):
+    Display().epoch_line("Epoch 1/1", 5, record(0.5, 0.8, None, None))
+    (line,) = lines_of(capsys)
+    assert line == "Epoch 1/1 - 5/5 - 12.3s 2468.0ms/step - loss: 0.5000 - accuracy: 0.8000"
+
+
+@pytest.mark.parametrize("missing", [None, NAN])
+def test_scores_that_are_missing_are_shown_as_nan(missing, capsys):
+    def shown(*scores):
+        Display().epoch_line("Epoch 1/1", 5, record(*scores))
+        return capsys.readouterr().out
+
+    assert "loss: nan - accuracy: nan" in shown(missing, missing, missing, missing)
+    assert "loss: nan - accuracy: nan" in shown(*4 * [[missing, missing]])
+    assert "loss: 0.5000 - accuracy: 0.5000" in shown(*4 * [[0.5, missing]])
+    several = shown(*4 * [[0.5, missing, 0.7]])
+    assert "loss: 0.6000 ± 0.1414" in several
+    assert "nan" not in several
+
+
+@pytest.mark.parametrize("scores", [0.5, NAN, [0.25, 0.75], [NAN, NAN]])
+def test_the_bar_fits(scores, terminal, capsys):
+    with Display().epoch("Epoch 100/100", 1375) as update:
+        update(700, {"loss": scores, "accuracy": scores})
+    shown = "\n".join(lines_of(capsys))
+    assert "Epoch 100/100" in shown
+    assert "700/1375" in shown
+
+
+def results_of(sweep, scores):
+    """Results of two settings of three seeds, with these scores of each member."""
+    config = Config(
+        members=MembersConfig(3, json.dumps(sweep)), optimizer=OptimizerConfig(name="sgd")
+    )
+    both = {"loss": scores, "accuracy": scores}
+    return {
+        "dataset": {"name": "mnist_5k", "test": 1000, "notice": None},
+        "test": both,
+        "members": members.list_members(config),
+        **members.summarize(config, both, both),
+        "ensemble": {"members": [0, 1, 2], "test": {"loss": 0.1234, "accuracy": 0.9876}},
+    }
+
+
+RATES = {"optimizer.learning_rate": [0.000123456, 0.01]}
+MOMENTUM, CLIP_NORM = {"optimizer.momentum": [0.99]}, {"optimizer.clip_norm": [12345.6]}
+
+
+@pytest.mark.parametrize("sweep", [RATES, RATES | MOMENTUM, RATES | MOMENTUM | CLIP_NORM])
+def test_the_table_of_settings_fits(sweep, terminal, capsys):
+    results = results_of(sweep, [0.11, 0.12, 0.13, 0.21, 0.23, 0.25])
+    Display().results(results)
+    lines = lines_of(capsys)
+    shown = " ".join(" ".join(lines).split())
+    for name in sweep:
+        assert name.rpartition(".")[2] in shown
+    numbers = ["0.000123456", "0.01", "0.0952 to 0.1448"]
+    numbers += ["0.99"] * ("optimizer.momentum" in sweep)
+    numbers += ["12345.6"] * ("optimizer.clip_norm" in sweep)
+    for number in numbers:
+        assert number in shown
+    assert shown.count("0.1200 ± 0.0100") == shown.count("0.2300 ± 0.0200") == 3
+    assert "Best by validation: learning_rate = 0.01" in shown
+    assert "test_loss: 0.1234" in shown
+    assert "test_accuracy: 0.9876" in shown
+
+
+def test_the_table_of_settings_shows_what_diverged(terminal, capsys):
+    Display().results(results_of(RATES, [0.1, NAN, 0.3, NAN, NAN, NAN]))
+    shown = "\n".join(lines_of(capsys))
+    assert "0.2000 ± 0.1414" in shown
+    assert "nan" in shown
+    assert "4 of 6 members diverged" in shown
+    assert "Best by validation: learning_rate = 0.000123456" in shown
+
+
+def test_the_table_of_parameters_fits(terminal, capsys):
+    model = ModelConfig(cell="min_gru", num_layers=2, bidirectional=True, block="residual")
+    config = Config(model=model)
+    system = make_system(config)
+    task = types.SimpleNamespace(
+        dataset=types.SimpleNamespace(name="mnist", notice="look [here]", directory="/data"),
+        splits={"train": range(48000), "test": range(10000)},
+        mesh=jax.make_mesh((1, 1), ("member", "data"), devices=jax.devices()[:1]),
+        config=config,
+        members=[{"seed": 0}],
+    )
+    params = jax.eval_shape(lambda: init_state(config, system, 0).params)
+    Display().setup(task, params)
+    shown = lines_of(capsys)
+    assert "NOTICE: look [here]" in shown
+    assert "Data: mnist: 48,000 train, 10,000 test examples, from /data" in shown
+    counts = [leaf.size for leaf in jax.tree.leaves(params)]
+    cells = " ".join(shown).split()
+    for count in (*counts, sum(counts)):
+        assert f"{count:,}" in cells
+
+
+def test_a_pipe_gets_plain_lines(capsys):
+    display = Display()
+    with display.epoch("Epoch 1/5", 375) as update:
+        update(100, {"loss": 0.5, "accuracy": 0.5})
+    display.epoch_line("Epoch 1/5", 375, record(0.5, 0.8, 0.4, 0.9))
+    display.say("[bold] is no markup")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("accuracy: 0.8000 - val_loss: 0.4000 - val_accuracy: 0.9000")
+    assert second == "[bold] is no markup"
+
+
+def run_python(code, **keywords):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+        **keywords,
+    )
+
+
+def test_output_in_ascii_says_the_same():
+    code = (
+        "from seqmnist import process; process.prepare_output(); "
+        "from seqmnist.display import Display; Display().say('rows → 1 × 2 ± 3… é')"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = run_python(code, env=environment, stdout=subprocess.PIPE)
+    assert (result.stdout, result.stderr) == ("rows -> 1 x 2 +/- 3... ?\n", "")
+
+
+def test_the_help_in_ascii():
+    result = seqmnist("--help", PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "--config.train.num_epochs" in result.stdout
+    assert result.stdout.isascii()
+
+
+@pytest.fixture
+def closed_pipe():
+    """The writing end of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    os.close(writing)
+
+
+def test_a_closed_pipe_is_no_error(closed_pipe):
+    code = (
+        "from seqmnist import process; process.prepare_output(); "
+        "from seqmnist.display import Display; display = Display(); "
+        "display.say('one'); display.say('two'); process.leave(0)"
+    )
+    result = run_python(code, stdout=closed_pipe)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_run_goes_on_when_nobody_reads(encoding, closed_pipe, data_dir, tmp_path):
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "seqmnist", f"--workdir={tmp_path / 'run'}"),
+            *("--config.data.name=mnist_5k", f"--config.data.data_dir={data_dir}"),
+            *("--config.model.hidden_size=8", "--config.train.num_epochs=1"),
+            '--config.members.sweep={"optimizer.learning_rate": [0.001, 1e35]}',
+        ],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        stdout=closed_pipe,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert (tmp_path / "run" / "results.json").exists()
