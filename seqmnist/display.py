@@ -90,7 +90,8 @@ class Display:
         task = bar.add_task(title, total=num_steps, metrics="")
 
         def update(step: int, means: Mapping[str, Any]) -> None:
-            metrics = " ".join(f"{name}: {_text(value)}" for name, value in means.items())
+            texts = {name: _text(value).partition(" ±")[0] for name, value in means.items()}
+            metrics = " ".join(f"{name}: {text}" for name, text in texts.items())
             bar.update(task, completed=step, metrics=metrics)
 
         bar.start()
@@ -140,7 +141,7 @@ class Display:
         table = Table(box=box.SIMPLE_HEAD)
         short = [name.rpartition(".")[2] for name in swept]
         for name in (*short, "val_accuracy", "test_loss", "test_accuracy", "95 % interval"):
-            table.add_column(name, justify="right", overflow="fold")
+            table.add_column(name, justify="right", overflow="fold", no_wrap=name in short)
         for i, setting in enumerate(results["settings"]):
             validation, test = setting["validation"], setting["test"]
             interval = test["accuracy"]["interval"]

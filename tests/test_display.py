@@ -8,6 +8,7 @@ import sys
 import types
 
 import jax
+import numpy as np
 import pytest
 from conftest import REPOSITORY, seqmnist
 
@@ -40,11 +41,12 @@ def terminal(monkeypatch):
 
 
 def lines_of(capsys):
-    """The lines that were printed, without colours; every one fits into 80 columns."""
+    """The lines that were printed, without colours; all but sentences fit into 80 columns."""
     lines = CONTROL.sub("", capsys.readouterr().out).replace("\r", "\n").splitlines()
-    assert not [line for line in lines if len(line) > 80]
-    assert not [line for line in lines if "…" in line]
-    return lines
+    for line in lines:
+        is_sentence = line.startswith(("Test on ", "Best by ", "Device: "))
+        assert is_sentence or (len(line) <= 80 and "…" not in line), line
+    return [line for line in lines if line.strip()]
 
 
 def test_the_line_of_an_epoch_fits(terminal, capsys):
@@ -94,6 +96,8 @@ def test_the_bar_fits(scores, terminal, capsys):
     shown = "\n".join(lines_of(capsys))
     assert "Epoch 100/100" in shown
     assert "700/1375" in shown
+    text = "nan" if np.isnan(scores).any() else "0.5000"
+    assert f"loss: {text} accuracy: {text}" in shown
 
 
 def results_of(sweep, scores):
@@ -120,27 +124,23 @@ def test_the_table_of_settings_fits(sweep, terminal, capsys):
     results = results_of(sweep, [0.11, 0.12, 0.13, 0.21, 0.23, 0.25])
     Display().results(results)
     lines = lines_of(capsys)
-    shown = " ".join(" ".join(lines).split())
+    *table, best, test = lines
+    numbers = [0.000123456, 0.01, *2 * [0.99, 12345.6][: len(sweep) - 1]]
+    numbers += [*3 * [0.12, 0.01], 0.0952, 0.1448, *3 * [0.23, 0.02], 0.1803, 0.2797]
+    assert sorted(map(float, re.findall(r"[0-9.]{2,}", " ".join(table)))) == sorted([*numbers, 95])
+    head = " ".join(table).split()
     for name in sweep:
-        assert name.rpartition(".")[2] in shown
-    numbers = ["0.000123456", "0.01", "0.0952 to 0.1448"]
-    numbers += ["0.99"] * ("optimizer.momentum" in sweep)
-    numbers += ["12345.6"] * ("optimizer.clip_norm" in sweep)
-    for number in numbers:
-        assert number in shown
-    assert shown.count("0.1200 ± 0.0100") == shown.count("0.2300 ± 0.0200") == 3
-    assert "Best by validation: learning_rate = 0.01" in shown
-    assert "test_loss: 0.1234" in shown
-    assert "test_accuracy: 0.9876" in shown
+        assert name.rpartition(".")[2] in head
+    assert best.startswith("Best by validation: optimizer.learning_rate = 0.01")
+    assert test.endswith("test_loss: 0.1234 - test_accuracy: 0.9876")
 
 
 def test_the_table_of_settings_shows_what_diverged(terminal, capsys):
     Display().results(results_of(RATES, [0.1, NAN, 0.3, NAN, NAN, NAN]))
     shown = "\n".join(lines_of(capsys))
-    assert "0.2000 ± 0.1414" in shown
-    assert "nan" in shown
-    assert "4 of 6 members diverged" in shown
-    assert "Best by validation: learning_rate = 0.000123456" in shown
+    for words in ("0.2000", "0.1414", "nan", "4 of 6 members diverged"):
+        assert words in shown
+    assert "Best by validation: optimizer.learning_rate = 0.000123456" in shown
 
 
 def test_the_table_of_parameters_fits(terminal, capsys):
