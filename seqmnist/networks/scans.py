@@ -42,16 +42,7 @@ def _kernel_gradient(x, dy):
 
 
 def sequential(step: Callable, carry: Any, z: jax.Array) -> jax.Array:
-    """Applies a recurrence step by step.
-
-    Args:
-      step: (carry, z_t [B, K·H]) -> (carry, h_t [B, H]).
-      carry: the state before the first step.
-      z: [T, B, K·H].
-
-    Returns:
-      h, [T, B, H].
-    """
+    """Applies `step`, (carry, z_t) -> (carry, h_t), over time: z [T, B, K·H] -> h [T, B, H]."""
     return lax.scan(step, carry, z)[1]
 
 
@@ -96,7 +87,7 @@ def gated(
     """
 
     def step(carry, z_t):
-        return gated_step(gates, kernel, bias, carry, _join_gates(z_t))
+        return gated_step(gates, kernel, bias, carry, jnp.concatenate(z_t, axis=-1))
 
     return lax.scan(step, carry, _split_gates(z, kernel))[1]
 
@@ -105,7 +96,7 @@ def _gated_forward(gates, kernel, bias, carry, z):
     gates = jax.checkpoint(gates, policy=_is_kept, prevent_cse=False)
 
     def step(carry, z_t):
-        inputs = _gate_inputs(kernel, bias, carry, _join_gates(z_t))
+        inputs = _gate_inputs(kernel, bias, carry, jnp.concatenate(z_t, axis=-1))
         (after, h), pullback = jax.vjp(gates, carry, *inputs)
         return after, (h, pullback)
 
@@ -149,10 +140,6 @@ def _split_gates(z, kernel):
     reads its columns out of a wider array.
     """
     return tuple(jnp.split(z, kernel.shape[1] // kernel.shape[0], axis=-1))
-
-
-def _join_gates(z):
-    return jnp.concatenate(z, axis=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

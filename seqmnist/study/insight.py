@@ -107,13 +107,9 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
 
 
 class ClassScores(NamedTuple):
-    """How well each class is told from the others; 0 instead of 0 / 0.
+    """Precision, recall and F1 of each class, float64 [C], and its examples, int64 [C].
 
-    Attributes:
-      precision: the share of predictions of c that are correct, float64 [C].
-      recall: the share of examples of c that are predicted as c, [C].
-      f1: the harmonic mean of both, [C].
-      support: the number of examples of c, int64 [C].
+    0 stands for 0 / 0.
     """
 
     precision: np.ndarray

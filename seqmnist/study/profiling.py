@@ -8,9 +8,8 @@ import functools
 import math
 import pathlib
 import re
-import time
+import timeit
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +47,9 @@ class Profile:
         num_steps: int,
         modules: Callable[[], list[str]],
     ):
-        """Traces nothing yet.
+        """Traces a run of `num_steps` into a folder.
 
-        Args:
-          config: of the run.
-          directory: the profile folder.
-          num_steps: the length of the run.
-          modules: returns the texts of the optimized HLO modules that the run executes.
+        `modules` returns the texts of the optimized HLO modules that the run executes.
 
         Raises:
           UserError: the run has no such steps.
@@ -126,10 +121,7 @@ class Profile:
 
 
 def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
-    """Finds the scope of every operation of compiled modules.
-
-    Args:
-      modules: the texts of optimized HLO modules.
+    """Finds the scope of every operation, from the texts of optimized HLO modules.
 
     Returns:
       {module: {operation: one of `SCOPES`, or "other"}}, without loops and calls, which only
@@ -216,19 +208,14 @@ def program_cost(program: jax.stages.Compiled) -> dict[str, float]:
 def rates() -> dict[str, float]:
     """Measures the device: float32 FLOP/s of a large matrix product, bytes/s of a large copy."""
     size = 2048
-    a = jnp.ones((size, size))
-    large = jnp.ones(2**26)
-    product = best_seconds(jax.jit(jnp.matmul), a, a)
-    copy = best_seconds(jax.jit(lambda x: x + 1), large)
-    return {"flops_per_second": 2 * size**3 / product, "bytes_per_second": 8 * large.size / copy}
+    square, large = jnp.ones((size, size)), jnp.ones(2**26)
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
 
+    def seconds(function, *arguments):
+        once = lambda: jax.block_until_ready(function(*arguments))  # noqa: E731
+        return min(timeit.repeat(once, number=1, repeat=11))  # the first one compiles
 
-def best_seconds(function: Callable, *arguments: Any) -> float:
-    """Returns the shortest time of ten calls, after one that compiles."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(10):
-        began = time.perf_counter()
-        jax.block_until_ready(function(*arguments))
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return {
+        "flops_per_second": 2 * size**3 / seconds(product, square, square),
+        "bytes_per_second": 8 * large.size / seconds(copy, large),
+    }
