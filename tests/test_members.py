@@ -215,6 +215,16 @@ def test_the_same_command_shows_and_evaluates_what_diverged(together, make_confi
     assert np.isnan(scores["accuracy"][4:]).all()
 
 
+def test_without_validation_the_ensemble_is_all_that_did_not_diverge(make_config, tmp_path):
+    config = make_config(1, rates=[0.001, DIVERGES])
+    config.data.validation_fraction = 0.0
+    results = run.train(config, tmp_path / "run")
+    assert results["best"] is None
+    assert results["ensemble"]["members"] == [0]
+    for key, of_all in results["test"].items():
+        assert results["ensemble"]["test"][key] == pytest.approx(of_all[0], rel=1e-5)
+
+
 def test_a_run_ends_when_all_members_have_diverged(make_config, tmp_path):
     config = make_config(2, rates=[DIVERGES, 1e36])
     with pytest.raises(UserError, match=r"not finite in all 2 members .*rate 1e\+35 to 1e\+36"):
