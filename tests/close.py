@@ -1,12 +1,20 @@
-"""Comparison of arrays relative to their size, since another processor rounds differently."""
+"""Random networks, and comparison relative to the size of what is compared."""
+
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 
 def assert_close(got, expected, tolerance=1e-5):
-    """Compares trees of arrays; `tolerance` is a share of the largest number of each array."""
+    """Compares trees of arrays; `tolerance` is a share of the largest number of each array.
+
+    It leaves room for another processor, which rounds differently.
+    """
 
     def compare(a, b):
         a, b = np.asarray(a), np.asarray(b)
@@ -14,3 +22,15 @@ def assert_close(got, expected, tolerance=1e-5):
 
     chex.assert_trees_all_equal_structs(got, expected)
     jax.tree.map(compare, got, expected)
+
+
+def random_params(shapes: Any, seed: int = 0, dtype: Any = jnp.float32) -> Any:
+    """Returns parameters of which none is zero, where a mistake could hide."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.array(rng.normal(0, 0.4, leaf.shape), dtype), shapes)
+
+
+def random_module(build: Callable[[nnx.Rngs], nnx.Module], seed: int = 0) -> nnx.Module:
+    """Returns the module that `build` makes, with `random_params`; compiles no initializer."""
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+    return nnx.merge(graphdef, random_params(shapes, seed))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import assert_close
+from close import assert_close, random_params
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,13 +34,10 @@ def name_of(model):
 
 
 def make(model, hidden_size=5, dtype=np.float32):
-    """A network with parameters of which none is zero, where a mistake could hide."""
     config = Config(model=dataclasses.replace(model, hidden_size=hidden_size))
     system = make_system(config)
     shapes = jax.eval_shape(lambda: init_state(config, system, 0)).params
-    rng = np.random.default_rng(0)
-    draw = lambda leaf: jnp.array(rng.normal(-0.1, 0.4, leaf.shape), dtype)  # noqa: E731
-    return system, jax.tree.map(draw, shapes)
+    return system, random_params(shapes, dtype=dtype)
 
 
 @pytest.mark.parametrize("model", MODELS, ids=name_of)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import assert_close
+from close import assert_close, random_module, random_params
 from flax import nnx
 
 from seqmnist.config import Config, ModelConfig
@@ -29,19 +29,16 @@ def relaxed():
         yield
 
 
-def noisy_params(config, seed):
-    """Parameters of which none is zero, where a mistake could hide."""
-    params = init_state(config, make_system(config), seed).params
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: leaf + jnp.array(rng.normal(0, 0.1, leaf.shape), leaf.dtype), params
-    )
+def make_params(config, seed):
+    shapes = jax.eval_shape(lambda: init_state(config, make_system(config), seed)).params
+    return random_params(shapes, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ARCHITECTURES, ids=lambda model: model.cell)
 def test_keras_gives_the_same_logits_and_gradients(model, digits):
     config = Config(model=model)
-    system, params = make_system(config), noisy_params(config, 0)
+    system, params = make_system(config), make_params(config, 0)
     images = jnp.array(digits[0][:16])
     labels = jnp.array(digits[1][:16])
     their_model = interop.build_keras(model)
@@ -69,7 +66,7 @@ def test_keras_gives_the_same_logits_and_gradients(model, digits):
 @pytest.mark.parametrize("model", ARCHITECTURES, ids=lambda model: model.cell)
 def test_weights_survive_a_round_trip(model):
     config = Config(model=model)
-    params, other = noisy_params(config, 0), noisy_params(config, 1)
+    params, other = make_params(config, 0), make_params(config, 1)
     their_model = interop.build_keras(model)
     their_model.set_weights(interop.to_keras(model, params))
     interop.from_keras(model, other, their_model.get_weights())
@@ -96,7 +93,7 @@ def test_what_keras_does_not_have_is_refused(fields, word):
 
 
 def test_weights_of_another_architecture_are_refused_and_change_nothing():
-    params = noisy_params(Config(), 0)
+    params = make_params(Config(), 0)
     before = interop.to_keras(ModelConfig(), params)
     for weights in (before[:-1], [*before, before[0]], [before[0].T, *before[1:]]):
         with pytest.raises(UserError, match="Keras has"):
@@ -113,12 +110,9 @@ TORCH_LAYERS = {"simple_rnn": "RNN", "gru": "GRU", "lstm": "LSTM"}
 def test_pytorch_gives_the_same_states_and_gradients(name):
     torch = pytest.importorskip("torch")
     hidden, order = 7, TORCH_ORDER[name]
-    cell = CELLS[name](5, hidden, rngs=nnx.Rngs(0))
+    cell = random_module(lambda rngs: CELLS[name](5, hidden, rngs=rngs))
     graphdef, params = nnx.split(cell)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: leaf + jnp.array(rng.normal(0, 0.1, leaf.shape), leaf.dtype), params
-    )
     x = rng.normal(size=(11, 3, 5)).astype(np.float32)
     cotangent = rng.normal(size=(11, 3, hidden)).astype(np.float32)
 

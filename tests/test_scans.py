@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import assert_close
+from close import assert_close, random_module, random_params
 from flax import nnx
 
 from seqmnist.networks import cells, scans
@@ -28,43 +28,45 @@ def random_like(tree, seed, dtype):
     return jax.tree.unflatten(structure, [draw(leaf) for leaf in leaves])
 
 
+def outputs_and_cotangents(function, *inputs):
+    """Returns the outputs of a function, and its pullback of random cotangents."""
+
+    @jax.jit
+    def both(inputs, cotangent):
+        outputs, pullback = jax.vjp(function, *inputs)
+        return outputs, pullback(cotangent)
+
+    shape = jax.eval_shape(function, *inputs)
+    return both(inputs, random_like(shape, 4, shape.dtype))
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_cell_scans_as_its_steps_one_by_one(name, dtype):
     with jax.enable_x64(dtype == jnp.float64):
-        cell = cells.CELLS[name](3, 5, rngs=nnx.Rngs(0))
+        cell = random_module(lambda rngs: cells.CELLS[name](3, 5, rngs=rngs))
         graphdef, params = nnx.split(cell)
-        params = jax.tree.map(lambda leaf: leaf / 2, random_like(params, 1, dtype))
+        params = random_params(params, 1, dtype)
         carry = random_like(cell.initial_carry(2), 2, dtype)
         z = random_like(jnp.zeros((9, 2, cell.kernel.shape[1])), 3, dtype)
 
         def slow(params, carry, z):
-            step = nnx.merge(graphdef, params).step
-            return scans.sequential(step, carry, z)
+            return scans.sequential(nnx.merge(graphdef, params).step, carry, z)
 
         def fast(params, carry, z):
             return nnx.merge(graphdef, params).scan(carry, z)
 
-        inputs = (params, carry, z)
-        (h, pullback), (fast_h, fast_pullback) = jax.vjp(slow, *inputs), jax.vjp(fast, *inputs)
-        dh = random_like(h, 4, dtype)
-        tolerance = 1e-12 if dtype == jnp.float64 else 1e-5
-        assert_close(fast_h, h, tolerance)
-        assert_close(fast_pullback(dh), pullback(dh), tolerance)
+        got, expected = (outputs_and_cotangents(f, params, carry, z) for f in (fast, slow))
+        assert_close(got, expected, 1e-12 if dtype == jnp.float64 else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("shape", [(9, 4, 3), (4, 3)])
 def test_product_equals_the_plain_product(shape, dtype):
     with jax.enable_x64(dtype == jnp.float64):
-        x, kernel = (random_like(jnp.zeros(s), i, dtype) for i, s in enumerate((shape, (3, 5))))
-        (y, pullback), (fast_y, fast_pullback) = (
-            jax.vjp(function, x, kernel) for function in (jnp.matmul, scans.product)
-        )
-        dy = random_like(y, 2, dtype)
-        tolerance = 1e-12 if dtype == jnp.float64 else 1e-5
-        assert_close(fast_y, y, tolerance)
-        assert_close(fast_pullback(dy), pullback(dy), tolerance)
+        inputs = [random_like(jnp.zeros(s), i, dtype) for i, s in enumerate((shape, (3, 5)))]
+        got, expected = (outputs_and_cotangents(f, *inputs) for f in (scans.product, jnp.matmul))
+        assert_close(got, expected, 1e-12 if dtype == jnp.float64 else 1e-5)
 
 
 def linear_slow(a, b, carry):
@@ -87,15 +89,8 @@ def test_linear_equals_the_plain_scan(form, is_complex, shape, double):
         a = a / (1.001 * jnp.abs(a)).astype(a.dtype)
         b = random_like(jnp.zeros((784, 2, 3), dtype), 1, real)
         carry = random_like(jnp.zeros((2, 3), dtype), 2, real)
-        dh = random_like(b, 3, real)
-
-        @functools.partial(jax.jit, static_argnums=0)
-        def outputs_and_cotangents(scan):
-            h, pullback = jax.vjp(scan, a, b, carry)
-            return h, *pullback(dh)
-
-        got = outputs_and_cotangents(lambda *x: scans.linear(*x, form))
-        expected = outputs_and_cotangents(linear_slow)
+        fast = functools.partial(scans.linear, form=form)
+        got, expected = (outputs_and_cotangents(f, a, b, carry) for f in (fast, linear_slow))
         assert_close(got, expected, 1e-10 if double else 1e-4)
 
 
