@@ -86,9 +86,9 @@ def test_other_processes_and_runs_resumed_in_between_trace_nothing(
 def test_a_stopped_run_ends_its_trace(digits, tmp_path):
     for attempt in range(2):  # a trace that goes on would refuse the second one
         run = Run(digits)
-        with make_profile("3:6", tmp_path / str(attempt), 26, run.modules) as profile:
+        with make_profile("3:20", tmp_path / str(attempt), 26, run.modules) as profile:
             for step in run.train(profile):
-                if step > 2:
+                if step > 3:
                     break
         assert not (tmp_path / str(attempt) / profiling.SUMMARY).exists()
 
