@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 
+import filelock
 import numpy as np
 import pytest
 
@@ -54,26 +55,35 @@ def digits():
 
 
 @pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """A folder with mnist_5k, prepared."""
+def shared_folder(tmp_path_factory):
+    """A folder that all processes of this test session share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def data_dir(shared_folder):
+    """A folder with mnist_5k, prepared; only read it."""
     from seqmnist.datasets import sources
 
-    folder = tmp_path_factory.mktemp("tensorflow_datasets")
+    folder = shared_folder / "tensorflow_datasets"  # several processes may prepare it together
     sources.prepare("mnist_5k", data_dir=str(folder), manual_dir=None, verify_checksums=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, data_dir):
+def finished_run(shared_folder, data_dir):
     """The workdir of a small network after an epoch over the 5,000 digits; only read it."""
     from seqmnist import run
     from seqmnist.config import Config, DataConfig, ModelConfig, TrainConfig
 
-    workdir = tmp_path_factory.mktemp("finished") / "run"
+    workdir = shared_folder / "finished" / "run"
     config = Config(
         data=DataConfig(name="mnist_5k", data_dir=str(data_dir)),
         model=ModelConfig(hidden_size=8),
         train=TrainConfig(num_epochs=1),
     )
-    run.train(config, workdir)
+    with filelock.FileLock(shared_folder / "finished.lock"):
+        if not (workdir / "results.json").exists():
+            run.train(config, workdir)
     return workdir

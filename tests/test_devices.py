@@ -75,7 +75,9 @@ def assert_equal_separate_runs(loop, states, alone):
         assert_close(member(together, i), expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("num_devices", [1, pytest.param(4, marks=SLOW), 8])
+@pytest.mark.parametrize(
+    "num_devices", [pytest.param(1, marks=SLOW), 4, pytest.param(8, marks=SLOW)]
+)
 def test_members_equal_separate_runs(num_devices, system, states, alone, digits):
     mesh = devices.make_mesh(num_devices, 1)
     loop = Loop(system, make_resident(digits), mesh, has_members=True)
@@ -103,7 +105,8 @@ def test_split_batches_of_members_equal_separate_runs(shape, system, states, alo
     assert_equal_separate_runs(loop, states, alone)
 
 
-@pytest.mark.parametrize("make", [make_resident, pytest.param(make_streamed, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [make_resident, make_streamed])
 def test_a_split_batch_is_the_batch_whatever_is_drawn(make, digits):
     config = Config(
         model=ModelConfig(hidden_size=8, dropout=0.3, readout="mean"),

@@ -148,6 +148,7 @@ def params_of(workdir, member):
     return jax.tree.map(np.asarray, trained.load(workdir, member).params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("member", "seed", "rate"), [(3, 1, 0.01), (0, 0, 0.001)])
 def test_a_member_equals_a_separate_run(member, seed, rate, together, make_config, tmp_path):
     results = Workdir(together[0]).read_results()
@@ -215,6 +216,7 @@ def test_the_same_command_shows_and_evaluates_what_diverged(together, make_confi
     assert np.isnan(scores["accuracy"][4:]).all()
 
 
+@pytest.mark.slow
 def test_without_validation_the_ensemble_is_all_that_did_not_diverge(make_config, tmp_path):
     config = make_config(1, rates=[0.001, DIVERGES])
     config.data.validation_fraction = 0.0
@@ -225,6 +227,7 @@ def test_without_validation_the_ensemble_is_all_that_did_not_diverge(make_config
         assert results["ensemble"]["test"][key] == pytest.approx(of_all[0], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_all_members_have_diverged(make_config, tmp_path):
     config = make_config(2, rates=[DIVERGES, 1e36])
     with pytest.raises(UserError, match=r"not finite in all 2 members .*rate 1e\+35 to 1e\+36"):

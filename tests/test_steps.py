@@ -79,12 +79,25 @@ def test_the_loss_falls_and_the_step_counts(system):
 SPOILED = Config(model=ModelConfig(hidden_size=3), optimizer=OptimizerConfig(learning_rate=1.0))
 
 
-def with_gradient(system, value):
-    """A system whose every gradient is `value`."""
-    constant = optax.stateless(
-        lambda grads, _: jax.tree.map(lambda g: jnp.full_like(g, value), grads)
-    )
-    return system._replace(optimizer=optax.chain(constant, system.optimizer))
+@functools.cache
+def with_gradient(function):
+    """Returns (value, state, *more) -> function(system, state, *more), every gradient `value`."""
+    system = make_system(SPOILED)
+
+    def call(value, *arguments):
+        constant = optax.stateless(
+            lambda grads, _: jax.tree.map(lambda grad: jnp.full_like(grad, value), grads)
+        )
+        optimizer = optax.chain(constant, system.optimizer)
+        return function(system._replace(optimizer=optimizer), *arguments)
+
+    return jax.jit(call)
+
+
+@pytest.fixture(scope="module")
+def before():
+    state = start(make_system(SPOILED), 0, SPOILED)
+    return state._replace(opt_state=(optax.EmptyState(), state.opt_state))
 
 
 def floats(tree):
@@ -92,26 +105,23 @@ def floats(tree):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e20])
-def test_a_gradient_that_spoils_the_state_is_not_applied(value, digits):
+def test_a_gradient_that_spoils_the_state_is_not_applied(value, before, digits):
     """Of 1e20, the second moment of RMSprop overflows, and parameters would never move again."""
-    system, batch = with_gradient(make_system(SPOILED), value), batch_of(digits, 20)
-    before = start(system, 0, SPOILED)
-    after, sums = train(system, before, batch)
-    are_finite = [bool(jnp.isfinite(x).all()) for x in floats(after.opt_state)]
-    assert not all(are_finite)
+    batch = batch_of(digits, 20)
+    after, sums = with_gradient(train_step)(value, before, batch)
+    assert not all(jnp.isfinite(x).all() for x in floats(after.opt_state))
     if value == 1e20:
         assert all(jnp.isfinite(x).all() for x in floats((after.params, sums)))
-    state, sums = guarded(system, before, Sums.zeros(), batch)
+    state, sums = with_gradient(guarded_step)(value, before, Sums.zeros(), batch)
     chex.assert_trees_all_equal(state, before)
     assert np.isnan(sums.loss)
     assert int(sums.count) == 20
 
 
-def test_a_finite_step_is_taken_whole(digits):
-    system, batch = with_gradient(make_system(SPOILED), 1e15), batch_of(digits, 20)
-    before = start(system, 0, SPOILED)
-    after, batch_sums = train(system, before, batch)
-    state, sums = guarded(system, before, batch_sums, batch)
+def test_a_finite_step_is_taken_whole(before, digits):
+    batch = batch_of(digits, 20)
+    after, batch_sums = with_gradient(train_step)(1e15, before, batch)
+    state, sums = with_gradient(guarded_step)(1e15, before, batch_sums, batch)
     chex.assert_trees_all_equal(state, after)
     assert_close(sums, jax.tree.map(lambda x: x + x, batch_sums))
 
