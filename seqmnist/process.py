@@ -67,7 +67,9 @@ def set_up_jax(config: Config) -> None:
             jax.config.update("jax_num_cpu_devices", min(num_devices, num_cores()))
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "seqmnist"))
+        # Not the folder of earlier versions: a cache with a limit cannot use entries made without.
+        folder = pathlib.Path(home) / "seqmnist" / "programs"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
