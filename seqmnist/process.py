@@ -38,6 +38,14 @@ def prepare_output() -> None:
             threading.__excepthook__(failure)
 
     threading.excepthook = report
+    previous = sys.unraisablehook
+
+    def report_unraisable(failure):
+        """TensorStore calls back an event loop that Orbax has left after an error."""
+        if str(failure.exc_value) != "Event loop is closed":
+            previous(failure)
+
+    sys.unraisablehook = report_unraisable
 
 
 def listen(stop: StopRequest) -> None:

@@ -58,7 +58,8 @@ def run(command, folder):
             output += line
             if "(Ctrl-C ends)" in line:
                 process.send_signal(signal.SIGINT)
-    assert process.returncode == 0, f"{command}\n{output}"
+    ends = (0, 130) if "(Ctrl-C ends)" in output else (0,)
+    assert process.returncode in ends, f"{command}\n{output}"
     assert "Traceback" not in output
     return output
 
