@@ -16,8 +16,8 @@ from seqmnist.errors import UserError, one_line
 PATIENCE = 20
 # What JAX, gloo and the coordination service say when another process is gone.
 _GONE = re.compile(
-    r"gloo|heartbeat|coordination|UNAVAILABLE|DEADLINE_EXCEEDED|connection (reset|closed|refused)"
-    r"|peer|barrier|task .* (died|failed)",
+    r"gloo|heartbeat|coordination (service|agent)|UNAVAILABLE|DEADLINE_EXCEEDED"
+    r"|connection (reset|closed|refused)",
     re.I,
 )
 
@@ -65,7 +65,7 @@ def joined(
         if jax.process_index() == 0:
             time.sleep(2)  # the others, which it coordinates, say first why they end
         raise
-    except jax.errors.JaxRuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # as which JAX and Orbax pass it on
         if not _GONE.search(str(error)):
             raise
         print(
