@@ -102,23 +102,14 @@ class Display:
                 bar.stop()
 
     def epoch_line(self, title: str, num_steps: int, record: Mapping[str, Any]) -> None:
-        """Prints the line of an epoch as Keras does; two lines if the terminal is too narrow."""
+        """Prints the line of an epoch as Keras does."""
         seconds = record["seconds"]
         parts = [title, f"{num_steps}/{num_steps}"]
         parts += [f"{seconds:.1f}s {1000 * seconds / num_steps:.1f}ms/step"]
         names = {"train/loss": "loss", "train/accuracy": "accuracy"}
         names |= {"validation/loss": "val_loss", "validation/accuracy": "val_accuracy"}
         scores = [f"{short}: {_text(record[name])}" for name, short in names.items()]
-        if record["validation/loss"] is None:
-            scores = scores[:2]
-        if self._is_live and len(" - ".join(parts + scores)) > self._console.width:
-            self.say(" - ".join(parts))
-            parts = [" "]
-            if len(" - ".join(parts + scores)) > self._console.width:  # of members
-                self.say(" - ".join([" ", *scores[:2]]))
-                scores = scores[2:]
-        if scores:
-            self.say(" - ".join(parts + scores))
+        self._say_parts(parts + scores[: 2 if record["validation/loss"] is None else 4])
 
     def results(self, results: Mapping[str, Any]) -> None:
         """Prints the scores on the test set, and of which dataset it is."""
@@ -131,29 +122,28 @@ class Display:
             ensemble = results["ensemble"]
             what += f", mean prediction of {len(ensemble['members'])} members"
             test = ensemble["test"]
-        self.say(
-            f"{what} - test_loss: {_text(test['loss'])} - test_accuracy: {_text(test['accuracy'])}",
-            style="bold",
-        )
+        scores = (f"test_{name}: {_text(test[name])}" for name in ("loss", "accuracy"))
+        self._say_parts([what, *scores], style="bold")
 
     def _settings_table(self, results):
         swept = [name for name in results["members"][0] if name != "seed"]
-        table = Table(box=box.SIMPLE_HEAD)
-        short = [name.rpartition(".")[2] for name in swept]
-        for name in (*short, "val_accuracy", "test_loss", "test_accuracy", "95 % interval"):
-            table.add_column(name, justify="right", overflow="fold", no_wrap=name in short)
-        for i, setting in enumerate(results["settings"]):
-            validation, test = setting["validation"], setting["test"]
-            interval = test["accuracy"]["interval"]
-            table.add_row(
-                *(f"{setting[name]:g}" for name in swept),
-                _summary(validation["accuracy"]) if validation else "",
-                _summary(test["loss"]),
-                _summary(test["accuracy"]),
-                f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
-                style="bold" if i == results["best"] else None,
-            )
-        self._print(table)
+        rows = [self._settings_row(setting, swept) for setting in results["settings"]]
+
+        def table(names):
+            table = Table(box=box.SIMPLE_HEAD)
+            for name in names:
+                table.add_column(name, justify="right")
+            for i, row in enumerate(rows):
+                style = "bold" if i == results["best"] else None
+                table.add_row(*(row[name] for name in names), style=style)
+            return table
+
+        names, unlimited = list(rows[0]), self._console.options.update(max_width=1000)
+        for name in ("test_loss", "95 % interval"):  # which results.json holds, too
+            needed = self._console.measure(table(names), options=unlimited).maximum
+            if needed > self._console.width:
+                names.remove(name)
+        self._print(table(names))
         if diverged := sum(setting.get("diverged", 0) for setting in results["settings"]):
             self.say(
                 f"{diverged} of {len(results['members'])} members diverged; they count nowhere"
@@ -162,6 +152,28 @@ class Display:
             chosen = results["settings"][results["best"]]
             values = ", ".join(f"{name} = {chosen[name]:g}" for name in swept)
             self.say(f"Best by validation: {values}")
+
+    def _settings_row(self, setting, swept):
+        validation, test = setting["validation"], setting["test"]
+        interval = test["accuracy"]["interval"]
+        return {
+            **{name.rpartition(".")[2]: f"{setting[name]:g}" for name in swept},
+            "val_accuracy": _summary(validation["accuracy"]) if validation else "",
+            "test_loss": _summary(test["loss"]),
+            "test_accuracy": _summary(test["accuracy"]),
+            "95 % interval": f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+        }
+
+    def _say_parts(self, parts, style=None):
+        """Prints parts on one line, or on as many as they need on a terminal."""
+        lines = parts[:1]
+        for part in parts[1:]:
+            longer = f"{lines[-1]} - {part}"
+            if self._is_live and len(longer) > self._console.width:
+                lines.append(f"  {part}")
+            else:
+                lines[-1] = longer
+        self.say("\n".join(lines), style)
 
     def _print(self, what, style=None):
         try:
