@@ -38,17 +38,12 @@ def train(
     debug_nans: bool = False,
     stop: StopRequest | None = None,
 ) -> dict[str, Any]:
-    """Trains a network, or resumes what the workdir holds.
+    """Trains a network, or resumes the run in the workdir; returns what `results.json` holds.
 
     Args:
-      config: the configuration.
-      workdir: where everything is written; made if it does not exist.
-      overwrite: replace the run that the workdir holds.
+      overwrite: replace the run in the workdir.
       debug_nans: name the operation that gives the first non-finite number.
       stop: ends the run early, with its state saved.
-
-    Returns:
-      What `results.json` holds.
 
     Raises:
       UserError: the configuration, the data or the workdir cannot be used, or the run diverged.
@@ -76,18 +71,12 @@ def train(
 
 
 def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
-    """Scores the parameters that a workdir holds on the test set; writes nothing.
+    """Scores the newest parameters in a workdir on the test set; writes nothing.
 
-    Args:
-      config: the workdir's configuration.
-      workdir: where `train` has written.
-
-    Returns:
-      {"loss", "accuracy"}, of members lists.
+    Returns {"loss", "accuracy"}, lists of S values when there are several members.
 
     Raises:
-      UserError: the workdir holds no usable checkpoint, or other data than it was trained on are
-        found.
+      UserError: there is no usable checkpoint, or the data are not those of the run.
     """
     workdir, display = Workdir(workdir), Display()
     config_lib.check_same_network(workdir.read_config(), config)
@@ -122,8 +111,8 @@ class Session:
         programs: dict[str, Program],
     ):
         self._task, self._workdir, self._display, self._stop = task, workdir, display, stop
-        self._checkpoints, self._profile = checkpoints, profile
-        self._saved, self._programs = saved, programs
+        self._checkpoints, self._profile, self._programs = checkpoints, profile, programs
+        self._saved = saved
         self._saved_step = saved.step  # of the newest checkpoint
         self._is_writer = jax.process_index() == 0
         self._events = Events(workdir, saved.history)
@@ -273,7 +262,7 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
         is_writer = jax.process_index() == 0
         with devices.together():
             if is_writer:
-                stack.enter_context(workdir.hold())
+                stack.enter_context(workdir.hold(display.notice))
             if not overwrite:  # another process may have trained here since
                 _read_finished(task.config, workdir)
         checkpoints = Checkpoints(workdir.path, task.config.checkpoint)

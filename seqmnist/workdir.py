@@ -9,6 +9,7 @@ profile/, export/, report.html, report/   what the profiler and the tools write
 """
 
 import contextlib
+import errno
 import functools
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ import os
 import pathlib
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from seqmnist import config as config_lib
@@ -42,6 +43,9 @@ _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "tensorflow-datasets", "grain",
     "numpy",
 )  # fmt: skip
+
+# What a file system without locks says.
+_NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
 # The kinds of what other programs rely on; more may be there.
 _SCORE = (float, int, list, type(None))
@@ -80,30 +84,36 @@ class Workdir:
             raise UserError(f"--workdir={self}: {nearest} is not a folder; choose another")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--workdir={self}: {nearest} is not writable; choose another")
+        for name in (CONFIG, METRICS, RESULTS):
+            if (self.path / name).is_dir():
+                raise UserError(
+                    f"{self.path / name} is a folder; move it, or choose another --workdir"
+                )
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
+    def hold(self, notice: Callable[[str], None]) -> Iterator[None]:
         """Makes the folder, and keeps other processes out of it; a killed process keeps no one out.
 
-        Raises:
-          UserError: another process holds it, or it cannot be made.
+        `notice` is told if the file system has no locks. Raises UserError if another process holds
+        the folder, or it cannot be made.
         """
         import filelock  # here, not above: only a run that writes needs it
 
+        lock = filelock.FileLock(self.path / _LOCK)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with warnings.catch_warnings():  # of a file system without locks
-                warnings.simplefilter("ignore", UserWarning)
-                lock = filelock.FileLock(self.path / _LOCK)
+            with warnings.catch_warnings(action="ignore"):  # of a lock that is a mere file
                 lock.acquire(timeout=0)
         except filelock.Timeout:
             raise UserError(
                 f"--workdir={self} is in use by another process; wait for it, or choose another"
             ) from None
-        except OSError as error:
-            raise UserError(
-                f"--workdir={self} cannot be made or locked ({error.strerror}); choose another"
-            ) from error
+        except (OSError, NotImplementedError) as error:  # the latter from flock, too
+            if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
+                raise UserError(
+                    f"--workdir={self} cannot be made or locked ({error.strerror}); choose another"
+                ) from error
+            notice(f"the disk of {self} has no locks; let no other process train there")
         try:
             self._recover()
             yield
@@ -115,11 +125,7 @@ class Workdir:
         return (self.path / CONFIG).is_file()
 
     def read_config(self) -> config_lib.Config:
-        """Returns the configuration of the run.
-
-        Raises:
-          UserError: there is none, or it is not valid.
-        """
+        """Returns the configuration of the run; raises UserError without a valid one."""
         values = read_json(self.path / CONFIG)
         try:
             return config_lib.from_dict(values)
@@ -129,18 +135,13 @@ class Workdir:
     def read_results(self) -> dict[str, Any]:
         """Returns what `results.json` holds; {} if the run has not finished.
 
-        Raises:
-          UserError: it cannot be read, or is not what a run writes.
+        Raises UserError if it is not what a run writes.
         """
         path = self.path / RESULTS
         return _checked(path, read_json(path), _RESULTS_KINDS) if path.exists() else {}
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Returns the lines of `metrics.jsonl`, at least one.
-
-        Raises:
-          UserError: there are none, or they are not what a run writes.
-        """
+        """Returns the lines of `metrics.jsonl`; raises UserError if a run has not written any."""
         path = self.path / METRICS
         lines = [_parse(path, line) for line in _read_text(path).splitlines()]
         if not lines:
@@ -210,16 +211,8 @@ class Events:
         """Adds an epoch; of several members, mean, min and max."""
         self._history.append(record)
         for each in self._history:
-            for name, value in each.items():
-                if isinstance(value, list):
-                    values = [x for x in value if x is not None and math.isfinite(x)]
-                    for kind, function in (("mean", _mean), ("min", min), ("max", max)):
-                        if values:
-                            self._writer.add_scalar(
-                                f"{name}/{kind}", function(values), each["step"]
-                            )
-                elif isinstance(value, float):
-                    self._writer.add_scalar(name, value, each["step"])
+            for name, value in _scalars(each):
+                self._writer.add_scalar(name, value, each["step"])
         self._history.clear()
         self._writer.flush()
 
@@ -241,11 +234,7 @@ def append_line(path: pathlib.Path, value: Any) -> None:
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """Reads what `write_json` wrote.
-
-    Raises:
-      UserError: the file is missing, cannot be read, or is not JSON.
-    """
+    """Reads what `write_json` wrote; raises UserError if it cannot be read or is not JSON."""
     return _parse(path, _read_text(path))
 
 
@@ -301,8 +290,17 @@ def _checked(path, value, kinds: Mapping[str, Any], where=""):
     return value
 
 
-def _mean(values):
-    return sum(values) / len(values)
+def _scalars(record):
+    """The curves of an epoch's record; of members, those of the finite values."""
+    for name, value in record.items():
+        if isinstance(value, list):
+            values = [x for x in value if x is not None and math.isfinite(x)]
+            if values:
+                yield f"{name}/mean", sum(values) / len(values)
+                yield f"{name}/min", min(values)
+                yield f"{name}/max", max(values)
+        elif isinstance(value, float):
+            yield name, value
 
 
 def _dump(value, indent=None):
