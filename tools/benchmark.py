@@ -226,7 +226,7 @@ def _main(arguments):
         if not (folders["baseline"] / "tools" / "peers.py").is_file():
             raise UserError(f"--baseline={arguments.baseline} is not a checkout of this project")
     cases = {n: c for n, c in CASES.items() if not arguments.quick or n.endswith("rows")}
-    rounds = 1 if arguments.quick else arguments.rounds
+    rounds = arguments.rounds or (1 if arguments.quick else 5)
     dataset = cli.prepare_data(arguments)
     with tempfile.TemporaryDirectory() as folder:
         setup = Setup(dataset, pathlib.Path(folder) / "images.npz", folders, cases, rounds)
@@ -292,8 +292,8 @@ def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_data_arguments(parser)
     parser.add_argument("--baseline", metavar="CHECKOUT", help="folder of another version")
-    parser.add_argument("--rounds", type=cli.positive, default=5, help="(default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="one round, rows only")
+    parser.add_argument("--rounds", type=cli.positive, help="(default: 5)")
+    parser.add_argument("--quick", action="store_true", help="rows only, and by default one round")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="(default: %(default)s)")
     cli.add_output_argument(parser, "--figure", "draw ratios and growth as a PNG image")
     return parser
