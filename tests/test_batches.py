@@ -62,6 +62,7 @@ def test_records_read_either_archive_or_both(row, digits):
     np.testing.assert_array_equal(batch.mask, np.array([row]) >= 0)
 
 
+@pytest.mark.slow
 def test_stream_brings_what_take_gathers(digits):
     images, labels = digits
     records = batches.Records((images[:100], labels[:100]), (images[100:], labels[100:]))

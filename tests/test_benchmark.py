@@ -50,6 +50,7 @@ def test_ratios_are_ours_over_theirs():
     }
 
 
+@pytest.mark.slow
 def test_ours_and_a_baseline_take_turns(tmp_path, digits):
     folders = {"ours": REPOSITORY, "baseline": make_checkout(tmp_path / "earlier")}
     setup = make_setup(tmp_path, digits, folders)

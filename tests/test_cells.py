@@ -114,6 +114,7 @@ def test_step_is_what_scan_repeats(name):
     assert_close(*both(jnp.array(INPUTS, jnp.float32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_gradients_equal_finite_differences(name):
     with jax.enable_x64(True):

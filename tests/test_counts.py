@@ -38,6 +38,7 @@ def initial(system):
     return jax.tree.map(np.asarray, jax.jit(lambda: init_state(CONFIG, system, 0))())
 
 
+@pytest.mark.slow
 def test_only_the_first_epoch_compiles(system, initial, digits, compilations):
     loop, state, counts = Loop(system, Resident(*digits)), initial, []
     for epoch in range(4):
@@ -51,6 +52,7 @@ def test_only_the_first_epoch_compiles(system, initial, digits, compilations):
     assert counts[1:] == [0, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["resident", "stream"])
 def test_what_is_compiled_ahead_is_not_compiled_again(mode, system, initial, digits, compilations):
     images, labels = digits

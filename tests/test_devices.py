@@ -75,6 +75,7 @@ def assert_equal_separate_runs(loop, states, alone):
         assert_close(member(together, i), expected, TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "num_devices", [pytest.param(1, marks=SLOW), 4, pytest.param(8, marks=SLOW)]
 )
@@ -84,6 +85,7 @@ def test_members_equal_separate_runs(num_devices, system, states, alone, digits)
     assert_equal_separate_runs(loop, states, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1), pytest.param((2, 2), marks=SLOW)])
 def test_members_of_an_accelerator_equal_separate_runs(
     shape, system, states, alone, digits, monkeypatch
@@ -98,6 +100,7 @@ def test_members_of_an_accelerator_equal_separate_runs(
     assert_equal_separate_runs(loop, states, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(2, 4), pytest.param((1, 8), marks=SLOW)])
 def test_split_batches_of_members_equal_separate_runs(shape, system, states, alone, digits):
     mesh = devices.make_mesh(*shape)

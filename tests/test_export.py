@@ -60,6 +60,7 @@ def test_it_answers_as_the_network_does(exported, digits):
     np.testing.assert_array_equal(parameters["layers.0.kernel"], kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

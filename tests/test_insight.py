@@ -40,6 +40,7 @@ def make(model, hidden_size=5, dtype=np.float32):
     return system, random_params(shapes, dtype=dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS, ids=name_of)
 def test_beliefs_are_the_predictions_for_shorter_sequences(model, digits):
     system, params = make(model)
@@ -66,6 +67,7 @@ def test_the_readout_reads_the_hidden_states(model, digits):
     assert_close(network.readout(read), system.apply(params, images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bidirectional"), [*((name, False) for name in CELLS), ("lstm", True), ("lru", True)]
 )

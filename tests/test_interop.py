@@ -63,6 +63,7 @@ def test_keras_gives_the_same_logits_and_gradients(model, digits):
     assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ARCHITECTURES, ids=lambda model: model.cell)
 def test_weights_survive_a_round_trip(model):
     config = Config(model=model)

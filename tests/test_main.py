@@ -76,6 +76,7 @@ def test_a_run_shows_its_progress_in_plain_lines(trained):
     assert "\r" not in stdout
 
 
+@pytest.mark.slow
 def test_evaluate_gives_the_same_score(trained):
     workdir, stdout = trained
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
@@ -123,6 +124,7 @@ def test_auto_falls_back_loudly(without_network, data_dir, tmp_path):
     assert "NOTICE: " in evaluated.stdout
 
 
+@pytest.mark.slow
 def test_a_dataset_that_cannot_be_had_is_refused(without_network, data_dir, tmp_path):
     result = seqmnist(
         f"--workdir={tmp_path / 'run'}",
@@ -143,6 +145,7 @@ def run_python(*arguments):
 HEAVY = {"tensorflow", "tensorflow_datasets", "orbax", "matplotlib", "pandas", "scipy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "heavy"),
     [

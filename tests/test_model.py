@@ -82,6 +82,7 @@ class LogitsTest(chex.TestCase):
         assert_close(logits, h @ readout["kernel"] + readout["bias"])
 
 
+@pytest.mark.slow
 def test_it_computes_in_the_dtype_of_its_parameters():
     with jax.enable_x64(True):
         system = make_system(Config())
@@ -116,6 +117,7 @@ def test_reversal_and_subsampling_act_on_the_sequence(digits):
     assert_close(third(images), third.readout(h))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", ["plain", "residual"])
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_readouts_read_all_outputs_of_the_top_layer(block, bidirectional, digits):
@@ -149,6 +151,7 @@ def test_a_residual_block_is_its_formula():
     assert_close(outputs, x + v[..., :6] / (1 + np.exp(-v[..., 6:])))
 
 
+@pytest.mark.slow
 def test_dropout_is_random_in_training_and_absent_otherwise(digits):
     images = jnp.array(digits[0][:8])
     model, still = make(dropout=0.5, num_layers=2), make(num_layers=2)
@@ -161,6 +164,7 @@ def test_dropout_is_random_in_training_and_absent_otherwise(digits):
     assert_close(part, model(images, keys[0])[3:5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "view"), [*((cell, "rows") for cell in CELLS), *(("gru", view) for view in VIEWS)]
 )
@@ -202,6 +206,7 @@ class Leaky(cells.Cell):
         return ((carry + z) / 2,) * 2
 
 
+@pytest.mark.slow
 def test_a_new_cell_needs_nothing_but_a_table_entry(monkeypatch, digits):
     monkeypatch.setitem(CELLS, "leaky", Leaky)
     config = Config(model=ModelConfig(cell="leaky", num_layers=2, bidirectional=True))

@@ -1,8 +1,10 @@
 """Settings of a whole process, in a process of their own."""
 
+import pytest
 from conftest import seqmnist
 
 
+@pytest.mark.slow
 def test_a_cache_of_an_earlier_version_does_not_disturb_the_new_one(
     tmp_path, data_dir, monkeypatch
 ):

@@ -73,6 +73,7 @@ def test_there_are_commands():
     assert "--workdir=runs/first" in FIRST
 
 
+@pytest.mark.slow
 def test_the_first_run(copy):
     assert "test_accuracy" in run(FIRST, copy)
     assert (copy / "runs" / "first" / "results.json").exists()

@@ -27,6 +27,8 @@ from seqmnist.study import trained
 from seqmnist.workdir import Workdir
 from tools import kill_stress
 
+pytestmark = pytest.mark.slow
+
 MEMBERS = {"members": {"num": 2}}
 SWEEP = {"members": {"num": 2, "sweep": '{"optimizer.learning_rate": [0.001, 0.01]}'}}
 
@@ -88,8 +90,13 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    ("moment", "number"),
+    [
+        *((moment, signal.SIGTERM) for moment in MOMENTS),
+        *(("after the last epoch", number) for number in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_a_stop_at_any_moment_loses_nothing(moment, number, make_config, whole, monkeypatch):
     config = make_config(4, checkpoint={"every_epochs": 0})
     stop = StopRequest()
@@ -120,7 +127,6 @@ def test_every_kind_of_run_resumes(kind, make_config, outcomes, monkeypatch):
     assert kill_stress.outcome(pathlib.Path("runs/a")) == expected
 
 
-@pytest.mark.slow
 def test_killed_runs_end_as_if_nothing_had_happened(data_dir, monkeypatch):
     monkeypatch.setitem(kill_stress.SETTINGS, "train.num_epochs", 4)
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -143,7 +149,6 @@ def test_killed_runs_end_as_if_nothing_had_happened(data_dir, monkeypatch):
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_reach_the_command_line(name, data_dir, monkeypatch):
     """Once before training, and once while it trains."""
@@ -220,7 +225,7 @@ def test_overwrite_prepares_before_it_removes(make_config, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run.train(make_config(2), "a", overwrite=True)
     assert not pathlib.Path("a/config.json").exists()
-    with Workdir("a").hold():
+    with Workdir("a").hold(print):
         pass
     assert kill_stress.outcome(pathlib.Path("a")) == before
 
@@ -379,7 +384,7 @@ def test_other_settings_are_refused_by_name(make_config):
 
 def test_two_processes_do_not_share_a_workdir(make_config):
     ready = "import sys, time; from seqmnist.workdir import Workdir\n"
-    ready += "with Workdir('a').hold(): print('held', flush=True); time.sleep(60)"
+    ready += "with Workdir('a').hold(print): print('held', flush=True); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     with subprocess.Popen(
         [sys.executable, "-c", ready], stdout=subprocess.PIPE, text=True, env=environment
@@ -442,7 +447,6 @@ def test_a_run_in_a_thread_changes_no_setting(make_config):
     assert options == dict(jax.config.values)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("limit", [500, 2_000, 5_000])
 def test_a_disk_that_takes_no_more_ends_in_one_line(limit, make_config, data_dir, whole):
     """A limit on the size of files stands for a full disk, wherever something is written."""

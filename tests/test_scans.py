@@ -74,6 +74,7 @@ def linear_slow(a, b, carry):
     return jax.lax.scan(lambda h, ab: (ab[0] * h + ab[1],) * 2, carry, (a, b))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("is_complex", [False, True])
