@@ -98,12 +98,9 @@ class Checkpoints:
         return ocp.CheckpointManager(self.directory, options=options)
 
     def save(self, saved: Saved, accuracy: float | None = None) -> None:
-        """Saves in the background.
+        """Saves a step that has not been saved yet, in the background.
 
-        Args:
-          saved: at a step that has not been saved yet.
-          accuracy: on the validation set, where it was measured for this very state; the best
-            checkpoint is chosen by it.
+        The best checkpoint is chosen by `accuracy`, on the validation set, of this very state.
         """
         import orbax.checkpoint as ocp
 
@@ -128,11 +125,8 @@ class Checkpoints:
           template: its state and sums are shapes, dtypes and shardings of what is expected.
           notice: is told of each damaged checkpoint.
 
-        Returns:
-          None if nothing has been saved yet.
-
-        Raises:
-          UserError: one cannot be read, or is of another network; or all are damaged.
+        Returns None if nothing has been saved yet. Raises UserError if one cannot be read or is of
+        another network, or if all are damaged.
         """
         expected = _by_name((template.state, template.sums))
         # Agreed on: another process may be removing an old run, or has not seen it removed.
@@ -166,11 +160,8 @@ class Checkpoints:
           template: shapes and dtypes of the parameters.
           notice: is told of each damaged checkpoint.
 
-        Returns:
-          The parameters, and {"step", "history", "fingerprint", "seconds"} as in `Saved`.
-
-        Raises:
-          UserError: there is none, or it cannot be read, or is of another network.
+        Returns the parameters, and {"step", "history", "fingerprint", "seconds"} as in `Saved`.
+        Raises UserError if there is none, or it cannot be read, or is of another network.
         """
         expected = {f"0.params.{name}": like for name, like in _by_name(template).items()}
         for step in reversed(self.steps()):
@@ -207,12 +198,7 @@ class Checkpoints:
 
 
 def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads a checkpoint as it was written: its arrays by name, and its facts.
-
-    Raises:
-      _DamagedError: its content is missing, undecodable or differs from its digest.
-      UserError: a file cannot be read.
-    """
+    """Reads a checkpoint as it was written: its arrays by name, and its facts."""
     import orbax.checkpoint as ocp
 
     restore = ocp.args.Composite(arrays=ocp.args.StandardRestore(), facts=ocp.args.JsonRestore())

@@ -207,21 +207,13 @@ _ACTS_WITH = {
 
 
 class Field(NamedTuple):
-    """A field that holds a value.
+    """A field that holds a value."""
 
-    Attributes:
-      name: dotted, e.g. "train.batch_size".
-      kind: its type without None: bool, int, float or str.
-      is_optional: whether it may be None.
-      default: its default.
-      metadata: "meaning", and the valid values: "within", "choices", "form".
-    """
-
-    name: str
-    kind: type
-    is_optional: bool
+    name: str  # dotted, e.g. "train.batch_size"
+    kind: type  # bool, int, float or str
+    is_optional: bool  # whether it may be None
     default: Any
-    metadata: Mapping[str, Any]
+    metadata: Mapping[str, Any]  # "meaning", and valid values: "within", "choices", "form"
 
 
 def get_config() -> Config:
@@ -241,23 +233,15 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Builds and validates a configuration from nested mappings.
+    """Builds a configuration from nested mappings; fields left out take their defaults.
 
-    Args:
-      values: fields by name; fields left out take their defaults.
-
-    Raises:
-      UserError: a field does not exist, or its value is of the wrong type or out of range.
+    Raises UserError if a field does not exist, or its value is of the wrong type or out of range.
     """
     return _from_dict(Config, values, "")
 
 
 def validated(config: Config) -> Config:
-    """Returns a copy of a configuration in which every value is of its type and in its range.
-
-    Raises:
-      UserError: a value is not valid, or a field that was changed does nothing.
-    """
+    """Returns a checked copy; raises UserError if a value is not valid, or a field does nothing."""
     config = from_dict(to_dict(config))
     for name in _ACTS_WITH:
         if get(config, name) != fields()[name].default:
@@ -280,11 +264,7 @@ def check_acts(config: Config, name: str) -> None:
 
 
 def load_experiment(path: str) -> Config:
-    """Returns what `get_config()` of a Python file returns.
-
-    Raises:
-      UserError: there is no such file, its code fails, or it returns something else.
-    """
+    """Returns what `get_config()` of a Python file returns; raises UserError unless a `Config`."""
     file = paths.resolve(path, "--config")
     if not file.is_file():
         raise UserError(f"--config={path} is not a file; name an experiment's Python file")
@@ -293,11 +273,7 @@ def load_experiment(path: str) -> Config:
         config = function() if callable(function) else None
     except UserError as error:
         raise UserError(f"--config={path}: {error}") from error
-    except (
-        Exception,
-        SystemExit,
-        KeyboardInterrupt,
-    ) as error:  # an experiment's code may raise anything
+    except BaseException as error:  # an experiment's code may raise anything
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"--config={path} cannot be loaded: {reason}; correct the file") from error
     if not isinstance(config, Config):
