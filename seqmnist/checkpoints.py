@@ -128,16 +128,12 @@ class Checkpoints:
         Returns None if nothing has been saved yet. Raises UserError if one cannot be read or is of
         another network, or if all are damaged.
         """
-        expected = _by_name((template.state, template.sums))
         # Agreed on: another process may be removing an old run, or has not seen it removed.
         steps = self.steps() if devices.agree(bool(self.steps())) else []
         for step in reversed(steps):
-            reason, (leaves, facts) = self._try_read(step)
+            reason, leaves, facts = self._try_read(step)
             if not reason:
-                arrays = [_fitted(step, leaves, name, like) for name, like in expected.items()]
-                _check_names(step, leaves, expected)
-                structure = jax.tree.structure((template.state, template.sums))
-                return Saved(*jax.tree.unflatten(structure, arrays), **facts)
+                return Saved(*_fitted(step, leaves, (template.state, template.sums)), **facts)
             aside = _unused(self._workdir / DAMAGED / str(step))
             notice(f"checkpoints/{step} is damaged ({reason}); moved to {DAMAGED}/{aside.name}")
             if jax.process_index() == 0:
@@ -163,14 +159,10 @@ class Checkpoints:
         Returns the parameters, and {"step", "history", "fingerprint", "seconds"} as in `Saved`.
         Raises UserError if there is none, or it cannot be read, or is of another network.
         """
-        expected = {f"0.params.{name}": like for name, like in _by_name(template).items()}
         for step in reversed(self.steps()):
-            reason, (leaves, facts) = self._try_read(step)
+            reason, leaves, facts = self._try_read(step)
             if not reason:
-                params = {k: v for k, v in leaves.items() if k.startswith("0.params.")}
-                arrays = [_fitted(step, params, name, like) for name, like in expected.items()]
-                _check_names(step, params, expected)
-                return jax.tree.unflatten(jax.tree.structure(template), arrays), facts
+                return _fitted(step, leaves, template, "0.params."), facts
             notice(f"{self.directory / str(step)} is damaged ({reason}); an older one is used")
         raise UserError(f"{self.directory} holds no usable checkpoint; train with this workdir")
 
@@ -180,8 +172,8 @@ class Checkpoints:
             self._manager.close()
 
     def _try_read(self, step):
-        """Returns why a checkpoint is damaged, or "", and its content; see `_read`."""
-        reason, content = "", (None, None)
+        """Returns why a checkpoint is damaged, or "", and its arrays and facts; see `_read`."""
+        reason, content = "", ({}, {})
         with devices.together():
             try:
                 content = _read(self.directory / str(step))
@@ -194,7 +186,7 @@ class Checkpoints:
                     "hosts see the same disk"
                 )
             reason = reason or "see the first process"
-        return reason, content
+        return reason, *content
 
 
 def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -238,27 +230,29 @@ def _unreadable(folder, error):
     )
 
 
-def _fitted(step, leaves: Mapping[str, np.ndarray], name, like):
-    """Returns an array of a checkpoint where the template has it."""
-    found = leaves.get(name)
-    if found is None or (found.shape, found.dtype) != (like.shape, like.dtype):
-        holds = "nothing" if found is None else f"{found.dtype}{list(found.shape)}"
-        raise UserError(
-            f"checkpoints/{step} holds {holds} for {name} where config.json and the installed "
-            f"versions need {like.dtype}{list(like.shape)}; restore the config.json and the "
-            "versions that it was trained with; nothing was changed"
-        )
-    place = getattr(like, "sharding", None)
-    return found if place is None else jax.device_put(found, place)
+def _fitted(step, leaves: Mapping[str, np.ndarray], template, prefix=""):
+    """Returns the arrays under a prefix as the template has them; raises UserError unless equal."""
+    holds = {name: leaf for name, leaf in leaves.items() if name.startswith(prefix)}
+    needs = {prefix + name: leaf for name, leaf in _by_name(template).items()}
+    for name in (*needs, *sorted(holds)):
+        found, needed = _kind(holds.get(name)), _kind(needs.get(name))
+        if found != needed:
+            raise UserError(
+                f"checkpoints/{step} holds {found} for {name} where config.json and the installed "
+                f"versions need {needed}; restore the config.json and the versions that it was "
+                "trained with; nothing was changed"
+            )
+    arrays = [_place(holds[name], like) for name, like in needs.items()]
+    return jax.tree.unflatten(jax.tree.structure(template), arrays)
 
 
-def _check_names(step, leaves, expected):
-    if more := sorted(leaves.keys() - expected.keys()):
-        raise UserError(
-            f"checkpoints/{step} holds {more[0]}, which config.json and the installed versions do "
-            "not have; restore the config.json and the versions that it was trained with; nothing "
-            "was changed"
-        )
+def _kind(array):
+    return "nothing" if array is None else f"{array.dtype}{list(array.shape)}"
+
+
+def _place(array, like):
+    sharding = getattr(like, "sharding", None)
+    return array if sharding is None else jax.device_put(array, sharding)
 
 
 def _by_name(tree) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import optax
 import pytest
@@ -58,6 +57,8 @@ def test_training_equals_keras_in_float32(softmax):
 @pytest.mark.usefixtures("as_keras_likes_it")
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype float64")  # as it is loaded
 def test_training_equals_keras_in_float64(tmp_path):
+    import keras
+
     command = [sys.executable, "-m", "tools.keras_parity", "--float64", "--data_name=mnist_5k"]
     command += [f"--data_dir={tmp_path}", f"--json={tmp_path / 'figures.json'}"]
     command += [f"--save={tmp_path / 'network.keras'}"]
@@ -91,8 +92,11 @@ def test_a_mistake_is_one_line(without_keras, arguments, message, tmp_path, monk
     assert not output.out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_keras_likes_it")
 def test_rmsprop_equals_keras_over_200_steps():
+    import keras
+
     rng = np.random.default_rng(0)
     shapes = [(5, 7), (7,)]
     ours = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
