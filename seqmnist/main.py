@@ -10,7 +10,6 @@ import difflib
 import re
 import sys
 import textwrap
-import traceback
 
 import seqmnist
 from seqmnist import config as config_lib
@@ -168,29 +167,14 @@ def _run(arguments, stop):
             )
         else:
             run.evaluate(config, workdir)
+    return 128 + stop.number if stop.number else 0
 
 
 def main() -> None:
-    """Runs the command line and ends the process.
-
-    The exit code is 0; 2 after one line on what a user can correct; 128 + N after signal N; 1
-    after the traceback of any other error.
-    """
-    stop, code = StopRequest(), 0
-    try:
-        process.listen(stop)
-        process.prepare_output()
-        _run(sys.argv[1:], stop)
-        code = 128 + stop.number if stop.number else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except SystemExit as error:
-        code = error.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    process.leave(code)
+    """Runs the command line and ends the process; after signal N, the exit code is 128 + N."""
+    stop = StopRequest()
+    process.listen(stop)
+    process.leave(process.exit_code(lambda: _run(sys.argv[1:], stop)))
 
 
 if __name__ == "__main__":

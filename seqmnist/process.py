@@ -8,10 +8,12 @@ import pathlib
 import signal
 import sys
 import threading
+import traceback
 import warnings
+from collections.abc import Callable
 
 from seqmnist.config import Config
-from seqmnist.errors import storage_reason
+from seqmnist.errors import UserError, storage_reason
 from seqmnist.stop import StopRequest
 
 # The compilation cache holds programs of a few MB; the least recently used ones go first.
@@ -88,6 +90,31 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # macOS and Windows have none
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def exit_code(command: Callable[[], int | None]) -> int:
+    """Runs a command line and returns its exit code, after printing what ended it.
+
+    It is what `command` returns or exits with; 2 after one line on what a user can correct; 130
+    after Ctrl-C; 141 if the reader of the output has gone; 1 after any other error's traceback.
+    """
+    try:
+        prepare_output()
+        code = command() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as error:
+        return int(error.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return code
 
 
 def leave(code: int) -> None:

@@ -4,7 +4,6 @@ import argparse
 import functools
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -87,33 +86,17 @@ def positive(text: str) -> int:
 def call(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> int:
     """Runs a tool on the command line's arguments and writes the numbers it returns to --json.
 
-    Returns:
-      The exit code: 0; 2 after one line on what a user can correct; 130 after Ctrl-C; 141 if the
-      reader of the output has gone; 1 after the traceback of any other error.
+    Returns its exit code, see `process.exit_code`.
     """
-    code = 0
-    try:
-        try:
-            process.prepare_output()
-            arguments = parser.parse_args()
-            numbers = main(arguments)
-            if arguments.json:
-                with explain_storage(f"--json={arguments.json}", "choose another path"):
-                    workdir.write_json(arguments.json, numbers)
-        except SystemExit as error:  # from --help, or a tool's own exit code
-            code = error.code or 0
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        code = 141
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    return code
+
+    def command():
+        arguments = parser.parse_args()
+        numbers = main(arguments)
+        if arguments.json:
+            with explain_storage(f"--json={arguments.json}", "choose another path"):
+                workdir.write_json(arguments.json, numbers)
+
+    return process.exit_code(command)
 
 
 def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> None:
