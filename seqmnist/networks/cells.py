@@ -28,16 +28,20 @@ class RecurrentParam(nnx.Param):
 class Cell(nnx.Module):
     """A recurrent layer, [T, B, F] -> [T, B, H]; constructed as `cell(F, H, rngs=rngs)`.
 
-    A subclass defines `project`, `initial_carry` and `step`; the rest follows.
+    A subclass defines `step`, and either a `kernel` W [F, K·H] and a `bias` b [K·H], or `project`
+    and `initial_carry` of its own; the rest follows.
     """
 
+    num_gates = 1
+
     def project(self, x: jax.Array) -> jax.Array:
-        """[..., F] -> [..., K·H]: what the inputs contribute."""
-        raise NotImplementedError
+        """[..., F] -> [..., K·H]: what the inputs contribute; by default x W + b."""
+        y = scans.product(x, self.kernel[...])
+        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + self.bias.shape)
 
     def initial_carry(self, batch_size: int) -> Any:
         """Returns the state before the first step, a pytree of [B, H] whose first array is h_0."""
-        raise NotImplementedError
+        return jnp.zeros((batch_size, self.bias.shape[0] // self.num_gates), self.bias.dtype)
 
     def step(self, carry: Any, z: jax.Array) -> tuple[Any, jax.Array]:
         """(carry, z_t [B, K·H]) -> (carry, h_t [B, H])."""
@@ -45,11 +49,10 @@ class Cell(nnx.Module):
 
     def scan(self, carry: Any, z: jax.Array) -> jax.Array:
         """(carry, z [T, B, K·H]) -> h [T, B, H]: `step` over time, or a faster equivalent."""
-        return scans.sequential(self.step, carry, z)
+        return lax.scan(self.step, carry, z)[1]
 
     def emit(self, h: jax.Array, x: jax.Array) -> jax.Array:
         """(h, x [T, B, F]) -> outputs [T, B, H]: h itself, unless overridden."""
-        del x
         return h
 
     def states(self, x: jax.Array) -> jax.Array:
@@ -71,16 +74,11 @@ class Cell(nnx.Module):
 class GatedCell(Cell):
     """A recurrence through a matrix: gates act on z_t, from the input, and on h_{t-1} U.
 
-    A subclass defines `gates`. Parameters have Keras's names, layout and initial distribution,
-    with the gates side by side in the order that the subclass documents.
-
-    Attributes:
-      kernel: W, [F, K·H], Glorot uniform.
-      recurrent_kernel: U, [H, K·H], orthogonal.
-      bias: b, [K·H], zeros.
+    A subclass defines `gates`. Parameters have Keras's names, layout and initial distribution, with
+    the gates side by side in the order that the subclass documents: W [F, K·H] is Glorot uniform,
+    U [H, K·H] orthogonal, and b [K·H] zero.
     """
 
-    num_gates = 1
     kernel_init = staticmethod(nnx.initializers.glorot_uniform())
     recurrent_init = staticmethod(nnx.initializers.orthogonal())
 
@@ -89,12 +87,6 @@ class GatedCell(Cell):
         self.kernel = nnx.Param(self.kernel_init(rngs.params(), (input_size, width)))
         self.recurrent_kernel = nnx.Param(self.recurrent_init(rngs.params(), (hidden_size, width)))
         self.bias = nnx.Param(jnp.zeros(width))
-
-    def initial_carry(self, batch_size: int) -> Any:
-        return jnp.zeros((batch_size, self.recurrent_kernel.shape[0]), self.kernel.dtype)
-
-    def project(self, x: jax.Array) -> jax.Array:
-        return _dense(x, self.kernel[...], self.bias[...])
 
     @staticmethod
     def gates(carry: Any, *inputs: jax.Array) -> tuple[Any, jax.Array]:
@@ -109,7 +101,7 @@ class GatedCell(Cell):
         return self.recurrent_kernel[...], None
 
     def step(self, carry: Any, z: jax.Array) -> tuple[Any, jax.Array]:
-        return scans.gated_step(self.gates, *self.recurrence(), carry, z)
+        return self.gates(carry, *scans.gate_inputs(*self.recurrence(), carry, z))
 
     def scan(self, carry: Any, z: jax.Array) -> jax.Array:
         return scans.gated(self.gates, *self.recurrence(), carry, z)
@@ -127,7 +119,6 @@ class SimpleRNN(GatedCell):
     slope = staticmethod(lambda h: 1 - h * h)
 
     def gates(self, carry: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        del carry
         h = self.activation(z)
         return h, h
 
@@ -160,13 +151,10 @@ class GRU(GatedCell):
     h_t = u_t h_{t-1} + (1 - u_t) n_t
 
     Gates side by side: update, reset, candidate, as in Keras (`reset_after=True`); cuDNN and
-    PyTorch differ in their order only.
+    PyTorch differ in their order only. Initially, c = 0, the `recurrent_bias`.
 
     Source: K. Cho et al., Learning phrase representations using RNN encoder-decoder, arXiv
     1406.1078v3; Keras `GRU`.
-
-    Attributes:
-      recurrent_bias: c, [3·H], zeros.
     """
 
     num_gates = 3
@@ -180,11 +168,9 @@ class GRU(GatedCell):
 
     @staticmethod
     def gates(carry: jax.Array, z: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
-        z_update, z_reset, z_candidate = jnp.split(z, 3, axis=-1)
-        r_update, r_reset, r_candidate = jnp.split(r, 3, axis=-1)
-        update = jax.nn.sigmoid(z_update + r_update)
-        reset = jax.nn.sigmoid(z_reset + r_reset)
-        candidate = jnp.tanh(z_candidate + reset * r_candidate)
+        (z_u, z_r, z_n), (r_u, r_r, r_n) = (jnp.split(x, 3, axis=-1) for x in (z, r))
+        update, reset = jax.nn.sigmoid(z_u + r_u), jax.nn.sigmoid(z_r + r_r)
+        candidate = jnp.tanh(z_n + reset * r_n)
         h = update * carry + (1 - update) * candidate
         return h, h
 
@@ -250,29 +236,23 @@ class LinearCell(Cell):
 class MinGRU(LinearCell):
     """The minimal GRU, whose gates do not see the state; 2 H (F + 1) parameters.
 
-    z_t = σ(x_t W_z + b_z)
-    h̃_t = x_t W_h + b_h
+    z_t = σ(x_t W_z + b_z), h̃_t = x_t W_h + b_h
     h_t = (1 - z_t) h_{t-1} + z_t h̃_t
 
-    Source: L. Feng et al., Were RNNs all we needed?, arXiv 2410.01201, section 3.1: the form
-    without the logarithm, in which h̃ may be negative. Initializers are Keras's for dense layers.
+    Gates side by side: z, h̃; initially, each W is Glorot uniform and b = 0, as in Keras's dense
+    layers.
 
-    Attributes:
-      kernel: W, [F, 2·H], gates z and h̃ side by side, Glorot uniform for each.
-      bias: b, [2·H], zeros.
+    Source: L. Feng et al., Were RNNs all we needed?, arXiv 2410.01201, section 3.1: the form
+    without the logarithm, in which h̃ may be negative.
     """
+
+    num_gates = 2
 
     def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs):
         init = nnx.initializers.glorot_uniform()
         kernels = [init(rngs.params(), (input_size, hidden_size)) for _ in range(2)]
         self.kernel = nnx.Param(jnp.concatenate(kernels, axis=1))
         self.bias = nnx.Param(jnp.zeros(2 * hidden_size))
-
-    def initial_carry(self, batch_size: int) -> jax.Array:
-        return jnp.zeros((batch_size, self.bias.shape[0] // 2), self.bias.dtype)
-
-    def project(self, x: jax.Array) -> jax.Array:
-        return _dense(x, self.kernel[...], self.bias[...])
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         gate, candidate = jnp.split(z, 2, axis=-1)
@@ -292,11 +272,8 @@ class LRU(LinearCell):
     Source: A. Orvieto et al., Resurrecting recurrent neural networks for long sequences, arXiv
     2303.06349, appendix A, with as many complex states as outputs.
 
-    Attributes:
-      nu_log, theta_log, gamma_log: ν, θ and log γ, [H].
-      B_re, B_im: B, [F, H], N(0, 1 / 2F).
-      C_re, C_im: C, [H, H], N(0, 1 / H).
-      D: [H], N(0, 1).
+    Parameters are ν, θ and log γ [H]; initially, the parts of B [F, H] are N(0, 1 / 2F), those of
+    C [H, H] N(0, 1 / H), and D [H] N(0, 1).
     """
 
     r_min, r_max, max_phase = 0.9, 0.999, 2 * jnp.pi
@@ -305,7 +282,7 @@ class LRU(LinearCell):
         f, h = input_size, hidden_size
 
         def uniform():
-            return nnx.initializers.uniform(1.0)(rngs.params(), (h,))
+            return jax.random.uniform(rngs.params(), (h,))
 
         def normal(variance, *shape):
             return nnx.initializers.normal(variance**0.5)(rngs.params(), shape)
@@ -340,11 +317,6 @@ class LRU(LinearCell):
         parts = jnp.concatenate([h.real, h.imag], axis=-1)
         y = scans.product(parts, jnp.concatenate([self.C_re[...], -self.C_im[...]], axis=0))
         return y if self.D is None else y + x * self.D[...].reshape(1, 1, -1)
-
-
-def _dense(x, kernel, bias):
-    """x W + b: [..., F] with [F, H] and [H] -> [..., H]."""
-    return scans.product(x, kernel) + bias.reshape((1,) * (x.ndim - 1) + bias.shape)
 
 
 CELLS = {

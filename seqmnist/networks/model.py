@@ -21,18 +21,17 @@ _glorot = nnx.initializers.glorot_uniform()
 class Bidirectional(nnx.Module):
     """Two cells that read in opposite directions: [T, B, F] -> [T, B, 2 H].
 
-    The output of `backward` at a time step is its state after reading from the end to that step.
+    The output of `backward` at a time step is its state after reading from the end to that step,
+    but `last` gives, as [B, 2 H], what each cell returns after the whole sequence.
     """
 
     def __init__(self, forward: Cell, backward: Cell):
         self.forward, self.backward = forward, backward
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the outputs of all time steps, [T, B, 2 H]."""
         return jnp.concatenate([self.forward(x), self.backward(x[::-1])[::-1]], axis=-1)
 
     def last(self, x: jax.Array) -> jax.Array:
-        """Returns the output of each cell after the whole sequence, [B, 2 H]."""
         return jnp.concatenate([self.forward.last(x), self.backward.last(x[::-1])], axis=-1)
 
 
@@ -42,11 +41,6 @@ class ResidualBlock(nnx.Module):
     y = x + v_1 σ(v_2), v = gelu(cell(norm(x))) V + b; W (2 W + 4) parameters beside the cell's.
 
     Source: A. Orvieto et al., arXiv 2303.06349, figure 1, with S5's gate (arXiv 2208.04933).
-
-    Attributes:
-      norm: layer normalization of x.
-      layer: the cell, or two that read in opposite directions.
-      gate: V and b, W -> 2 W.
     """
 
     def __init__(self, layer: Cell | Bidirectional, width: int, *, rngs: nnx.Rngs):
@@ -55,12 +49,10 @@ class ResidualBlock(nnx.Module):
         self.gate = nnx.Linear(width, 2 * width, kernel_init=_glorot, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the outputs of all time steps, [T, B, W]."""
         v, gate = jnp.split(self.gate(jax.nn.gelu(self.layer(self.norm(x)))), 2, axis=-1)
         return x + v * jax.nn.sigmoid(gate)
 
     def last(self, x: jax.Array) -> jax.Array:
-        """Returns the output of the last time step, [B, W]."""
         return self(x)[-1]
 
 
@@ -78,15 +70,12 @@ class SequenceClassifier(nnx.Module):
       encoder: F -> W, before residual blocks; else None.
       layers: first to last, each [T, B, F or W] -> [T, B, W].
       readout: W -> C, applied to what `ModelConfig.readout` takes from the last layer.
+
+    Raises UserError if the view, cell or readout does not exist, or if there are fewer than two
+    time steps.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """Draws the parameters.
-
-        Raises:
-          UserError: the view, cell or readout does not exist, or there are fewer than two time
-            steps.
-        """
         self.config = config
         cell = choose(CELLS, config.cell, "model.cell")
         choose(READOUTS, config.readout, "model.readout")
@@ -114,14 +103,9 @@ class SequenceClassifier(nnx.Module):
         self.readout = nnx.Linear(width, NUM_CLASSES, kernel_init=_glorot, rngs=rngs)
 
     def __call__(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Classifies images.
+        """Classifies images: uint8 [B, 28, 28] -> logits [B, C].
 
-        Args:
-          images: uint8 [B, 28, 28].
-          dropout_keys: one per image, [B], in training; None applies no dropout.
-
-        Returns:
-          Logits [B, C].
+        `dropout_keys` [B], one per image, are given in training; without them, no dropout.
         """
         return self.classify(self.sequence(images), dropout_keys)
 
@@ -141,8 +125,7 @@ class SequenceClassifier(nnx.Module):
         with jax.named_scope("readout"):
             return self.readout(x)
 
-    def _drop_out(self, x, keys, layer):
-        """Applies dropout to the outputs [..., B, W] of a layer."""
+    def _drop_out(self, x, keys, layer):  # x [..., B, W]
         if keys is None:
             return x
         drop_out = nnx.Dropout(self.config.dropout)

@@ -1,6 +1,6 @@
 """Recurrences over time, and products over all time steps at once, on plain arrays, time first.
 
-Each fast path computes what `sequential` or a plain product computes, values and gradients.
+Each fast path computes what a plain `lax.scan` or product computes, values and gradients.
 Shapes: B batch, T time steps, F features, H hidden units, K gates.
 """
 
@@ -41,28 +41,13 @@ def _kernel_gradient(x, dy):
     return lax.optimization_barrier(transposed).T
 
 
-def sequential(step: Callable, carry: Any, z: jax.Array) -> jax.Array:
-    """Applies `step`, (carry, z_t) -> (carry, h_t), over time: z [T, B, K·H] -> h [T, B, H]."""
-    return lax.scan(step, carry, z)[1]
+def gate_inputs(
+    kernel: jax.Array, bias: jax.Array | None, carry: Any, z: jax.Array
+) -> tuple[jax.Array, ...]:
+    """Returns what the gates of a step act on: (z_t + h_{t-1} U,), or (z_t, h_{t-1} U + c).
 
-
-def gated_step(
-    gates: Callable, kernel: jax.Array, bias: jax.Array | None, carry: Any, z: jax.Array
-) -> tuple[Any, jax.Array]:
-    """Takes one step of a recurrence through a matrix: (carry, z_t) -> (carry, h_t).
-
-    Args:
-      gates: (carry, z_t + h_{t-1} U) -> (carry, h_t), or with a bias (carry, z_t, h_{t-1} U + c)
-        -> (carry, h_t). Elementwise.
-      kernel: U, [H, K·H].
-      bias: c, [K·H], or None.
-      carry: a pytree whose first array is h_{t-1}, [B, H].
-      z: z_t, [B, K·H].
+    U is [H, K·H], c [K·H] or None, z_t [B, K·H], and the first array of `carry` h_{t-1} [B, H].
     """
-    return gates(carry, *_gate_inputs(kernel, bias, carry, z))
-
-
-def _gate_inputs(kernel, bias, carry, z):
     r = jax.tree.leaves(carry)[0] @ kernel
     return (z + r,) if bias is None else (z, r + bias.reshape(1, -1))
 
@@ -71,23 +56,15 @@ def _gate_inputs(kernel, bias, carry, z):
 def gated(
     gates: Callable, kernel: jax.Array, bias: jax.Array | None, carry: Any, z: jax.Array
 ) -> jax.Array:
-    """Scans `gated_step` over time; its gradient of U is a single matrix product.
+    """Scans `gates` over time, z [T, B, K·H] -> h [T, B, H]; other arguments as `gate_inputs`.
 
-    Differentiating a plain scan adds to the gradient of U at every time step: a small product
-    and a pass over [H, K·H] each. Here the cotangents of all h_{t-1} U are kept and followed by
-    one product over all T·B rows.
-
-    Args:
-      gates, kernel, bias: as in `gated_step`.
-      carry: the state before the first step.
-      z: [T, B, K·H].
-
-    Returns:
-      h, [T, B, H].
+    `gates`, (carry, *gate_inputs) -> (carry, h_t), is elementwise. Differentiating a plain scan
+    adds to the gradient of U at every time step: a small product and a pass over [H, K·H] each.
+    Here the cotangents of all h_{t-1} U are kept and followed by one product over all T·B rows.
     """
 
     def step(carry, z_t):
-        return gated_step(gates, kernel, bias, carry, jnp.concatenate(z_t, axis=-1))
+        return gates(carry, *gate_inputs(kernel, bias, carry, jnp.concatenate(z_t, axis=-1)))
 
     return lax.scan(step, carry, _split_gates(z, kernel))[1]
 
@@ -96,7 +73,7 @@ def _gated_forward(gates, kernel, bias, carry, z):
     gates = jax.checkpoint(gates, policy=_is_kept, prevent_cse=False)
 
     def step(carry, z_t):
-        inputs = _gate_inputs(kernel, bias, carry, jnp.concatenate(z_t, axis=-1))
+        inputs = gate_inputs(kernel, bias, carry, jnp.concatenate(z_t, axis=-1))
         (after, h), pullback = jax.vjp(gates, carry, *inputs)
         return after, (h, pullback)
 
@@ -104,8 +81,7 @@ def _gated_forward(gates, kernel, bias, carry, z):
     return h, (kernel, bias, carry, h, pullbacks)
 
 
-def _gated_backward(gates, residuals, dh):
-    del gates
+def _gated_backward(_, residuals, dh):
     kernel, bias, carry, h, pullbacks = residuals
 
     def step(dcarry, at_t):
@@ -146,22 +122,12 @@ def _split_gates(z, kernel):
 def ungated(
     activation: Callable, slope: Callable, kernel: jax.Array, carry: jax.Array, z: jax.Array
 ) -> jax.Array:
-    """Computes h_t = φ(z_t + h_{t-1} U); h_t overwrites z_t in place.
+    """Computes h_t = φ(z_t + h_{t-1} U), z [T, B, H] -> h [T, B, H]; h_t overwrites z_t in place.
 
     In the backward pass, dz_t overwrites dh_t in place. A loop is then as fast as an unrolled one
-    and compiles in half the time.
-
-    Args:
-      activation: φ, elementwise.
-      slope: φ' as a function of φ's result, elementwise.
-      kernel: U, [H, H].
-      carry: h_0, [B, H].
-      z: [T, B, H].
-
-    Returns:
-      h, [T, B, H].
+    and compiles in half the time. `activation` is φ, and `slope` φ' as a function of φ's result,
+    both elementwise; U is [H, H], and `carry` h_0 [B, H].
     """
-    del slope
 
     def step(t, state):
         h, memory = state
@@ -176,8 +142,7 @@ def _ungated_forward(activation, slope, kernel, carry, z):
     return h, (kernel, carry, h)
 
 
-def _ungated_backward(activation, slope, residuals, dh):
-    del activation
+def _ungated_backward(_, slope, residuals, dh):
     kernel, carry, h = residuals
 
     def step(i, state):
@@ -236,17 +201,10 @@ def linear(
 ) -> jax.Array:
     """Computes h_t = a_t h_{t-1} + b_t.
 
-    The cotangents follow a recurrence of the same kind, backwards in time, so only h is kept for
-    them, whatever the form.
-
-    Args:
-      a: real or complex, [T, B, H] or a shape that broadcasts to it.
-      b: [T, B, H].
-      carry: h_0, [B, H].
-      form: `linear_sequential`, `linear_parallel` or `linear_by_platform`.
-
-    Returns:
-      h, [T, B, H].
+    Real or complex: b and h are [T, B, H], a is of a shape that broadcasts to it, and `carry` is
+    h_0 [B, H]. The cotangents follow a recurrence of the same kind, backwards in time, so only h
+    is kept for them, whatever the `form`: `linear_sequential`, `linear_parallel` or
+    `linear_by_platform`.
     """
     return form(a, b, carry)
 

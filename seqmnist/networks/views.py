@@ -1,7 +1,7 @@
 """Views: how an image becomes a sequence.
 
-A view is a pure function of arrays: normalized images [B, 28, 28] -> a sequence [B, T, F]. It runs
-on the device, inside the compiled step, so images are transferred as bytes.
+A view is a pure function: normalized images [B, 28, 28] -> a sequence [B, T, F]. It runs on the
+device, inside the compiled step, so images are transferred as bytes.
 """
 
 import functools
@@ -14,64 +14,20 @@ import numpy as np
 from seqmnist.config import ModelConfig
 from seqmnist.errors import choose
 
-PERMUTATION_SEED = 92916
-
-
-def normalize(images: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """Scales bytes to [0, 1], as the notebook does: uint8 of any shape -> `dtype`."""
-    return images.astype(dtype) / 255
-
-
-def rows(images: jax.Array) -> jax.Array:
-    """Reads an image from top to bottom, one row per time step: -> [B, 28, 28]."""
-    return images
-
-
-def columns(images: jax.Array) -> jax.Array:
-    """Reads an image from left to right, one column per time step: -> [B, 28, 28]."""
-    return jnp.swapaxes(images, 1, 2)
-
-
-def pixels(images: jax.Array) -> jax.Array:
-    """Reads an image pixel by pixel, row after row: -> [B, 784, 1].
-
-    Source: Q. V. Le et al., arXiv 1504.00941.
-    """
-    return images.reshape(images.shape[0], -1, 1)
-
 
 def permutation() -> np.ndarray:
-    """Returns the order of `permuted_pixels`: int64 [784].
+    """Returns the order of view `permuted_pixels`, int64 [784].
 
     It is NumPy's `RandomState(92916).permutation(784)`, which is the same in all versions of NumPy
     and begins 319, 576, 323. Its `permutation_sha256` is
     96240fe27409981c3ed3e92c20d995f7103a94c2282307bc776923030113be74.
     """
-    return np.random.RandomState(PERMUTATION_SEED).permutation(784)
+    return np.random.RandomState(92916).permutation(784)
 
 
 def permutation_sha256(order: np.ndarray) -> str:
     """Returns the SHA-256 of a permutation, as 64-bit little-endian numbers."""
     return hashlib.sha256(np.asarray(order).astype("<i8").tobytes()).hexdigest()
-
-
-def permuted(images: jax.Array, order: np.ndarray) -> jax.Array:
-    """Reads an image pixel by pixel, in the given order: -> [B, 784, 1].
-
-    Raises:
-      ValueError: `order` is not a permutation of the 784 pixels.
-    """
-    if not np.array_equal(np.sort(order), np.arange(784)):
-        raise ValueError("not a permutation of the 784 pixels")
-    return pixels(images)[:, order]
-
-
-def permuted_pixels(images: jax.Array) -> jax.Array:
-    """Reads an image pixel by pixel, in the order of `permutation`: -> [B, 784, 1].
-
-    Source: Q. V. Le et al., arXiv 1504.00941.
-    """
-    return permuted(images, permutation())
 
 
 def patches(images: jax.Array, size: int) -> jax.Array:
@@ -81,11 +37,17 @@ def patches(images: jax.Array, size: int) -> jax.Array:
     return jnp.swapaxes(blocks, 2, 3).reshape(-1, n * n, size * size)
 
 
+def _pixels(images):
+    return images.reshape(images.shape[0], -1, 1)
+
+
 VIEWS = {
-    "rows": rows,
-    "columns": columns,
-    "pixels": pixels,
-    "permuted_pixels": permuted_pixels,
+    # One row per time step, from top to bottom, or one column, from left to right.
+    "rows": lambda images: images,
+    "columns": lambda images: jnp.swapaxes(images, 1, 2),
+    # One pixel per time step, row after row or permuted; Q. V. Le et al., arXiv 1504.00941.
+    "pixels": _pixels,
+    "permuted_pixels": lambda images: _pixels(images)[:, permutation()],
     "patches": functools.partial(patches, size=4),
     "patches_2": functools.partial(patches, size=2),
     "patches_7": functools.partial(patches, size=7),
@@ -96,11 +58,10 @@ VIEWS = {
 def sequence(config: ModelConfig, images: jax.Array, dtype=jnp.float32) -> jax.Array:
     """Returns what the configured network reads: uint8 [B, 28, 28] -> `dtype` [B, T, F].
 
-    Raises:
-      UserError: the view does not exist.
+    Bytes are scaled to [0, 1], as the notebook does. Raises UserError if the view does not exist.
     """
     view = choose(VIEWS, config.view, "model.view")
-    x = view(normalize(images, dtype))[:, :: config.subsample]
+    x = view(images.astype(dtype) / 255)[:, :: config.subsample]
     return x[:, ::-1] if config.reverse else x
 
 
@@ -114,5 +75,4 @@ def read_at(config: ModelConfig) -> np.ndarray:
     """Returns the time step at which each pixel is read, float64 [28, 28]; NaN if it never is."""
     lit = 255 * np.eye(784, dtype=np.uint8).reshape(784, 28, 28)  # one pixel in each image
     reads = np.asarray(sequence(config, lit)).sum(-1)
-    when = np.where(reads.any(1), reads.argmax(1).astype(np.float64), np.nan)
-    return when.reshape(28, 28)
+    return np.where(reads.any(1), reads.argmax(1), np.nan).reshape(28, 28)
