@@ -24,24 +24,17 @@ WINDOW = 32  # batches that a stream brings at once; one by one, their dispatch 
 
 
 class Batch(NamedTuple):
-    """Examples on their way through a step.
+    """Examples on their way through a step."""
 
-    Attributes:
-      image: uint8 [B, 28, 28].
-      label: int32 [B].
-      mask: bool [B]; False marks padding.
-    """
-
-    image: jax.Array
-    label: jax.Array
-    mask: jax.Array
+    image: jax.Array  # uint8 [B, 28, 28]
+    label: jax.Array  # int32 [B]
+    mask: jax.Array  # bool [B]; False marks padding
 
 
 def join(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Joins arrays of one dtype along their first axis.
 
-    The result begins at a multiple of 64 bytes: so all CPU devices share it, and JAX copies it for
-    none of them.
+    The result begins at a multiple of 64 bytes: so all CPU devices share it, without a copy.
     """
     dtype, shape = parts[0].dtype, (sum(map(len, parts)), *parts[0].shape[1:])
     size = dtype.itemsize * math.prod(shape)
@@ -52,15 +45,10 @@ def join(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def make_splits(num_train: int, num_test: int, validation_fraction: float) -> dict[str, range]:
-    """Divides the examples into "train", "validation" and "test".
+    """Divides the examples of both archives into "train", "validation" and "test".
 
-    Args:
-      num_train: examples in the training archive.
-      num_test: examples in the test archive.
-      validation_fraction: the share of the training archive, its tail, held out: Keras's rule.
-
-    Raises:
-      UserError: nothing is left to train on.
+    Validation is a share of the training archive, its tail: Keras's rule. Raises UserError if
+    nothing is left to train on.
     """
     boundary = math.floor(num_train * (1.0 - validation_fraction))
     if boundary == 0:
@@ -90,11 +78,9 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=2)
 def _numbers_to_sort_by(seed, epoch, size):
     """Draws two rounds, [2, size]: among so many numbers of 32 bits, some pairs are equal."""
-    key, rounds = keys.key(seed, "epoch_order", epoch), []
-    for _ in range(2):
-        key, subkey = jax.random.split(key)
-        rounds.append(jax.random.bits(subkey, (size,)))
-    return jnp.stack(rounds)
+    key, first = jax.random.split(keys.key(seed, "epoch_order", epoch))
+    _, second = jax.random.split(key)
+    return jnp.stack([jax.random.bits(subkey, (size,)) for subkey in (first, second)])
 
 
 def num_batches(size: int, batch_size: int) -> int:
@@ -102,22 +88,18 @@ def num_batches(size: int, batch_size: int) -> int:
     return -(-size // batch_size)
 
 
-def batch_rows(order: np.ndarray, batch_size: int) -> np.ndarray:
-    """Cuts a list of example numbers into batches: [N] -> int32 [steps, B], padded."""
-    steps = num_batches(len(order), batch_size)
+def batch_rows(
+    order: Sequence[int] | np.ndarray, batch_size: int, steps: int | None = None
+) -> np.ndarray:
+    """Cuts example numbers [N] into batches: int32 [steps, B], padded; `steps` as need be."""
+    steps = steps or num_batches(len(order), batch_size)
     padding = (0, steps * batch_size - len(order))
     order = np.pad(np.asarray(order, np.int32), padding, constant_values=PADDING)
     return order.reshape(steps, batch_size)
 
 
 def take(images: jax.Array, labels: jax.Array, row: jax.Array) -> Batch:
-    """Gathers a batch from arrays, on whatever device they are.
-
-    Args:
-      images: uint8 [N, 28, 28].
-      labels: int32 [N].
-      row: int32 [B], example numbers.
-    """
+    """Gathers the batch of a row int32 [B] from images uint8 [N, 28, 28] and labels int32 [N]."""
     mask = row != PADDING
     numbers = jnp.maximum(row, 0)
     return Batch(images[numbers], labels[numbers], mask)
@@ -128,11 +110,7 @@ def in_chunks(
 ) -> np.ndarray:
     """Applies a function to any number of examples, in chunks of few sizes, so that few compile.
 
-    Args:
-      function: of arrays whose first axis is examples; its result has them along `axis`.
-      *arrays: [N, …] each, N > 0.
-      most: examples at once.
-      axis: of the result.
+    Takes arrays [N, …], N > 0, at most `most` examples at once; results have them along `axis`.
     """
     parts = []
     for start in range(0, len(arrays[0]), most):
@@ -144,19 +122,21 @@ def in_chunks(
     return np.concatenate(parts, axis)
 
 
-class Records:
-    """All examples, wherever they are, in the numbering of this module, for a streaming reader."""
+class Records(NamedTuple):
+    """All examples in the numbering of this module, for a streaming reader.
 
-    def __init__(self, train: tuple[np.ndarray, np.ndarray], test: tuple[np.ndarray, np.ndarray]):
-        """Takes images, uint8 [N, 28, 28], which may be memory-mapped, and labels, int32 [N]."""
-        self._parts = (train, test)
+    An archive is images uint8 [N, 28, 28], which may be memory-mapped, and labels int32 [N].
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
 
     def read(self, row: np.ndarray) -> Batch:
         """Reads batches: int32 […, B] example numbers -> Batch of NumPy arrays […, B, …]."""
         numbers, mask = np.maximum(row, 0), row != PADDING
         images, labels = np.empty((*row.shape, 28, 28), np.uint8), np.empty(row.shape, np.int32)
         first = 0
-        for part_images, part_labels in self._parts:
+        for part_images, part_labels in self:
             here = (numbers >= first) & (numbers < first + len(part_labels))
             if here.all():  # as in training: copied once, not twice
                 return Batch(part_images[numbers - first], part_labels[numbers - first], mask)
@@ -169,13 +149,8 @@ class Records:
 def stream(records: Records, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Iterator[Batch]:
     """Reads windows of batches ahead of their use, in threads, and places them on devices.
 
-    Args:
-      records: where examples come from.
-      rows: int32 [steps, B], example numbers.
-      mesh: where batches are split; a process reads the part of its own devices alone.
-
-    Yields:
-      Batch of [WINDOW, B, …]; the last one is filled up with padding.
+    Yields a Batch of [WINDOW, B, …] for each WINDOW of rows int32 [steps, B]; the last one is
+    filled up with padding. A process reads only the part of each batch that its devices hold.
     """
     import grain  # here, not above: resident input never needs it
 
@@ -184,5 +159,6 @@ def stream(records: Records, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Itera
     rows = rows.reshape(-1, WINDOW, rows.shape[1])
     windows = grain.MapDataset.range(len(rows)).map(lambda i: records.read(rows[i]))
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
+    place = jax.NamedSharding(mesh, jax.P(None, "data"))
     for window in windows.to_iter_dataset(options):
-        yield devices.spread_local(mesh, window)
+        yield jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), window)

@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
+from jax import NamedSharding, P, lax
+from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, Mesh
 
 from seqmnist.config import MeshConfig
 from seqmnist.errors import UserError
@@ -26,8 +26,7 @@ _ONE_BY_ONE = ("cpu",)
 # No batch is split further than this. On two CPU cores, halves of 64 examples train 1.6 times as
 # fast as the whole on one device, whose threads leave the second core nearly idle between such
 # small products (SimpleRNN, GRU and LSTM alike). More than two have not been measured.
-_LEAST_BATCH = {"cpu": 64}
-_LEAST_BATCH_OF_ACCELERATORS = 128
+_LEAST_BATCH_OF_CPUS, _LEAST_BATCH_OF_ACCELERATORS = 64, 128
 
 
 def num_useful_cores(num_members: int, batch_size: int) -> int:
@@ -37,77 +36,55 @@ def num_useful_cores(num_members: int, batch_size: int) -> int:
     """
     if num_members > 1 or jax.distributed.is_initialized():
         return num_members
-    return batch_size // _LEAST_BATCH["cpu"]
+    return batch_size // _LEAST_BATCH_OF_CPUS
 
 
 def plan(config: MeshConfig, num_members: int, batch_size: int, num_devices: int) -> list[int]:
-    """Chooses the shape of a mesh.
+    """Chooses the shape of a mesh: [devices along `member`, devices along `data`].
 
-    Args:
-      config: what is asked for.
-      num_members: S.
-      batch_size: B.
-      num_devices: of all processes.
-
-    Returns:
-      [devices along `member`, devices along `data`].
-
-    Raises:
-      UserError: what is asked for does not divide evenly, or needs more devices.
+    Members spread as far as they can, a batch over what they leave. `num_devices` counts those of
+    all processes. Raises UserError if what is asked for does not
+    divide evenly or needs more devices, or if several processes cannot use all their devices.
     """
-    member, data = config.member, config.data
-    is_alone = jax.process_count() == 1
-    if not member:
-        at_most = max(1, num_devices // max(data, 1))
-        choices = [n for n in _divisors(num_members) if n <= at_most]
-        # Several processes must use all their devices.
-        whole = [
-            n for n in choices if num_devices % n == 0 and batch_size % (num_devices // n) == 0
-        ]
-        member = max(choices if is_alone or not whole else whole)
-    if not data:
-        at_most = num_devices // member
-        if is_alone:
-            least = _LEAST_BATCH.get(jax.default_backend(), _LEAST_BATCH_OF_ACCELERATORS)
-            at_most = min(at_most, batch_size // least)
-        data = max([n for n in _divisors(batch_size) if n <= at_most], default=1)
     for name, number, size, what in (
-        ("member", member, num_members, "members"),
-        ("data", data, batch_size, "examples of a batch"),
+        ("member", config.member, num_members, "members"),
+        ("data", config.data, batch_size, "examples of a batch"),
     ):
-        if size % number:
+        if number and size % number:
             choices = ", ".join(str(n) for n in _divisors(size) if n <= num_devices)
             raise UserError(
                 f"config.mesh.{name}={number} does not divide the {size} {what}; choose one of "
                 f"{choices}"
             )
-    if member * data > num_devices:
+    members = [config.member] if config.member else _divisors(num_members)
+    parts = [config.data] if config.data else _divisors(batch_size)
+    shapes = [[m, d] for m in members for d in parts if m * d <= num_devices]
+    if not shapes:
+        member, data = members[0], parts[0]
         raise UserError(
             f"a mesh of {member} × {data} needs {member * data} devices, and there are "
             f"{num_devices}; make config.mesh.member or config.mesh.data smaller"
         )
-    if not is_alone and member * data < num_devices:
+    if jax.process_count() == 1:
+        is_cpu = jax.default_backend() == "cpu"
+        least = _LEAST_BATCH_OF_CPUS if is_cpu else _LEAST_BATCH_OF_ACCELERATORS
+        return max([m, d] for m, d in shapes if d == parts[0] or batch_size >= d * least)
+    # Several processes must use all their devices.
+    complete = [[m, d] for m, d in shapes if m * d == num_devices]
+    if not complete:
+        member, data = max(shapes)
         raise UserError(
             f"a mesh of {member} × {data} leaves some of the {num_devices} devices of "
             f"{jax.process_count()} processes idle; change config.members.num, "
             "config.train.batch_size or the number of processes"
         )
-    return [member, data]
+    return max(complete)
 
 
-def make_mesh(num_members: int, num_data: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges devices, by default the first ones, as a mesh ("member", "data").
-
-    Raises:
-      ValueError: there are too few devices.
-    """
-    devices = list(devices or jax.devices())[: num_members * num_data]
-    return jax.make_mesh(
-        (num_members, num_data),
-        ("member", "data"),
-        axis_types=(AxisType.Auto, AxisType.Auto),
-        devices=devices,
-    )
+def make_mesh(num_members: int, num_data: int) -> Mesh:
+    """Arranges the first devices as a mesh ("member", "data"); ValueError if there are too few."""
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((num_members, num_data), ("member", "data"), axis_types)
 
 
 def spread(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
@@ -126,12 +103,6 @@ def spread(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
     return jax.tree.map(put, tree)
 
 
-def spread_local(mesh: Mesh, tree: Any) -> Any:
-    """Places batches [W, B, …] on a mesh, of which this process has read its `local_columns`."""
-    place = NamedSharding(mesh, P(None, "data"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, x), tree)
-
-
 def local_columns(mesh: Mesh, batch_size: int) -> slice:
     """Returns which part of each batch [B] the devices of this process hold."""
     parts = NamedSharding(mesh, P("data")).addressable_devices_indices_map((batch_size,))
@@ -141,23 +112,17 @@ def local_columns(mesh: Mesh, batch_size: int) -> slice:
 
 def gather(tree: Any) -> Any:
     """Returns arrays as NumPy's, whole, on every process."""
-    return jax.tree.map(_gather, tree)
 
+    def whole(x):
+        if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
 
-def _gather(x):
-    if getattr(x, "is_fully_addressable", True) or x.is_fully_replicated:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return jax.tree.map(whole, tree)
 
 
 def collect(number: int) -> list[int]:
     """Returns the numbers, below 2³¹, that all processes give, in their order."""
-    if jax.process_count() == 1:
-        return [int(number)]
-    from jax.experimental import multihost_utils
-
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 
@@ -168,11 +133,7 @@ def agree(number: int) -> int:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Lets a block fail in all processes if it fails in one.
-
-    Raises:
-      UserError: the block raised it, here or elsewhere.
-    """
+    """Lets a block that raises UserError in one process raise it in all."""
     failure = None
     try:
         yield
@@ -189,17 +150,10 @@ def over_mesh(
 ) -> Callable:
     """Lifts a function of one run, on its device's part of each batch, to all runs and batches.
 
-    Args:
-      function: (its own arguments..., shared arguments...) -> results; it may reduce over the
-        axis "data" of the mesh.
-      mesh: where.
-      own: how each of a run's own arguments is split, e.g. P("data").
-      shared: the same of the arguments that all members share.
-      out: the same of the results, all of which are a run's own.
-      has_members: own arguments and results have a leading axis S, which spreads over "member".
-
-    Returns:
-      The same function of whole arrays.
+    The function takes the run's own arguments, then those that all members share; it may reduce
+    over the mesh axis "data". `own`, `shared` and `out` say how each argument and the results, a
+    run's own, are split, e.g. P("data"). With members, own arguments and results have a leading
+    axis S, which spreads over "member".
     """
 
     def of_local_members(*arguments):
@@ -222,15 +176,14 @@ def over_mesh(
 def add_up(tree: Any, axis: str | None) -> Any:
     """Sums arrays over the devices of a mesh axis, inside `over_mesh`; None leaves them alone.
 
-    They travel as one array: each array of its own would have all devices wait for each other.
-    Whole numbers stay exact up to 2²⁴.
+    They travel as one array of floats: each array of its own would have all devices wait for each
+    other. Whole numbers stay exact up to 2²⁴.
     """
     if axis is None:
         return tree
-    dtype = next(x.dtype for x in jax.tree.leaves(tree) if np.issubdtype(x.dtype, np.floating))
-    flat, unravel = ravel_pytree(jax.tree.map(lambda x: x.astype(dtype), tree))
-    total = unravel(lax.psum(flat, axis))
-    return jax.tree.map(lambda x, like: x.astype(like.dtype), total, tree)
+    with jax.numpy_dtype_promotion("standard"):
+        flat, unravel = ravel_pytree(tree)
+    return unravel(lax.psum(flat, axis))
 
 
 def _divisors(number):
