@@ -1,20 +1,20 @@
 """Epochs: compiled calls over many steps, and evaluation. The one place that jits and donates.
 
-A `Loop` takes its batches from a feed. `Resident` keeps the dataset in device memory; `Streamed`
-brings batches from a reader. Both visit the same batches and give the same parameters and
-scores, bit for bit.
+A `Loop` takes its batches from a feed: `Resident` keeps the dataset in device memory, `Streamed`
+brings batches from a reader. Both visit the same batches and give the same parameters and scores,
+bit for bit. A window holds consecutive batches, placed by a sharding that splits them along the
+mesh axis "data"; rows are example numbers, int32 [steps, B], or [S, steps, B] for S members.
 """
 
 import functools
 import time
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.sharding import PartitionSpec as P
+from jax import NamedSharding, P, lax
 
 from seqmnist.training import batches, devices
 from seqmnist.training.metrics import Sums, classification_sums
@@ -27,42 +27,15 @@ _COMPILER_OPTIONS = {"cpu": {"xla_backend_optimization_level": 1}}
 
 
 class Progress(NamedTuple):
-    """Where an epoch stands.
+    """Where an epoch stands after `step` of its steps.
 
-    Attributes:
-      state: after the steps so far.
-      sums: over the examples so far, each as it was before its update; see `guarded_step` for
-        what is not finite.
-      step: how many of the epoch's steps are done.
+    `sums` are over the examples so far, each as it was before its update; see `guarded_step` for
+    what is not finite.
     """
 
     state: TrainState
     sums: Sums
     step: int
-
-
-class Feed(Protocol):
-    """Where a loop takes its batches from.
-
-    A window holds consecutive batches, split along the mesh axis "data"; rows are example numbers,
-    int32 [steps, B], or [S, steps, B] for S members.
-    """
-
-    def place(self, mesh: jax.sharding.Mesh) -> Any:
-        """Returns the arrays on the devices that all steps read."""
-
-    def windows(
-        self, mesh: jax.sharding.Mesh, rows: np.ndarray, first: int, axes: tuple[str, ...] = ()
-    ) -> Iterator[tuple[int, int, Any]]:
-        """Yields (begin, end, window) for the steps from `first` on; `axes` spread the members."""
-
-    def batch(self, element: Any, arrays: Any) -> batches.Batch:
-        """Returns a batch, inside a compiled call, from its element of a window."""
-
-    def window_shapes(
-        self, mesh: jax.sharding.Mesh, rows: tuple[int, ...], axes: tuple[str, ...] = ()
-    ) -> Any:
-        """Returns shapes, dtypes and shardings of the windows of rows of this shape."""
 
 
 class Resident(NamedTuple):
@@ -71,63 +44,71 @@ class Resident(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
-    def place(self, mesh):
+    def place(self, mesh: jax.sharding.Mesh) -> Any:
+        """Returns the arrays on the devices that all steps read."""
         return devices.spread(mesh, (self.images, self.labels))
 
-    def windows(self, mesh, rows, first, axes=()):
-        yield 0, rows.shape[-2], devices.spread(mesh, np.asarray(rows), *axes, None, "data")
+    def windows(
+        self, rows: np.ndarray, first: int, place: NamedSharding
+    ) -> Iterator[tuple[int, int, Any]]:
+        """Yields (begin, end, window) for the steps from `first` on."""
+        yield 0, rows.shape[-2], devices.spread(place.mesh, rows, *place.spec)
 
-    def batch(self, element, arrays):
-        return batches.take(*arrays, element)
-
-    def window_shapes(self, mesh, rows, axes=()):
-        place = jax.NamedSharding(mesh, P(*axes, None, "data"))
+    def window_shapes(self, rows: tuple[int, ...], place: NamedSharding) -> Any:
+        """Returns shapes, dtypes and shardings of the windows of rows of this shape."""
         return jax.ShapeDtypeStruct(rows, np.int32, sharding=place)
+
+    def batch(self, element: Any, arrays: Any) -> batches.Batch:
+        """Returns a batch, inside a compiled call, from its element of a window."""
+        return batches.take(*arrays, element)
 
 
 class Streamed(NamedTuple):
-    """A feed from a reader, which brings batches while the device computes."""
+    """A feed from a reader, with the methods of `Resident`; it reads while the device computes."""
 
     records: batches.Records
 
     def place(self, mesh):
         return ()
 
-    def windows(self, mesh, rows, first, axes=()):
-        for window in batches.stream(self.records, rows[first:], mesh):
+    def windows(self, rows, first, place):
+        for window in batches.stream(self.records, rows[first:], place.mesh):
             yield first, first + batches.WINDOW, window
             first += batches.WINDOW
+
+    def window_shapes(self, rows, place):
+        shape = (batches.WINDOW, rows[-1])
+        fields = [((*shape, 28, 28), np.uint8), (shape, np.int32), (shape, np.bool_)]
+        return batches.Batch(*(jax.ShapeDtypeStruct(*field, sharding=place) for field in fields))
 
     def batch(self, element, arrays):
         return element
 
-    def window_shapes(self, mesh, rows, axes=()):
-        place, shape = jax.NamedSharding(mesh, P(None, "data")), (batches.WINDOW, rows[-1])
-        return batches.Batch(
-            jax.ShapeDtypeStruct((*shape, 28, 28), np.uint8, sharding=place),
-            jax.ShapeDtypeStruct(shape, np.int32, sharding=place),
-            jax.ShapeDtypeStruct(shape, np.bool_, sharding=place),
-        )
-
 
 class Loop:
-    """Runs epochs and evaluations of a system on a mesh."""
+    """Runs epochs and evaluations of a system on a mesh, by default of one device.
+
+    With members, states, sums and rows of training have a leading axis S, which is spread over
+    the mesh; rows of an evaluation are common to all members. `placement` is that of states and
+    sums.
+    """
 
     def __init__(
         self,
         system: System,
-        feed: Feed,
+        feed: Resident | Streamed,
         mesh: jax.sharding.Mesh | None = None,
         has_members: bool = False,
     ):
-        """Places the feed's arrays; the mesh is one device by default.
-
-        With members, states, sums and rows of training have a leading axis S, which is spread over
-        the mesh; rows of an evaluation are common to all members.
-        """
         self._feed, self._mesh = feed, mesh or devices.make_mesh(1, 1)
         self._axes = ("member",) if has_members else ()
+        self.placement = NamedSharding(self._mesh, P(*self._axes))
+        self._train_place = NamedSharding(self._mesh, P(*self._axes, None, "data"))
+        self._evaluation_place = NamedSharding(self._mesh, P(None, "data"))
         self._arrays = feed.place(self._mesh)
+        over_mesh = functools.partial(devices.over_mesh, mesh=self._mesh, has_members=has_members)
+        compiler_options = _COMPILER_OPTIONS.get(self._mesh.devices.flat[0].platform)
+        jit = functools.partial(jax.jit, compiler_options=compiler_options)
 
         def train(state, sums, window, start, stop, arrays):
             def body(i, carry):
@@ -145,21 +126,19 @@ class Loop:
         def total(sums):
             return devices.add_up(jax.tree.map(lambda x: x[0], sums), "data")
 
-        over_mesh = functools.partial(devices.over_mesh, mesh=self._mesh, has_members=has_members)
         batch, all_alike = P(None, "data"), (P(), P(), P())
         train = over_mesh(train, own=(P(), P(), batch), shared=all_alike, out=P())
         # Each device keeps sums of its own, [1], until all windows are read.
         evaluate = over_mesh(evaluate, own=(P(), P("data")), shared=(batch, P()), out=P("data"))
         total = over_mesh(total, own=(P("data"),), shared=(), out=P())
-        place = jax.NamedSharding(self._mesh, P(*self._axes))
-        self._train = self._jit(train, donate_argnums=(0, 1), out_shardings=place)
-        self._evaluate = self._jit(evaluate, donate_argnums=1)
-        self._total = self._jit(total)
-        self._evaluate_ensemble = self._jit(self._make_ensemble(system, over_mesh))
+        self._train = jit(train, donate_argnums=(0, 1), out_shardings=self.placement)
+        self._evaluate = jit(evaluate, donate_argnums=1)
+        self._total = jit(total)
+        self._evaluate_ensemble = jit(_make_ensemble(system, feed, over_mesh))
 
     def start(self, state: TrainState, sums: Sums | None = None) -> Progress:
         """Returns the beginning of an epoch, with the members of `sums` that diverged marked."""
-        no_sums = _no_sums(state.params, state.step.shape)
+        no_sums = Sums.zeros(_dtype(state.params), state.step.shape)
         sums = no_sums if sums is None else devices.gather(sums).restart()
         return Progress(*devices.spread(self._mesh, (state, sums), *self._axes), 0)
 
@@ -171,7 +150,7 @@ class Loop:
         Reports about twice a second, and when `step` is one of `breaks`.
         """
         state, sums, first = progress
-        windows, end = self._feed.windows(self._mesh, rows, first, self._axes), -1
+        windows, end = self._feed.windows(rows, first, self._train_place), -1
         for start, stop in _spans(first, rows.shape[-2], breaks):
             while start < stop:
                 if start >= end:
@@ -185,20 +164,17 @@ class Loop:
     def evaluate(self, params: Any, rows: np.ndarray) -> Sums:
         """Returns the sums over all examples of rows int32 [steps, B]."""
         sums = self._partial_sums(params)
-        for _, _, window in self._feed.windows(self._mesh, rows, 0):
+        for _, _, window in self._feed.windows(rows, 0, self._evaluation_place):
             sums = self._evaluate(params, sums, window, self._arrays)
         return self._total(sums)
 
     def evaluate_ensemble(self, params: Any, rows: np.ndarray, weights: np.ndarray) -> Sums:
-        """Returns the sums of the members' mean prediction.
+        """Returns the sums of the mean prediction of S members over rows int32 [steps, B].
 
-        Args:
-          params: of S members.
-          rows: int32 [steps, B].
-          weights: float [S], of each member in the mean; their sum is 1. A member of weight 0
-            has no influence, even if it is not finite.
+        `weights`, float [S], are those of the mean, with a sum of 1. A member of weight 0 has no
+        influence, even if it is not finite.
         """
-        ((_, _, window),) = self._feed.windows(self._mesh, rows, 0)
+        ((_, _, window),) = self._feed.windows(rows, 0, self._evaluation_place)
         return self._evaluate_ensemble(params, self._arrays, window, weights)
 
     def programs(
@@ -206,53 +182,46 @@ class Loop:
     ) -> dict[str, jax.stages.Lowered]:
         """Returns "train", "evaluate" and "total", to be compiled before their first calls.
 
-        Args:
-          state, sums: shapes, dtypes and shardings, as `start` places them.
-          rows: the shape of an epoch's rows.
-          held_out: the shape of an evaluation's rows.
+        `state` and `sums` are shapes, dtypes and shardings, as `start` places them; `rows` and
+        `held_out` the shapes of an epoch's rows and an evaluation's.
         """
-        shapes = functools.partial(self._feed.window_shapes, self._mesh)
         partial = self._partial_sums(state.params)
-        training, evaluation = shapes(rows, self._axes), shapes(held_out)
+        training = self._feed.window_shapes(rows, self._train_place)
+        evaluation = self._feed.window_shapes(held_out, self._evaluation_place)
         return {
             "train": self._train.lower(state, sums, training, 0, 1, self._arrays),
             "evaluate": self._evaluate.lower(state.params, partial, evaluation, self._arrays),
             "total": self._total.lower(partial),
         }
 
-    def _make_ensemble(self, system, over_mesh):
-        feed = self._feed
-
-        def classify(params, arrays, element):
-            return jax.nn.softmax(system.apply(params, feed.batch(element, arrays).image))
-
-        classify = over_mesh(classify, own=(P(),), shared=(P(), P("data")), out=P("data"))
-
-        def evaluate(params, arrays, window, weights):
-            def body(sums, element):
-                is_in = (weights > 0).reshape(-1, 1, 1)
-                probabilities = jnp.where(is_in, classify(params, arrays, element), 0)
-                log_mean = jnp.log(jnp.tensordot(weights, probabilities, 1))
-                batch = feed.batch(element, arrays)
-                return sums + classification_sums(log_mean, batch.label, batch.mask), None
-
-            return lax.scan(body, Sums.zeros(weights.dtype), window)[0]
-
-        return evaluate
-
-    def _jit(self, function, **options):
-        compiler_options = _COMPILER_OPTIONS.get(self._mesh.devices.flat[0].platform)
-        return jax.jit(function, compiler_options=compiler_options, **options)
-
     def _partial_sums(self, params):
         """No sums, for each member and device along "data"."""
         num_members = jax.tree.leaves(params)[0].shape[: len(self._axes)]
-        sums = _no_sums(params, (*num_members, self._mesh.shape["data"]))
+        sums = Sums.zeros(_dtype(params), (*num_members, self._mesh.shape["data"]))
         return devices.spread(self._mesh, sums, *self._axes, "data")
 
 
-def _no_sums(params, shape=()):
-    return Sums.zeros(jax.tree.leaves(params)[0].dtype, shape)
+def _make_ensemble(system, feed, over_mesh):
+    def classify(params, arrays, element):
+        return jax.nn.softmax(system.apply(params, feed.batch(element, arrays).image))
+
+    classify = over_mesh(classify, own=(P(),), shared=(P(), P("data")), out=P("data"))
+
+    def evaluate(params, arrays, window, weights):
+        def body(sums, element):
+            is_in = (weights > 0).reshape(-1, 1, 1)
+            probabilities = jnp.where(is_in, classify(params, arrays, element), 0)
+            log_mean = jnp.log(jnp.tensordot(weights, probabilities, 1))
+            batch = feed.batch(element, arrays)
+            return sums + classification_sums(log_mean, batch.label, batch.mask), None
+
+        return lax.scan(body, Sums.zeros(weights.dtype), window)[0]
+
+    return evaluate
+
+
+def _dtype(params):
+    return jax.tree.leaves(params)[0].dtype
 
 
 def _spans(start: int, num_steps: int, breaks: Collection[int] = ()) -> Iterator[tuple[int, int]]:
