@@ -7,28 +7,14 @@ from jax.scipy.ndimage import map_coordinates
 
 
 def affine(
-    images: jax.Array,
-    keys: jax.Array,
-    degrees: float = 12.0,
-    shift: float = 2.0,
-    stretch: float = 0.12,
-    shear: float = 0.15,
+    images: jax.Array, keys: jax.Array, degrees=12.0, shift=2.0, stretch=0.12, shear=0.15
 ) -> jax.Array:
-    """Rotates, shifts, stretches and shears each image by random amounts of its own.
+    """Rotates, shifts, stretches and shears images uint8 [B, 28, 28], each by a key of its own.
 
-    Amounts are uniform between minus and plus their limits. Pixels are interpolated bilinearly;
-    outside of the image they are zero.
-
-    Args:
-      images: uint8 [B, 28, 28].
-      keys: random keys [B].
-      degrees: limit of the rotation.
-      shift: limit of the shifts down and right, in pixels.
-      stretch: limit of the relative changes of height and width.
-      shear: limit of the vertical shear, in pixels per pixel of width.
-
-    Returns:
-      uint8 [B, 28, 28].
+    Amounts are uniform between minus and plus their limits: of the rotation in degrees, of the
+    shifts down and right in pixels, of the relative changes of height and width, and of the
+    vertical shear in pixels per pixel of width. Pixels are interpolated bilinearly; outside of
+    the image they are zero.
     """
     amounts = jax.vmap(lambda key: jax.random.uniform(key, (6,), minval=-1, maxval=1))(keys)
     limits = jnp.array([jnp.deg2rad(degrees), shift, shift, stretch, stretch, shear])

@@ -28,16 +28,10 @@ def joined(
 ) -> Iterator[None]:
     """Joins the job, and leaves it at the end; does nothing for a job of one process.
 
-    When another process of the job dies, this one says so and ends.
-
-    Args:
-      is_distributed: ask the environment: SLURM, Open MPI, Kubernetes, TPU pods.
-      coordinator: HOST:PORT of process 0; None asks the environment.
-      num_processes: with `coordinator`.
-      process_id: with `coordinator`.
-
-    Raises:
-      UserError: the environment does not say, or the coordinator cannot be reached.
+    `coordinator` is HOST:PORT of process 0; with `is_distributed` and without it, the environment
+    is asked: SLURM, Open MPI, Kubernetes, TPU pods. When another process of the job dies, this one
+    says so and ends. Raises UserError if the environment does not say, or if the coordinator
+    cannot be reached.
     """
     if not is_distributed and coordinator is None:
         yield

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from seqmnist.config import Config
+from seqmnist.config import override
 from seqmnist.training import batches, devices
 from seqmnist.training.optim import make_schedule
 from seqmnist.training.steps import TrainState, train_step
@@ -16,11 +16,8 @@ from seqmnist.training.task import Task
 def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) -> str:
     """Returns one line on the first step whose results were not finite, and what to do.
 
-    Args:
-      task: of the run.
-      state: the last good one, which `steps.guarded_step` has left.
-      last_saved: the name of the newest checkpoint.
-      debug_nans: repeat the step to find the operation; only of a single network.
+    `state` is the last good one, which `steps.guarded_step` has left, and `last_saved` the name of
+    the newest checkpoint. `debug_nans` repeats the step of a single network to find the operation.
     """
     step = int(np.max(devices.gather(state.step)))
     epoch, row = divmod(step, task.steps_per_epoch)
@@ -40,16 +37,12 @@ def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) ->
 
 
 def _learning_rate(task: Task, member: dict[str, Any], step: int) -> float:
-    config: Config = task.config
-    peak = member.get("optimizer.learning_rate", config.optimizer.learning_rate)
-    schedule = make_schedule(config.optimizer, task.num_steps)
-    if not callable(schedule):
-        return peak
-    return float(schedule(step)) * peak / config.optimizer.learning_rate
+    schedule = make_schedule(override(task.config, member).optimizer, task.num_steps)
+    return float(schedule(step)) if callable(schedule) else schedule
 
 
 def _find_operation(task, state, row):
-    arrays = zip(*(task.dataset.arrays(split) for split in ("train", "test")), strict=True)
+    arrays = zip(*map(task.dataset.arrays, ("train", "test")), strict=True)
     batch = batches.take(*map(np.concatenate, arrays), row)
     with jax.debug_nans(True), jax.disable_jit():
         try:

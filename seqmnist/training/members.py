@@ -7,7 +7,6 @@ second; see `list_members`.
 import itertools
 import json
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,16 +23,13 @@ SWEEPABLE = {
     "optimizer.clip_norm": lambda value: value > 0,
 }
 _EXAMPLE = '{"optimizer.learning_rate": [0.001, 0.01]}'
-
-
 MOST_MEMBERS = 4096
 
 
 def settings(config: Config) -> list[dict[str, float]]:
     """Returns the settings of the sweep, at least one, each {field: value}.
 
-    Raises:
-      UserError: `members.sweep` is not a sweep, or one of its fields does nothing.
+    Raises UserError if `members.sweep` is not a sweep, or if one of its fields does nothing.
     """
     text = config.members.sweep
 
@@ -74,17 +70,10 @@ def settings(config: Config) -> list[dict[str, float]]:
     return [{name: float(value) for name, value in setting.items()} for setting in sweep]
 
 
-def swept_fields(config: Config) -> list[str]:
-    """Returns the fields of which members have values of their own."""
-    return list(settings(config)[0])
-
-
 def list_members(config: Config) -> list[dict[str, float]]:
     """Returns what tells members apart: {"seed": …, field: …} for each of S, in order.
 
-    Raises:
-      UserError: `members.sweep` is not a sweep, the seeds would pass 2³² - 1, or there are too
-        many members.
+    Raises UserError as `settings`, or if seeds would pass 2³² - 1 or members are too many.
     """
     seeds = range(config.seed, config.seed + config.members.num)
     if seeds[-1] > 2**32 - 1:
@@ -102,33 +91,24 @@ def list_members(config: Config) -> list[dict[str, float]]:
 
 
 def summarize(
-    config: Config,
-    validation: dict[str, list[float]] | None,
-    test: dict[str, list[float]],
+    config: Config, validation: dict[str, list[float]] | None, test: dict[str, list[float]]
 ) -> dict[str, Any]:
     """Sums up members by setting, and names the best by validation, never by test.
 
-    A member that diverged has scores of NaN. It counts for no mean, and a setting with fewer such
-    members is better.
-
-    Args:
-      config: the configuration.
-      validation: {"loss", "accuracy"}, lists of S; None if nothing is held out.
-      test: the same.
+    Scores are {"loss", "accuracy"}, lists of S; without validation, None. A member that diverged
+    has scores of NaN. It counts for no mean, and a setting with fewer such members is better.
 
     Returns:
       {"settings": [{field: value, "diverged": count, "validation": s, "test": s}], "best": an
       index, or None}, where s is {"loss", "accuracy"} → {"mean", "sd", "interval"}; the interval is
       the 95 % confidence interval of the mean over seeds (Student's t).
     """
-    count = config.members.num
-    result = []
+    count, result = config.members.num, []
     for i, setting in enumerate(settings(config)):
         own = slice(i * count, (i + 1) * count)
-        diverged = int(np.isnan(np.array(test["loss"][own], float)).sum())
-        entry: dict[str, Any] = {**setting, "diverged": diverged}
-        for name, values in (("validation", validation), ("test", test)):
-            entry[name] = values and {key: _spread(values[key][own]) for key in values}
+        entry = {**setting, "diverged": int(np.isnan(np.array(test["loss"][own], float)).sum())}
+        for name, scores in (("validation", validation), ("test", test)):
+            entry[name] = scores and {key: _spread(scores[key][own]) for key in scores}
         result.append(entry)
 
     def rank(i):
@@ -138,14 +118,15 @@ def summarize(
     return {"settings": result, "best": best}
 
 
-def _spread(values: Sequence[float]) -> dict[str, Any]:
+def _spread(values):
     from scipy import stats  # here, not above: it takes long to import, and one run needs none
 
     finite = np.array(values, float)
     finite = finite[np.isfinite(finite)]
     num = len(finite)
+    mean = float(np.mean(finite)) if num else None
     if num < 2:
-        return {"mean": float(finite[0]) if num else None, "sd": None, "interval": None}
-    mean, sd = float(np.mean(finite)), float(np.std(finite, ddof=1))
+        return {"mean": mean, "sd": None, "interval": None}
+    sd = float(np.std(finite, ddof=1))
     half = float(stats.t.ppf(0.975, num - 1)) * sd / math.sqrt(num)
     return {"mean": mean, "sd": sd, "interval": [mean - half, mean + half]}

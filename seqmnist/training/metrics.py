@@ -9,17 +9,11 @@ import optax
 
 
 class Sums(NamedTuple):
-    """Running totals over examples, which add over batches, devices and hosts.
+    """Running totals over examples, [] or of members [S]; they add over batches and devices."""
 
-    Attributes:
-      loss: float [] or, of members, [S]: summed cross-entropy in nats.
-      correct: int32, same shape: number of correct predictions.
-      count: int32, same shape: number of examples.
-    """
-
-    loss: jax.Array
-    correct: jax.Array
-    count: jax.Array
+    loss: jax.Array  # float: summed cross-entropy in nats
+    correct: jax.Array  # int32: number of correct predictions
+    count: jax.Array  # int32: number of examples
 
     @classmethod
     def zeros(cls, dtype=jnp.float32, shape: tuple[int, ...] = ()) -> "Sums":
@@ -45,12 +39,9 @@ class Sums(NamedTuple):
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
-    """Returns the totals of a batch.
+    """Returns the totals of a batch: logits [B, C], labels int32 [B], mask bool [B].
 
-    Args:
-      logits: [B, C].
-      labels: int32 [B].
-      mask: bool [B]; False marks padding, which is not counted.
+    False in `mask` marks padding, which is not counted.
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     hits = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels

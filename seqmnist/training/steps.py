@@ -21,35 +21,21 @@ from seqmnist.training.optim import make_optimizer
 
 
 class TrainState(NamedTuple):
-    """All that changes while a run trains: vmapped, sharded, donated and saved whole.
+    """All that changes while a run trains: vmapped, sharded, donated and saved whole."""
 
-    Attributes:
-      params: the model's parameters, an `nnx.State`.
-      opt_state: the optimizer's state.
-      step: int32, updates taken so far.
-      seed: uint32, the source of all the run's randomness; it stays.
-    """
-
-    params: Any
+    params: Any  # the model's parameters, an `nnx.State`
     opt_state: optax.OptState
-    step: jax.Array
-    seed: jax.Array
+    step: jax.Array  # int32, updates taken so far
+    seed: jax.Array  # uint32, the source of all the run's randomness; it stays
 
 
 class System(NamedTuple):
-    """All that stays: the structure of the network and the rule of its updates.
+    """All that stays: the structure of the network and the rule of its updates."""
 
-    Attributes:
-      graphdef: the model without its parameters.
-      optimizer: the gradient transformation.
-      augment: (images, a key for each) -> images, for training; or None.
-      drops_out: whether training drops outputs of layers.
-    """
-
-    graphdef: nnx.GraphDef
+    graphdef: nnx.GraphDef  # the model without its parameters
     optimizer: optax.GradientTransformation
-    augment: Callable[[jax.Array, jax.Array], jax.Array] | None
-    drops_out: bool
+    augment: Callable[[jax.Array, jax.Array], jax.Array] | None  # (images, a key for each)
+    drops_out: bool  # whether training drops outputs of layers
 
     def apply(
         self, params: Any, images: jax.Array, dropout_keys: jax.Array | None = None
@@ -61,16 +47,11 @@ class System(NamedTuple):
 def make_system(config: Config, num_steps: int | None = None) -> System:
     """Builds the fixed half of a run; allocates nothing.
 
-    Args:
-      config: the configuration.
-      num_steps: the length of the run, for learning-rate schedules; without it the learning rate
-        is constant.
-
-    Raises:
-      UserError: the configuration names a view, cell, optimizer… that does not exist.
+    `num_steps` is the length of the run, for schedules; without it the learning rate is constant.
+    Raises UserError if the configuration names a view, cell, optimizer… that does not exist.
     """
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: _make_model(config, seed=0)))
-    swept = tuple(name.removeprefix("optimizer.") for name in members.swept_fields(config))
+    swept = tuple(name.removeprefix("optimizer.") for name in members.settings(config)[0])
     optimizer = make_optimizer(config.optimizer, num_steps, swept)
     augment = choose(AUGMENTATIONS, config.train.augment, "train.augment")
     return System(graphdef, optimizer, augment, config.model.dropout > 0)
@@ -79,13 +60,9 @@ def make_system(config: Config, num_steps: int | None = None) -> System:
 def init_state(
     config: Config, system: System, seed: jax.Array, settings: Mapping[str, jax.Array] | None = None
 ) -> TrainState:
-    """Builds the changing half of a run, a pure function of its seed.
+    """Builds the changing half of a run, a pure function of its seed, an integer scalar.
 
-    Args:
-      config: the configuration.
-      system: the fixed half.
-      seed: an integer scalar.
-      settings: of a sweep, float scalars by field, e.g. "optimizer.learning_rate".
+    `settings` of a sweep are float scalars by field, e.g. "optimizer.learning_rate".
     """
     params = nnx.state(_make_model(config, seed))
     opt_state = system.optimizer.init(params)
@@ -98,24 +75,19 @@ def init_state(
 def train_step(
     system: System, state: TrainState, batch: Batch, axis: str | None = None
 ) -> tuple[TrainState, Sums]:
-    """Takes one update on the mean loss of a batch.
+    """Takes one update on the mean loss of a batch; also returns the batch's sums before it.
 
-    Args:
-      system: the fixed half.
-      state: before the update.
-      batch: image uint8 [B, 28, 28], label int32 [B], mask bool [B]; this device's part of it,
-        where the batch is split.
-      axis: the axis of the mesh over which the batch is split, inside `devices.over_mesh`.
-
-    Returns:
-      The state after the update, and the sums of the whole batch before it.
+    Inside `devices.over_mesh`, `batch` is this device's part of a batch that is split over the mesh
+    axis `axis`; the update and the sums are those of the whole.
     """
 
     def draw_keys(purpose):
+        """Draws a key for each position in the whole batch, so that a part draws what it does."""
         size = len(batch.label)
         first = 0 if axis is None else lax.axis_index(axis) * size
         positions = first + jnp.arange(size, dtype=jnp.int32)
-        return keys.per_example(keys.key(state.seed, purpose, state.step), positions)
+        key = keys.key(state.seed, purpose, state.step)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
 
     images, dropout_keys = batch.image, draw_keys("dropout") if system.drops_out else None
     if system.augment:
@@ -139,7 +111,7 @@ def train_step(
 def guarded_step(
     system: System, state: TrainState, sums: Sums, batch: Batch, axis: str | None = None
 ) -> tuple[TrainState, Sums]:
-    """Takes a `train_step`, and adds up its sums, unless something in it is not finite.
+    """Takes a `train_step` and adds to the sums, unless something in it is not finite.
 
     From such a step on, the state stays as it was before it, and the summed loss is NaN: where
     a run went wrong can be told at any later time, and nothing good is lost. The optimizer's

@@ -29,29 +29,17 @@ class Program(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a run is made of, except its state.
-
-    Attributes:
-      config: the configuration.
-      dataset: where the data are.
-      splits: "train", "validation" and "test", ranges of example numbers.
-      members: what tells members apart; one entry for a single run.
-      steps_per_epoch: number of steps per epoch.
-      system: the fixed half of a run.
-      mesh: the devices.
-      loop: trains and evaluates.
-      rows: of "validation" and "test".
-    """
+    """What a run is made of, except its state."""
 
     config: Config
     dataset: sources.Prepared
-    splits: dict[str, range]
-    members: list[dict[str, float]]
+    splits: dict[str, range]  # "train", "validation" and "test": example numbers
+    members: list[dict[str, float]]  # what tells members apart; one entry for a single run
     steps_per_epoch: int
     system: System
     mesh: jax.sharding.Mesh
     loop: Loop
-    rows: dict[str, np.ndarray]
+    rows: dict[str, np.ndarray]  # of "validation" and "test", of one shape
 
     @property
     def num_steps(self) -> int:
@@ -60,13 +48,14 @@ class Task(NamedTuple):
 
     def template(self) -> tuple[TrainState, Sums]:
         """Returns the shapes, dtypes and shardings of the state and of an epoch's sums."""
-        state = jax.eval_shape(self._init)
-        axes = ("member",) if len(self.members) > 1 else ()
-        place = jax.NamedSharding(self.mesh, jax.P(*axes))
-        dtype = jax.tree.leaves(state.params)[0].dtype
-        sums = jax.eval_shape(lambda: Sums.zeros(dtype, state.step.shape))
+
+        def init():
+            state = self._init()
+            return state, Sums.zeros(jax.tree.leaves(state.params)[0].dtype, state.step.shape)
+
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, sums)
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.loop.placement),
+            jax.eval_shape(init),
         )
 
     def start(self, template: TrainState) -> Progress:
@@ -92,20 +81,22 @@ class Task(NamedTuple):
 
         The compiler releases Python's lock, and so runs beside this thread; tracing does not.
         """
-        own = (len(self.members),) if len(self.members) > 1 else ()
-        rows = (*own, self.steps_per_epoch, self.config.train.batch_size)
+
+        def compiled(lowered):
+            began = time.perf_counter()
+            return Program(lowered.compile(), time.perf_counter() - began)
+
+        num_members = [len(self.members)] if len(self.members) > 1 else []
+        rows = (*num_members, self.steps_per_epoch, self.config.train.batch_size)
         programs = self.loop.programs(state, sums, rows, self.rows["test"].shape)
-        return {name: pool.submit(_compile, lowered) for name, lowered in programs.items()}
+        return {name: pool.submit(compiled, lowered) for name, lowered in programs.items()}
 
     def evaluate(
         self, params: Any, split: str, diverged: np.ndarray | bool = False
     ) -> dict[str, Any]:
-        """Returns {"loss", "accuracy"} on a split, of members lists; None on an empty split.
+        """Returns {"loss", "accuracy"} on "validation" or "test"; None on an empty split.
 
-        Args:
-          params: of the network, or of all members.
-          split: "validation" or "test".
-          diverged: bool [S], the members whose scores mean nothing; they become NaN.
+        Of members, both are lists; scores of those that `diverged`, bool [S], become NaN.
         """
         if not self.splits[split]:
             return {"loss": None, "accuracy": None}
@@ -135,24 +126,17 @@ class Task(NamedTuple):
         """Members are initialized one by one, so that each equals a separate run."""
         if len(self.members) == 1:
             return init_state(self.config, self.system, self.config.seed)
-        swept = members.swept_fields(self.config)
+        swept = members.settings(self.config)[0]
         seeds = np.array([member["seed"] for member in self.members], np.uint32)
         values = {name: np.array([m[name] for m in self.members], np.float32) for name in swept}
-        return lax.map(
-            lambda member: init_state(self.config, self.system, *member), (seeds, values)
-        )
+        return lax.map(lambda one: init_state(self.config, self.system, *one), (seeds, values))
 
 
 def compose(config: Config, say: Callable[[str], None]) -> Task:
-    """Composes a task; prepares its dataset if need be.
+    """Composes a task; prepares its dataset if need be, and tells `say` of what takes long.
 
-    Args:
-      config: a valid configuration.
-      say: is told, in one line, of what takes long.
-
-    Raises:
-      UserError: the configuration names what does not exist or does not fit, or the data cannot
-        be used.
+    Raises UserError if the configuration names what does not exist or does not fit, or if the
+    data cannot be used.
     """
     each = members.list_members(config)
     make_system(config)  # what does not exist is refused before data are fetched
@@ -182,19 +166,21 @@ def compose(config: Config, say: Callable[[str], None]) -> Task:
     if config.data.input_mode == "stream":
         feed = Streamed(batches.Records(dataset.mapped("train"), dataset.mapped("test")))
     else:
-        arrays = zip(*(dataset.arrays(split) for split in ("train", "test")), strict=True)
+        arrays = zip(*map(dataset.arrays, ("train", "test")), strict=True)
         feed = Resident(*map(batches.join, arrays))
     loop = Loop(system, feed, mesh, len(each) > 1)
-    rows = _evaluation_rows(splits, batch_size)
+    # Both evaluations have one shape, so that they compile once.
+    steps = batches.num_batches(max(len(splits["validation"]), len(splits["test"])), batch_size)
+    rows = {
+        name: batches.batch_rows(splits[name], batch_size, steps) for name in ("validation", "test")
+    }
     return Task(config, dataset, splits, each, steps_per_epoch, system, mesh, loop, rows)
 
 
 def as_trained(config: Config, results: Mapping[str, Any]) -> Config:
     """Returns a configuration whose dataset "auto" is what it was when the run was trained.
 
-    Args:
-      config: the configuration.
-      results: of the run; empty if it has not finished.
+    `results` are those of the run, empty if it has not finished.
     """
     fell_back = results and results["dataset"]["name"] == "mnist_5k"
     if config.data.name == "auto" and fell_back:
@@ -216,18 +202,3 @@ def check_memory(num_bytes: float) -> None:
             f"{there / 2**30:,.0f}; make config.model.hidden_size, config.model.num_layers, "
             "config.train.batch_size or config.members.num smaller"
         )
-
-
-def _compile(lowered):
-    began = time.perf_counter()
-    return Program(lowered.compile(), time.perf_counter() - began)
-
-
-def _evaluation_rows(splits, batch_size):
-    """Rows of both evaluations, padded to one shape so that they compile once."""
-    most = max(len(splits[name]) for name in ("validation", "test"))
-    padded = {
-        name: np.pad(splits[name], (0, most - len(splits[name])), constant_values=batches.PADDING)
-        for name in ("validation", "test")
-    }
-    return {name: batches.batch_rows(numbers, batch_size) for name, numbers in padded.items()}
