@@ -159,6 +159,18 @@ def test_a_member_outside_the_ensemble_has_no_influence(system, initial, digits)
     assert int(sums.count) == 30
 
 
+def test_an_ensemble_of_members_that_are_surely_wrong_has_a_finite_loss(system, initial, digits):
+    """Their probabilities of the label, exp(-200), are zero in float32."""
+    one_loop = Loop(system, make_feed("resident", digits), has_members=True)
+    params = jax.tree.map(lambda x: np.zeros((2, *x.shape), x.dtype), initial.params)
+    params["readout"]["bias"][...][:, 0] = 200
+    sums = one_loop.evaluate_ensemble(params, HELD_OUT, np.array([0.5, 0.5], np.float32))
+    num_wrong = (digits[1][100:] != 0).sum()
+    assert num_wrong > 20
+    np.testing.assert_allclose(sums.loss, 200 * num_wrong, rtol=1e-5)
+    assert int(sums.correct) == 30 - num_wrong
+
+
 def test_an_epoch_resumes_where_it_stopped(each_loop, initial):
     rows = rows_of(0)
     *_, whole = each_loop.train(each_loop.start(initial), rows)

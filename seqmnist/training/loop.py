@@ -12,7 +12,6 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import NamedSharding, P, lax
 
@@ -203,16 +202,15 @@ class Loop:
 
 def _make_ensemble(system, feed, over_mesh):
     def classify(params, arrays, element):
-        return jax.nn.softmax(system.apply(params, feed.batch(element, arrays).image))
+        return jax.nn.log_softmax(system.apply(params, feed.batch(element, arrays).image))
 
     classify = over_mesh(classify, own=(P(),), shared=(P(), P("data")), out=P("data"))
 
     def evaluate(params, arrays, window, weights):
         def body(sums, element):
-            is_in = (weights > 0).reshape(-1, 1, 1)
-            probabilities = jnp.where(is_in, classify(params, arrays, element), 0)
-            log_mean = jnp.log(jnp.tensordot(weights, probabilities, 1))
-            batch = feed.batch(element, arrays)
+            each, batch = classify(params, arrays, element), feed.batch(element, arrays)
+            # In logarithms: probabilities may be too small. Weights of 0 leave out even NaN.
+            log_mean = jax.nn.logsumexp(each, axis=0, b=weights.reshape(-1, 1, 1))
             return sums + classification_sums(log_mean, batch.label, batch.mask), None
 
         return lax.scan(body, Sums.zeros(weights.dtype), window)[0]
