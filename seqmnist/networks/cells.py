@@ -291,10 +291,8 @@ class LRU(LinearCell):
         self.nu_log = RecurrentParam(jnp.log(-0.5 * jnp.log(squares)))
         self.theta_log = RecurrentParam(jnp.log(self.max_phase * uniform()))
         self.gamma_log = RecurrentParam(0.5 * jnp.log(1 - squares))
-        self.B_re = RecurrentParam(normal(1 / (2 * f), f, h))
-        self.B_im = RecurrentParam(normal(1 / (2 * f), f, h))
-        self.C_re = nnx.Param(normal(1 / h, h, h))
-        self.C_im = nnx.Param(normal(1 / h, h, h))
+        self.B_re, self.B_im = (RecurrentParam(normal(1 / (2 * f), f, h)) for _ in range(2))
+        self.C_re, self.C_im = (nnx.Param(normal(1 / h, h, h)) for _ in range(2))
         self.D = nnx.Param(normal(1, h)) if f == h else None
 
     def initial_carry(self, batch_size: int) -> jax.Array:

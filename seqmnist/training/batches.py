@@ -88,9 +88,7 @@ def num_batches(size: int, batch_size: int) -> int:
     return -(-size // batch_size)
 
 
-def batch_rows(
-    order: Sequence[int] | np.ndarray, batch_size: int, steps: int | None = None
-) -> np.ndarray:
+def batch_rows(order: Sequence[int], batch_size: int, steps: int | None = None) -> np.ndarray:
     """Cuts example numbers [N] into batches: int32 [steps, B], padded; `steps` as need be."""
     steps = steps or num_batches(len(order), batch_size)
     padding = (0, steps * batch_size - len(order))

@@ -1,6 +1,7 @@
 """Says where and why a run diverged."""
 
 import pathlib
+import traceback
 from typing import Any
 
 import jax
@@ -54,10 +55,7 @@ def _find_operation(task, state, row):
 
 def _blame(error):
     """Names the operation and the line of this package that an error comes from."""
-    package, trace, place = pathlib.Path(__file__).parents[1], error.__traceback__, ""
-    while trace:
-        file = pathlib.Path(trace.tb_frame.f_code.co_filename)
-        if package in file.parents:
-            place = f"{file.name}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return f"{str(error).partition('.')[0]} ({place})"
+    package = pathlib.Path(__file__).parents[1]
+    frames = traceback.extract_tb(error.__traceback__)
+    last = [f for f in frames if pathlib.Path(f.filename).is_relative_to(package)][-1]
+    return f"{str(error).partition('.')[0]} ({pathlib.Path(last.filename).name}:{last.lineno})"

@@ -105,13 +105,9 @@ class Task(NamedTuple):
 
     def describe_data(self) -> dict[str, Any]:
         """Returns what `results.json` says of the dataset."""
-        return {
-            "name": self.dataset.name,
-            "requested": self.dataset.requested,
-            "notice": self.dataset.notice,
-            "fingerprint": self.dataset.fingerprint,
-            **{name: len(split) for name, split in self.splits.items()},
-        }
+        facts = ("name", "requested", "notice", "fingerprint")
+        counts = {name: len(split) for name, split in self.splits.items()}
+        return {fact: getattr(self.dataset, fact) for fact in facts} | counts
 
     def describe_sequence(self) -> dict[str, Any]:
         """Returns what `results.json` says of what the network reads."""
