@@ -43,6 +43,17 @@ class Page(html.parser.HTMLParser):
             self.titles.append(data)
 
 
+def test_pictures_of_an_earlier_page_go_and_other_files_stay(tmp_path):
+    def write(*names):
+        pictures = {name: (b"picture", "alt") for name in names}
+        report.write(tmp_path, "title", [sections.Section("section", "text", pictures)])
+        return {path.name for path in (tmp_path / report.FOLDER).iterdir()}
+
+    write("curves.png", "compare.png")
+    (tmp_path / report.FOLDER / "mine.png").touch()
+    assert write("curves.png") == {"curves.png", "mine.png"}
+
+
 @pytest.mark.slow
 def test_the_tool_writes_a_page_that_needs_nothing_else(finished_run, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second <b>"

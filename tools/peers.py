@@ -6,7 +6,6 @@
 
 import json
 import os
-import resource
 import sys
 import time
 
@@ -164,6 +163,8 @@ def _sequences(file, split, case):
 
 
 def _serve(name):
+    import resource  # here, not above: Windows has none
+
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print; answers stay clean
     peer = None
     for line in sys.stdin:

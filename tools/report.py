@@ -16,6 +16,7 @@ import pathlib
 from tools import cli
 
 PAGE, FOLDER = "report.html", "report"
+_OCCASIONAL = {"compare.png", "mistakes.png", "by_step.png"}  # pictures that not every page has
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 42rem; margin: 0 auto;
@@ -64,12 +65,14 @@ def write(workdir: pathlib.Path, title: str, sections) -> pathlib.Path:
     page = workdir / PAGE
     remedy = "make room or make it writable, then run the same command again"
     with explain_storage(str(page), remedy), export.replacing(workdir / FOLDER) as folder:
-        for section in sections:
-            for name, (content, _) in section.pictures.items():
-                (folder / name).write_bytes(content)
+        pictures = {k: v for section in sections for k, v in section.pictures.items()}
+        for name, (content, _) in pictures.items():
+            (folder / name).write_bytes(content)
         aside = folder.with_name(PAGE)
         aside.write_text(render(title, sections), encoding="utf-8")
         os.replace(aside, page)
+    for name in _OCCASIONAL - pictures.keys():  # of an earlier page
+        (workdir / FOLDER / name).unlink(missing_ok=True)
     return page
 
 
