@@ -45,7 +45,7 @@ class Page(html.parser.HTMLParser):
 
 def test_pictures_of_an_earlier_page_go_and_other_files_stay(tmp_path):
     def write(*names):
-        pictures = {name: (b"picture", "alt") for name in names}
+        pictures = dict.fromkeys(names, (b"picture", "alt"))
         report.write(tmp_path, "title", [sections.Section("section", "text", pictures)])
         return {path.name for path in (tmp_path / report.FOLDER).iterdir()}
 
