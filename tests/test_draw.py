@@ -32,6 +32,7 @@ def client(network):
     return testclient.TestClient(draw.make_app(network), base_url="http://127.0.0.1")
 
 
+@pytest.mark.slow
 def test_the_page_and_what_it_is_told(client):
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")

@@ -34,6 +34,7 @@ def exported(finished_run, tmp_path_factory):
     return export_run(workdir)
 
 
+@pytest.mark.slow
 def test_it_answers_as_the_network_does(exported, digits):
     network, figures = exported
     workdir = network.workdir.path

@@ -169,6 +169,7 @@ def likeness(one, other):
     return max(np.corrcoef(one.ravel(), shifted.ravel())[0, 1] for shifted in shifts)
 
 
+@pytest.mark.slow
 def test_mnist_itself_is_prepared_already(mnist):
     prepared = np.stack([images.prepare(image, "digit") for image in mnist])
     for image in prepared:

@@ -51,6 +51,7 @@ def run_epochs(one_loop, state, num_epochs):
     return progress
 
 
+@pytest.mark.slow
 def test_resident_equals_streamed_bit_for_bit(system, initial, digits):
     loops = [Loop(system, make_feed(mode, digits)) for mode in ("resident", "stream")]
     ends = [run_epochs(one_loop, initial, 3) for one_loop in loops]

@@ -36,6 +36,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_promises(trained):
     workdir, _ = trained
     config, results = read(workdir / "config.json"), read(workdir / "results.json")

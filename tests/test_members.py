@@ -163,6 +163,7 @@ def test_a_member_equals_a_separate_run(member, seed, rate, together, make_confi
     assert results["parameters"] == alone["parameters"]
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_takes_steps_and_then_stays_as_it_is(together, make_config):
     workdir, after_two = together
     task = compose(make_config(1, rates=RATES, num=2), print)

@@ -76,6 +76,7 @@ def test_a_trace_holds_exactly_its_steps(digits, tmp_path):
     assert 0 < figures["scopes"]["recurrence"] <= figures["wall"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("process", "done"), [(1, 0), (0, 4)])
 def test_other_processes_and_runs_resumed_in_between_trace_nothing(
     process, done, digits, tmp_path, monkeypatch

@@ -246,34 +246,56 @@ def content(folder):
     }
 
 
-@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: " ".join(case[0])[:80])
-def test_a_mistake_ends_in_one_line(case, playground, data_dir, tmp_path, monkeypatch):
-    arguments, words, *prepare = case
-    folder = tmp_path / "here"
+def prepare(case, playground, data_dir, folder):
+    """Copies the playground, and returns the arguments of a case."""
+    arguments, _, *changes = case
     unused = shutil.ignore_patterns() if RUN in arguments else shutil.ignore_patterns("run")
     shutil.copytree(playground, folder, ignore=unused)
-    for change in prepare:
+    for change in changes:
         change(folder)
-    before = content(folder)
     if RUN not in arguments and not any("data_dir" in argument for argument in arguments):
         arguments = [*arguments, f"{C}data.data_dir={data_dir}"]
         if not any("data.name" in argument for argument in arguments):
             arguments = [*arguments, f"{C}data.name=mnist_5k"]
-    index, has_null = REFUSALS.index(case), "\0" in "".join(arguments)  # no shell passes a null
-    is_sample = index % (4 if index < 60 else 20) == 0  # most later ones import JAX
-    if "--distributed" in arguments or (is_sample and not has_null):
-        result = seqmnist(*arguments, cwd=folder)
-        assert result.returncode == 2, result.stderr
-        (line,) = result.stderr.splitlines()
-        assert line.startswith("error: ")
-    else:  # without a process of its own, which takes a second
-        monkeypatch.chdir(folder)
-        with pytest.raises(UserError) as caught:
-            main._run(arguments, StopRequest())
-        line = str(caught.value)
-        assert line.isprintable()
-    for word in words:
-        assert word in line
+    return arguments
+
+
+def name_of(case):
+    return " ".join(case[0])[:80]
+
+
+IN_A_JOB = [case for case in REFUSALS if "--distributed" in case[0]]
+
+
+@pytest.mark.parametrize("case", [c for c in REFUSALS if c not in IN_A_JOB], ids=name_of)
+def test_a_mistake_is_refused_in_one_line(case, playground, data_dir, tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    arguments = prepare(case, playground, data_dir, folder)
+    before = content(folder)
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError) as caught:
+        main._run(arguments, StopRequest())
+    line = str(caught.value)
+    assert line.isprintable()
+    assert all(word in line for word in case[1]), line
+    assert content(folder) == before
+
+
+# Most after the sixtieth import JAX.
+SAMPLE = [*REFUSALS[:60:6], *REFUSALS[61::20], *IN_A_JOB]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SAMPLE, ids=name_of)
+def test_a_command_line_ends_in_one_line(case, playground, data_dir, tmp_path):
+    folder = tmp_path / "here"
+    arguments = prepare(case, playground, data_dir, folder)
+    before = content(folder)
+    result = seqmnist(*arguments, cwd=folder)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in case[1]), line
     assert content(folder) == before
 
 

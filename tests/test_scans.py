@@ -40,6 +40,7 @@ def outputs_and_cotangents(function, *inputs):
     return both(inputs, random_like(shape, 4, shape.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("name", RECURRENT)
 def test_a_cell_scans_as_its_steps_one_by_one(name, dtype):
@@ -154,6 +155,7 @@ def over_devices(function):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lift",
     [jax.vmap, lambda f: lambda *x: jax.lax.map(lambda one: f(*one), x), over_devices],
