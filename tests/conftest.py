@@ -28,6 +28,18 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 
+# Fixtures that train: what needs one of them is slow.
+_TRAINED = {"finished_run", "together", "trained"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks tests as slow by their fixtures, before `-m` is looked at."""
+    for item in items:
+        if _TRAINED.intersection(item.fixturenames):
+            item.add_marker("slow")
+
+
 def seqmnist(*arguments, cwd=REPOSITORY, **environment):
     """Runs the command line as a user's shell does; returns what it printed, and its exit code."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}

@@ -44,6 +44,7 @@ def test_the_page_and_what_it_is_told(client):
     assert "simple_rnn(8)" in about["network"]
 
 
+@pytest.mark.slow
 def test_a_drawing_is_answered_as_its_prepared_image(client, network):
     drawing = np.full((300, 200), 255, np.uint8)
     drawing[40:260, 90:115] = 0

@@ -143,6 +143,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_export(finished_run, tmp
     assert not list(workdir.glob("export.*"))
 
 
+@pytest.mark.slow
 def test_what_is_no_artifact_is_refused(exported, tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         export.load(tmp_path / "none")

@@ -64,6 +64,7 @@ def test_resident_equals_streamed_bit_for_bit(system, initial, digits):
     assert int(scores[0].count) == 30
 
 
+@pytest.mark.slow
 def test_an_epoch_is_its_steps_one_after_the_other(each_loop, system, initial, digits):
     progress = run_epochs(each_loop, initial, 1)
     step, score = (jax.jit(f, static_argnums=0) for f in (train_step, eval_step))

@@ -57,6 +57,7 @@ def test_a_run_writes_what_it_promises(trained):
     assert 0.3 < results["test"]["accuracy"] < 1
 
 
+@pytest.mark.slow
 def test_each_of_two_cores_takes_half_a_batch(trained):
     from seqmnist import process
 

@@ -176,6 +176,7 @@ def test_a_member_that_diverges_takes_steps_and_then_stays_as_it_is(together, ma
         assert all(jax.tree.leaves(same)) if member >= 4 else not any(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_the_scores_of_a_member_that_diverged_are_null(together):
     lines = Workdir(together[0]).read_metrics()
     results = Workdir(together[0]).read_results()
