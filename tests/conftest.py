@@ -84,6 +84,18 @@ def data_dir(shared_folder):
 
 
 @pytest.fixture(scope="session")
+def full_mnist(shared_folder):
+    """A folder with full MNIST, prepared; only read it."""
+    from seqmnist.datasets import sources
+
+    if not MNIST.is_dir():
+        pytest.skip("the full MNIST archives are not on this machine")
+    folder = shared_folder / "full_mnist"  # several processes may prepare it together
+    sources.prepare("mnist", data_dir=folder, manual_dir=MNIST, verify_checksums=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def finished_run(shared_folder, data_dir):
     """The workdir of a small network after an epoch over the 5,000 digits; only read it."""
     from seqmnist import run

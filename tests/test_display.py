@@ -231,8 +231,7 @@ def test_a_closed_pipe_is_no_error(closed_pipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
-def test_a_run_goes_on_when_nobody_reads(encoding, closed_pipe, data_dir, tmp_path):
+def test_a_run_goes_on_when_nobody_reads(closed_pipe, data_dir, tmp_path):
     result = subprocess.run(
         [
             *(sys.executable, "-m", "seqmnist", f"--workdir={tmp_path / 'run'}"),
@@ -241,7 +240,7 @@ def test_a_run_goes_on_when_nobody_reads(encoding, closed_pipe, data_dir, tmp_pa
             '--config.members.sweep={"optimizer.learning_rate": [0.001, 1e35]}',
         ],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONIOENCODING": encoding},
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
         stdout=closed_pipe,
         stderr=subprocess.PIPE,
         text=True,

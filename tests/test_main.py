@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import MNIST, REPOSITORY, seqmnist
+from conftest import REPOSITORY, seqmnist
 
 import seqmnist as package
 from seqmnist import config as config_lib
@@ -206,13 +206,11 @@ def test_flags_become_values(flag, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MNIST.is_dir(), reason="the full MNIST archives are not on this machine")
-def test_the_notebook_on_full_mnist(tmp_path):
+def test_the_notebook_on_full_mnist(full_mnist, tmp_path):
     result = seqmnist(
         f"--workdir={tmp_path / 'run'}",
         "--config=experiments/notebook.py",
-        f"--config.data.manual_dir={MNIST}",
-        f"--config.data.data_dir={tmp_path / 'data'}",
+        f"--config.data.data_dir={full_mnist}",
     )
     assert result.returncode == 0, result.stderr
     results = read(tmp_path / "run" / "results.json")

@@ -83,4 +83,9 @@ def test_the_first_run(copy):
 @pytest.mark.parametrize("part", [REST[:END], REST[END:]], ids=["one run", "many runs"])
 def test_the_other_commands(part, copy):
     for command in part:
-        run(command, copy)
+        output = run(command, copy)
+        if "--float64" in command:  # training equals Keras's
+            figures = dict(line.split()[:2] for line in output.splitlines() if "_" in line)
+            assert float(figures["first_gradients"]) <= 1e-14
+            assert float(figures["loss_all_steps"]) <= 1e-12
+            assert float(figures["parameters_relative"]) <= 1e-12

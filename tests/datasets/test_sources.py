@@ -500,9 +500,8 @@ def test_addresses_and_checksums_are_those_of_tfds():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not MNIST.is_dir(), reason="the full MNIST archives are not on this machine")
-def test_full_mnist(tmp_path):
-    prepared = prepare("mnist", tmp_path, MNIST)
+def test_full_mnist_holds_what_its_archives_do(full_mnist):
+    prepared = sources.prepare("mnist", data_dir=full_mnist, manual_dir=None, verify_checksums=True)
     assert [prepared.num_examples(split) for split in ("train", "test")] == [60000, 10000]
     whole = archives.parse(archives.read_folder(MNIST), MNIST)
     for split, arrays in whole._asdict().items():
