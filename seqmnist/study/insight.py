@@ -4,7 +4,7 @@ Shapes: B batch, T time steps, W outputs of the top layer, C classes, D directio
 bidirectional, else 1).
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,6 @@ import optax
 from flax import nnx
 from jax import lax
 
-from seqmnist.networks.cells import Cell
 from seqmnist.networks.model import Bidirectional, ResidualBlock, SequenceClassifier
 from seqmnist.training.steps import System
 
@@ -46,7 +45,7 @@ def beliefs(system: System, params: Any, images: jax.Array) -> jax.Array:
         return jax.nn.softmax(model.readout(_PREFIX_READOUTS[model.config.readout](_run(model, x))))
 
     def after(length):
-        return jax.nn.softmax(_classify_prefix(system, params, x, length))
+        return jax.nn.softmax(_classify_prefix(nnx.merge(system.graphdef, params), x, length))
 
     return lax.map(after, jnp.arange(1, len(x) + 1))
 
@@ -65,11 +64,7 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
     """Returns how much the loss changes with the state of the top layer at each time step.
 
     This gradient flows backwards through time: where it vanishes, the network cannot learn from
-    what it read before.
-
-    Args:
-      system, params, images: as `beliefs`.
-      labels: int32 [B].
+    what it read before. `labels` are int32 [B]; the other arguments as `beliefs`.
 
     Returns:
       ‖∂loss/∂h_t‖ of each example's cross-entropy, [D, T, B]; h_t is the whole state: of an LSTM, h
@@ -80,25 +75,13 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
 
     def total_loss(nudges):
         model = nnx.merge(system.graphdef, params)
-        pending = iter(nudges)
-
-        def nudge(cell, _):
-            return _ModifiedCell(cell, lambda h, by: jax.tree.map(jnp.add, h, by), next(pending))
-
-        model.layers[-1] = _replace_cells(model.layers[-1], nudge)
+        for cell, nudge in zip(_cells(model.layers[-1]), nudges, strict=True):
+            _modify_carry(cell, functools.partial(jax.tree.map, jnp.add), nudge)
         losses = optax.softmax_cross_entropy_with_integer_labels(model.classify(x), labels)
         return jnp.sum(losses)  # no example's loss depends on another's state
 
-    nudges = []
-
-    def add_zeros(cell, _):
-        carry = cell.initial_carry(x.shape[1])
-        nudges.append(
-            jax.tree.map(lambda leaf: jnp.zeros((len(x), *leaf.shape), leaf.dtype), carry)
-        )
-        return cell
-
-    _replace_cells(model.layers[-1], add_zeros)
+    carries = [cell.initial_carry(x.shape[1]) for cell in _cells(model.layers[-1])]
+    nudges = jax.tree.map(lambda leaf: jnp.zeros((len(x), *leaf.shape), leaf.dtype), carries)
     norms = [
         jnp.sqrt(sum(jnp.sum(jnp.abs(leaf) ** 2, -1) for leaf in jax.tree.leaves(grad)))
         for grad in jax.grad(total_loss)(nudges)
@@ -139,35 +122,22 @@ def class_scores(confusion: np.ndarray) -> ClassScores:
     )
 
 
-class _ModifiedCell(Cell):
-    """A cell whose carry is modified after each time step."""
-
-    def __init__(self, cell: Cell, modify: Callable[[Any, Any], Any], by: Any):
-        """`modify`: (carry, by[t]) -> carry; `by` is in the order of reading."""
-        self.cell, self.modify, self.by = cell, modify, nnx.data(by)
-
-    def states(self, x):
-        def step(carry, at_t):
-            z_t, by_t = at_t
-            carry = self.modify(self.cell.step(carry, z_t)[0], by_t)
-            return carry, jax.tree.leaves(carry)[0]
-
-        initial = self.cell.initial_carry(x.shape[1])
-        return lax.scan(step, initial, (self.cell.project(x), self.by))[1]
-
-    def emit(self, h, x):
-        return self.cell.emit(h, x)
-
-
-def _replace_cells(layer, replace):
-    """Replaces each cell of a layer by `replace(cell, is_backward)`."""
+def _cells(layer):
+    """Returns the cell of a layer; of a bidirectional one, the forward and the backward cell."""
     if isinstance(layer, ResidualBlock):
-        layer.layer = _replace_cells(layer.layer, replace)
-    elif isinstance(layer, Bidirectional):
-        layer.forward, layer.backward = replace(layer.forward, False), replace(layer.backward, True)
-    else:
-        layer = replace(layer, False)
-    return layer
+        layer = layer.layer
+    return [layer.forward, layer.backward] if isinstance(layer, Bidirectional) else [layer]
+
+
+def _modify_carry(cell, modify, by):
+    """Makes a cell call modify(carry, by[t]) -> carry after each time step t that it reads."""
+
+    def step(carry, at_t):
+        z_t, by_t = at_t
+        carry = modify(cell.step(carry, z_t)[0], by_t)
+        return carry, jax.tree.leaves(carry)[0]
+
+    cell.scan = lambda carry, z: lax.scan(step, carry, (z, by))[1]
 
 
 def _run(model: SequenceClassifier, x):
@@ -179,27 +149,21 @@ def _run(model: SequenceClassifier, x):
     return x
 
 
-def _classify_prefix(system, params, x, length):
-    """Returns the logits of x[:length], where `length` may be traced.
+def _classify_prefix(model, x, length):
+    """Returns the logits of x[:length], where `length` may be traced; modifies the model.
 
     Cells that read from the end keep their initial state until they reach x[length - 1]; outputs
     after that time step are ignored.
     """
-    model = nnx.merge(system.graphdef, params)
+    has_begun = jnp.arange(len(x)) >= len(x) - length
+    for layer in model.layers:
+        _, backward = _cells(layer)
+        initial = backward.initial_carry(x.shape[1])
 
-    def wait(cell, is_backward):
-        if not is_backward:
-            return cell
-        initial = cell.initial_carry(x.shape[1])
+        def wait(carry, has_begun, initial=initial):
+            return jax.tree.map(functools.partial(jnp.where, has_begun), carry, initial)
 
-        def modify(carry, t):
-            has_begun = t >= len(x) - length
-            return jax.tree.map(lambda new, old: jnp.where(has_begun, new, old), carry, initial)
-
-        return _ModifiedCell(cell, modify, jnp.arange(len(x)))
-
-    for i, layer in enumerate(model.layers):
-        model.layers[i] = _replace_cells(layer, wait)
+        _modify_carry(backward, wait, has_begun)
     y, readout = _run(model, x), model.config.readout
     if readout == "last" and isinstance(model.layers[-1], Bidirectional):
         forward, backward = jnp.split(y, 2, axis=-1)
