@@ -186,11 +186,16 @@ def describe(model: ModelConfig) -> str:
     """Returns a network in one line, e.g. "rows → 1 × simple_rnn(64) → last → logits"."""
     parts = [model.view]
     parts += ["reversed"] if model.reverse else []
-    parts += [f"every {model.subsample}th step"] if model.subsample > 1 else []
+    parts += [f"every {_ordinal(model.subsample)} time step"] if model.subsample > 1 else []
     sides = "bidirectional " if model.bidirectional else ""
     block = f"{model.block} " if model.block != "plain" else ""
     layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size})"
     return f"{', '.join(parts)} → {layers} → {model.readout} → logits"
+
+
+def _ordinal(n):
+    suffixes = {} if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}
+    return f"{n}{suffixes.get(n % 10, 'th')}"
 
 
 def _text(value):

@@ -13,7 +13,7 @@ import pytest
 from conftest import REPOSITORY, seqmnist
 
 from seqmnist.config import Config, MembersConfig, ModelConfig, OptimizerConfig
-from seqmnist.display import Display
+from seqmnist.display import Display, describe
 from seqmnist.training import members
 from seqmnist.training.steps import init_state, make_system
 
@@ -166,6 +166,18 @@ def test_the_table_of_parameters_fits(terminal, capsys):
     cells = " ".join(shown).split()
     for count in (*counts, sum(counts)):
         assert f"{count:,}" in cells
+
+
+@pytest.mark.parametrize(
+    ("subsample", "ordinal"), [(2, "2nd"), (3, "3rd"), (4, "4th"), (12, "12th"), (21, "21st")]
+)
+def test_a_network_in_one_line(subsample, ordinal):
+    assert describe(ModelConfig()) == "rows → 1 × simple_rnn(64) → last → logits"
+    model = ModelConfig(
+        view="pixels", subsample=subsample, reverse=True, bidirectional=True, block="residual"
+    )
+    steps = f"pixels, reversed, every {ordinal} time step"
+    assert describe(model) == f"{steps} → 1 × bidirectional residual simple_rnn(64) → last → logits"
 
 
 def test_a_pipe_gets_plain_lines(capsys):

@@ -1,4 +1,4 @@
-"""Describes a trained network in words: in one line, as facts, and as a model card."""
+"""Describes a trained network in words: as facts, and as a model card."""
 
 import json
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from seqmnist import config as config_lib
-from seqmnist.config import Config, ModelConfig
+from seqmnist.config import Config
+from seqmnist.display import describe
 
 _MISSING = "not recorded"
 _SCORES = (("validation", "accuracy"), ("test", "accuracy"), ("test", "loss"))
@@ -33,22 +34,10 @@ class for every image; its probabilities do not tell whether the image shows one
 """
 
 
-def describe(model: ModelConfig) -> str:
-    """Describes a network in a few words."""
-    parts = [model.view]
-    parts += ["reversed"] if model.reverse else []
-    parts += [f"one time step of {model.subsample}"] if model.subsample > 1 else []
-    sides = "bidirectional " if model.bidirectional else ""
-    block = f"{model.block} " if model.block != "plain" else ""
-    layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size})"
-    return f"{', '.join(parts)} → {layers} → {model.readout} → logits"
-
-
 def format_score(score: Any, member: int | None = None) -> str:
-    """Formats a score, a number or null.
+    """Formats a score, a number or null; of one score per member, mean ± standard deviation.
 
-    For a list of one score per member: that of one member, and mean ± standard deviation of all
-    that have one.
+    With `member`, its own score comes before those.
     """
     if not isinstance(score, list):
         return "–" if score is None else f"{score:.4f}"
@@ -72,15 +61,16 @@ def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]
 def facts(config: Config, results: dict[str, Any], member: int | None) -> dict[str, str]:
     """Returns what is known about a network as text, e.g. {"parameters": "6,602", …}.
 
-    Args:
-      config: of the run.
-      results: what `results.json` holds; empty if the run has not finished.
-      member: which of the run's members the network is, or None.
+    `results` is what `results.json` holds, empty if the run has not finished; `member` is which of
+    the run's members the network is, or None.
     """
-    dataset, seconds = results.get("dataset", {}), results.get("seconds", {})
+    dataset, optimizer = results.get("dataset", {}), config.optimizer
     sizes = [f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if dataset]
-    optimizer = config.optimizer
-    settings = {} if member is None else results.get("members", {member: {}})[member]
+    seconds = [f"{value} ({name})" for name, value in results.get("seconds", {}).items()]
+    versions = [f"{name} {value}" for name, value in results.get("versions", {}).items()]
+    own = {}
+    if member is not None:
+        own = {"member": member, **results.get("members", {member: {}})[member]}
     return {
         "network": describe(config.model),
         "parameters": f"{results['parameters']:,}" if results else _MISSING,
@@ -89,13 +79,11 @@ def facts(config: Config, results: dict[str, Any], member: int | None) -> dict[s
         "training": f"{config.train.num_epochs} epochs, batches of {config.train.batch_size}, "
         f"{optimizer.name}, learning rate {optimizer.learning_rate}",
         "seed": str(config.seed),
-        **({} if member is None else {"member": str(member)}),
-        **{name: str(value) for name, value in settings.items()},
+        **{name: str(value) for name, value in own.items()},
         "devices": ", ".join(results.get("devices", [_MISSING])),
-        "seconds": ", ".join(f"{value} ({name})" for name, value in seconds.items()) or _MISSING,
+        "seconds": ", ".join(seconds) or _MISSING,
         **scores(results, member),
-        "versions": ", ".join(f"{k} {v}" for k, v in results.get("versions", {}).items())
-        or _MISSING,
+        "versions": ", ".join(versions) or _MISSING,
     }
 
 
