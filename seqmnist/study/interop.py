@@ -27,13 +27,15 @@ _CELLS = {
 def build_keras(config: ModelConfig) -> "keras.Sequential":
     """Builds the same architecture in Keras: sequences [B, T, F] -> logits [B, C].
 
-    Keras uses the JAX backend unless it is already imported or KERAS_BACKEND is set.
-
-    Raises:
-      UserError: Keras has no such layers, or is not installed.
+    Keras uses the JAX backend unless it is already imported or KERAS_BACKEND is set. Raises
+    UserError if Keras has no such layers, or is not installed.
     """
     layer_name, options, _ = _keras_cell(config)
-    keras = _import_keras()
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    try:
+        import keras
+    except ImportError:
+        raise UserError("Keras is not installed; pip install 'keras>=3.9'") from None
     layers = [keras.Input(sequence_shape(config))]
     for i in range(config.num_layers):
         is_last = i == config.num_layers - 1
@@ -47,8 +49,7 @@ def build_keras(config: ModelConfig) -> "keras.Sequential":
 def to_keras(config: ModelConfig, params: Any) -> list[np.ndarray]:
     """Converts parameters, an `nnx.State`, to the form of `keras.Model.set_weights`.
 
-    Raises:
-      UserError: Keras has no such layers.
+    Raises UserError if Keras has no such layers.
     """
     weights = []
     for names, variables in _slots(config, params):
@@ -60,9 +61,8 @@ def to_keras(config: ModelConfig, params: Any) -> list[np.ndarray]:
 def from_keras(config: ModelConfig, params: Any, weights: list[np.ndarray]) -> None:
     """Replaces parameters, an `nnx.State`, in place by what `keras.Model.get_weights` returns.
 
-    Raises:
-      UserError: Keras has no such layers, or the weights are of another architecture; the
-        parameters are then unchanged.
+    Raises UserError, and changes nothing, if Keras has no such layers or the weights are of another
+    architecture.
     """
     slots = list(_slots(config, params))
     if len(weights) != len(slots):
@@ -104,12 +104,3 @@ def _slots(config, params):
         for names in all_names:
             parts = names if isinstance(names, tuple) else (names,)
             yield names, [module[name] for name in parts]
-
-
-def _import_keras():
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    try:
-        import keras
-    except ImportError:
-        raise UserError("Keras is not installed; pip install 'keras>=3.9'") from None
-    return keras

@@ -25,16 +25,10 @@ _MOST_AT_ONCE = 1 << 15  # time steps × examples, where something is kept of ea
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A network and its parameters.
+    """A network of a run: its fixed half and its parameters.
 
-    Attributes:
-      workdir: where it comes from.
-      config: its configuration.
-      system: the fixed half of its run.
-      params: its parameters.
-      results: what `results.json` holds; empty if the run has not finished.
-      fingerprint: of the data that it was trained on.
-      member: which of the run's members it is, or None if the run trained one network.
+    `results` is what `results.json` holds, empty if the run has not finished; `fingerprint` is that
+    of the data it was trained on; `member` is None if the run trained one network.
     """
 
     workdir: Workdir
@@ -73,8 +67,7 @@ class Trained:
     def test_set(self, say=print) -> tuple[np.ndarray, np.ndarray]:
         """Returns the images uint8 [N, 28, 28] and labels int32 [N] that the run was tested on.
 
-        Raises:
-          UserError: they are not available, or others are in their place.
+        Raises UserError if they are not available, or others are in their place.
         """
         source = as_trained(self.config, self.results).data
         dataset = sources.prepare(
@@ -92,22 +85,17 @@ class Trained:
         return dataset.arrays("test")
 
     def _by_step(self, function, *arrays, axis=1):
-        at_once = max(1, min(batches.CHUNK, _MOST_AT_ONCE // self.sequence_shape[0]))
+        at_once = min(batches.CHUNK, _MOST_AT_ONCE // self.sequence_shape[0])  # T is at most 784
         function = functools.partial(function, self.system, self.params)
         return batches.in_chunks(function, *arrays, most=at_once, axis=axis)
 
 
 def load(workdir: str | os.PathLike, member: int | None = None, say=print) -> Trained:
-    """Loads what a workdir holds.
+    """Loads the network in a workdir, or one of its members.
 
-    Args:
-      workdir: where a run has written.
-      member: which of a run's members; None takes the best by validation loss, or the first
-        if the run has not finished.
-      say: is told, in one line, if the newest checkpoint is not used.
-
-    Raises:
-      UserError: there is no configuration or no usable checkpoint, or no such member.
+    Without `member`, it is the best by validation loss, or the first if the run has not finished.
+    `say` is told, in one line, if the newest checkpoint is not used. Raises UserError if there is
+    no configuration, no usable checkpoint or no such member.
     """
     workdir = Workdir(workdir)
     config, results = workdir.read_config(), workdir.read_results()
@@ -131,11 +119,7 @@ def load(workdir: str | os.PathLike, member: int | None = None, say=print) -> Tr
     return Trained(workdir, config, system, params, results, facts["fingerprint"], member)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(system, params, images):
-    return system.apply(params, images)
-
-
-_beliefs = functools.partial(jax.jit, static_argnums=0)(insight.beliefs)
-_hidden_states = functools.partial(jax.jit, static_argnums=0)(insight.hidden_states)
-_gradient_norms = functools.partial(jax.jit, static_argnums=0)(insight.gradient_norms)
+_logits, _beliefs, _hidden_states, _gradient_norms = (
+    jax.jit(function, static_argnums=0)
+    for function in (System.apply, insight.beliefs, insight.hidden_states, insight.gradient_norms)
+)
