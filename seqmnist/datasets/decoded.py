@@ -33,8 +33,7 @@ class Decoded:
     def load(self, name: str, mmap_mode: str | None = None) -> np.ndarray:
         """Loads an array from the copy, which is written anew if it is missing or damaged.
 
-        Raises:
-          UserError: there is no good copy, and the records or the disk do not allow one.
+        Raises UserError if there is no good copy, and the records or the disk do not allow one.
         """
         if name in self._in_memory:
             return self._in_memory[name]

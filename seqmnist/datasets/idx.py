@@ -28,23 +28,14 @@ def read_images(
 ) -> np.ndarray:
     """Reads an archive of images, gzip-compressed or not: uint8 [N, H, W].
 
-    Args:
-      path: the file.
-      shape: the (H, W) to require; None accepts any.
-      content: of the file, if it has been read.
-
-    Raises:
-      IdxError: the file is missing, damaged, or holds something else.
+    `shape` is the (H, W) to require, None accepts any; `content` is that of the file, if it has
+    been read. Raises IdxError if the file is missing, damaged, or holds something else.
     """
     return _read(path, content, 0x803, "images", shape)
 
 
 def read_labels(path: str | os.PathLike, content: bytes | None = None) -> np.ndarray:
-    """Reads an archive of labels 0 to 9, gzip-compressed or not: uint8 [N].
-
-    Raises:
-      IdxError: the file is missing, damaged, or holds something else.
-    """
+    """Reads an archive of labels 0 to 9, uint8 [N]; otherwise as `read_images`."""
     labels = _read(path, content, 0x801, "labels", ())
     if labels.size and labels.max() > 9:
         raise IdxError(f"{path} holds the label {labels.max()}; labels are 0 to 9")
@@ -52,14 +43,14 @@ def read_labels(path: str | os.PathLike, content: bytes | None = None) -> np.nda
 
 
 def _read(path, content, magic, kind, item_shape):
-    num_axes = magic & 0xFF
+    num_words = 1 + (magic & 0xFF)  # the magic number's last byte is the number of axes
     try:
         with open(path, "rb") if content is None else io.BytesIO(content) as raw:
             is_compressed = raw.read(2) != b"\0\0"  # IDX begins with two zeros
             raw.seek(0)
             file = gzip.GzipFile(fileobj=raw) if is_compressed else raw
-            header = file.read(4 * (1 + num_axes)).ljust(16, b"\0")
-            found, count, *size = np.frombuffer(header, ">u4").tolist()[: 1 + num_axes]
+            header = file.read(4 * num_words).ljust(4 * num_words, b"\0")
+            found, count, *size = np.frombuffer(header, ">u4").tolist()
             if found != magic:
                 raise IdxError(
                     f"{path} is not an IDX archive of {kind} (magic number 0x{found:x}, not "

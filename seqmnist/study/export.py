@@ -5,6 +5,7 @@ card. Nothing here depends on the model, so that reading an artifact does not ei
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import pathlib
@@ -43,6 +44,7 @@ logits = classify(np.zeros((1, 28, 28), np.uint8))  # [1, 10]
 
 `{PARAMETERS}` holds the parameters by name."""
 _SEAL = b"seqmnist sha256:"  # and 32 bytes, after the artifact; jax.export ignores both
+_SEAL_SIZE = len(_SEAL) + 32
 
 
 class Artifact:
@@ -64,8 +66,7 @@ class Artifact:
 def load(path: str | pathlib.Path) -> Artifact:
     """Reads an artifact that `write` wrote.
 
-    Raises:
-      UserError: there is none, it is another file, or it is damaged.
+    Raises UserError if there is none, it is another file, or it is damaged.
     """
     path = paths.resolve(path, "--artifact")
     try:
@@ -74,12 +75,12 @@ def load(path: str | pathlib.Path) -> Artifact:
         raise UserError(
             f"{path} cannot be read ({error.strerror}); name a file that tools.export wrote"
         ) from None
-    size = len(content) - len(_SEAL) - hashlib.sha256().digest_size
-    if content[max(size, 0) :] != _seal(content[: max(size, 0)]):
+    program, seal = content[:-_SEAL_SIZE], content[-_SEAL_SIZE:]
+    if seal != _seal(program):
         raise UserError(
             f"{path} is damaged or not a file that tools.export wrote; export the run again"
         )
-    return Artifact(jax_export.deserialize(bytearray(content[:size])))
+    return Artifact(jax_export.deserialize(bytearray(program)))
 
 
 def write(
@@ -96,9 +97,8 @@ def write(
     Returns:
       {"files": {name: bytes}, "largest_difference": {batch size: of logits}, "logits_scale": …}.
 
-    Raises:
-      RuntimeError: the logits differ, which is a fault of this program.
-      UserError: the workdir cannot be written.
+    Raises UserError if the workdir cannot be written, and RuntimeError if the logits differ, which
+    is a fault of this program.
     """
     from safetensors.numpy import save
 
@@ -130,18 +130,18 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         if folder.is_dir():
             folder.rename(earlier)
         new.rename(folder)
-        for path in earlier.iterdir() if earlier.is_dir() and not earlier.is_symlink() else []:
-            if not (folder / path.name).exists():
-                path.rename(folder / path.name)
+        if earlier.is_dir() and not earlier.is_symlink():
+            for path in earlier.iterdir():
+                if not (folder / path.name).exists():
+                    path.rename(folder / path.name)
 
 
 def by_name(params: Any) -> dict[str, np.ndarray]:
     """Returns parameters as a flat dict, e.g. "layers.0.kernel": float32 [F, H]."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    keystr = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return {
-        name.removesuffix(".value"): np.asarray(leaf)
-        for name, (_, leaf) in zip(names, leaves, strict=True)
+        keystr(path).removesuffix(".value"): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
 
 

@@ -31,24 +31,22 @@ _KINDS = "PNG, JPEG, NPY or IDX"
 def find(names: Iterable[str]) -> list[pathlib.Path]:
     """Returns the image files in order: of files, folders, or patterns such as `scans/*.png`.
 
-    Raises:
-      UserError: a name stands for nothing.
+    Raises UserError if a name stands for nothing.
     """
     files: list[pathlib.Path] = []
     for name in names:
         paths.resolve(name, "IMAGE")
         path = pathlib.Path(name).expanduser()
+        matches, nothing = [path], ""
         if path.is_dir():
-            matches = [f for f in sorted(path.iterdir()) if _IS_IMAGE.search(f.name.lower())]
-            if not matches:
-                raise UserError(f"{name} contains no image ({_KINDS}); name another folder")
-        elif path.exists() or not glob.has_magic(name):
-            matches = [path]
-        else:
-            matches = [pathlib.Path(match) for match in sorted(glob.glob(str(path)))]
-            if not matches:
-                raise UserError(f"no file matches {name}; name images that exist")
-        files += matches
+            matches = [file for file in path.iterdir() if _IS_IMAGE.search(file.name.lower())]
+            nothing = f"{name} contains no image ({_KINDS}); name another folder"
+        elif glob.has_magic(name) and not path.exists():
+            matches = [pathlib.Path(match) for match in glob.glob(str(path))]
+            nothing = f"no file matches {name}; name images that exist"
+        if not matches:
+            raise UserError(nothing)
+        files += sorted(matches, key=str)
     return files
 
 
@@ -58,11 +56,8 @@ def read(path: pathlib.Path) -> list[np.ndarray]:
     Colors become gray. Transparent pixels become white behind dark strokes and black behind light
     ones. NPY contains [H, W] or [N, H, W], bytes or numbers in 0 to 1 or 0 to 255.
 
-    Returns:
-      Images uint8 [H, W], at least one.
-
-    Raises:
-      UserError: the file is missing, not an image, damaged, empty or too large.
+    Returns at least one image, uint8 [H, W]. Raises UserError if the file is missing, not an image,
+    damaged, empty or too large.
     """
     try:
         with path.open("rb") as file:
@@ -84,10 +79,9 @@ def read(path: pathlib.Path) -> list[np.ndarray]:
 
 
 def as_it_is(image: np.ndarray, name: object) -> np.ndarray:
-    """Returns an image uint8 [H, W] unchanged if it has MNIST's size.
+    """Returns an image uint8 [H, W] unchanged; raises UserError if it has not MNIST's size.
 
-    Raises:
-      UserError: it has another size; the message calls the image `name`.
+    Messages call the image `name`.
     """
     if image.shape != (_SIZE, _SIZE):
         height, width = image.shape
@@ -102,12 +96,10 @@ def prepare(image: np.ndarray, name: object) -> np.ndarray:
 
     The ground, the median of the border, becomes 0 and the strongest stroke 255. The bounding box
     of the digit is scaled to 20 pixels at its longer side, with anti-aliasing, and moved so that
-    the digit's centre of mass is on the middle pixel. Messages call the image `name`.
+    the digit's centre of mass is on the middle pixel. Raises UserError if all pixels are alike.
+    Messages call the image `name`.
 
     Source: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits".
-
-    Raises:
-      UserError: all pixels are alike.
     """
     from PIL import Image  # here, not above: only image files need it
 
@@ -131,16 +123,16 @@ def prepare(image: np.ndarray, name: object) -> np.ndarray:
 
     top, left = (
         # A digit with all its mass at one end stays in the frame rather than centred.
-        min(max(_MIDDLE - math.floor(_centre(ink.sum(1 - axis)) + 0.5), 0), _SIZE - length)
-        for axis, length in enumerate(ink.shape)
+        min(max(_MIDDLE - math.floor(centre + 0.5), 0), _SIZE - length)
+        for centre, length in zip(_centre_of_mass(ink), ink.shape, strict=True)
     )
     prepared = np.zeros((_SIZE, _SIZE), np.uint8)
     prepared[top : top + height, left : left + width] = np.rint(255 * ink)
     return prepared
 
 
-def _centre(masses):
-    return (masses * np.arange(len(masses))).sum() / masses.sum()
+def _centre_of_mass(ink):
+    return [np.average(np.arange(n), weights=ink.sum(1 - axis)) for axis, n in enumerate(ink.shape)]
 
 
 def _read_picture(path):

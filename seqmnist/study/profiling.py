@@ -4,6 +4,7 @@ The profile folder holds what `jax.profiler` writes, and `step.json`: the traced
 one, the device's rates, and the scope of every operation.
 """
 
+import contextlib
 import functools
 import math
 import pathlib
@@ -30,14 +31,12 @@ SCOPES = ("project", "recurrence", "readout", "loss", "optimizer")
 _JAXPRS = (core.Jaxpr, core.ClosedJaxpr)
 
 
-class Profile:
+class Profile(contextlib.AbstractContextManager):
     """Traces exactly the steps in `ProfileConfig.steps`, on process 0 of a job.
 
     Evaluations between those steps are in the trace, outside of its step markers. As a context
-    manager, it ends a trace that a stopped run leaves unfinished.
-
-    Attributes:
-      breaks: steps of the run at which a loop must report progress.
+    manager, it ends a trace that a stopped run leaves unfinished. A loop must report progress at
+    the steps `breaks` of the run.
     """
 
     def __init__(
@@ -49,10 +48,8 @@ class Profile:
     ):
         """Traces a run of `num_steps` into a folder.
 
-        `modules` returns the texts of the optimized HLO modules that the run executes.
-
-        Raises:
-          UserError: the run has no such steps.
+        `modules` returns the texts of the optimized HLO modules that the run executes. Raises
+        UserError if the run has no such steps.
         """
         self._config, self._directory, self._modules = config, directory, modules
         self._is_tracing = False
@@ -65,9 +62,6 @@ class Profile:
                     f"STOP <= {num_steps}, the number of steps of this run"
                 )
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
         if self._is_tracing:
             self._is_tracing = False
@@ -78,10 +72,8 @@ class Profile:
     ) -> Iterator[Progress]:
         """Passes on the progress of an epoch; starts and stops the trace.
 
-        Args:
-          progresses: as a loop reports it, with a break at each of `breaks`.
-          first: the epoch's first step, counted from the start of the run.
-          done: how many of the epoch's steps are done already.
+        `first` is the epoch's first step, counted from the start of the run; `done` of its steps
+        are done already.
         """
         step = first + done
         while True:
@@ -151,18 +143,16 @@ def step_cost(config: Config) -> dict[str, float]:
     """
     system = make_system(config, num_steps=1)
     state = jax.eval_shape(lambda: init_state(config, system, config.seed))
-    size = config.train.batch_size
+    size, array = config.train.batch_size, jax.ShapeDtypeStruct
     batch = batches.Batch(
-        jax.ShapeDtypeStruct((size, 28, 28), np.uint8),
-        jax.ShapeDtypeStruct((size,), np.int32),
-        jax.ShapeDtypeStruct((size,), np.bool_),
+        array((size, 28, 28), np.uint8), array((size,), np.int32), array((size,), np.bool_)
     )
     traced = jax.jit(functools.partial(train_step, system)).trace(state, batch)
-    memory = traced.lower().compile().memory_analysis()
-    temporary = memory.temp_size_in_bytes
+    memory = program_cost(traced.lower().compile())
+    temporary = memory["temporary_bytes"]
     return {
         "flops": product_flops(traced.jaxpr.jaxpr),
-        "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes + 2 * temporary,
+        "bytes": memory["argument_bytes"] + memory["output_bytes"] + 2 * temporary,
         "temporary_bytes": temporary,
     }
 
@@ -191,9 +181,8 @@ def product_flops(jaxpr: core.Jaxpr) -> int:
 def program_cost(program: jax.stages.Compiled) -> dict[str, float]:
     """Returns XLA's analysis of a program, as far as the device reports it.
 
-    Returns:
-      hlo_flops, in which XLA counts the body of a loop once; argument_bytes, output_bytes and
-      temporary_bytes.
+    It is hlo_flops, in which XLA counts the body of a loop once; argument_bytes, output_bytes and
+    temporary_bytes.
     """
     cost = {}
     if analysis := program.cost_analysis():
@@ -211,11 +200,10 @@ def rates() -> dict[str, float]:
     square, large = jnp.ones((size, size)), jnp.ones(2**26)
     product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
 
-    def seconds(function, *arguments):
-        once = lambda: jax.block_until_ready(function(*arguments))  # noqa: E731
-        return min(timeit.repeat(once, number=1, repeat=11))  # the first one compiles
+    def seconds(run):  # the first one compiles
+        return min(timeit.repeat(lambda: jax.block_until_ready(run()), number=1, repeat=11))
 
     return {
-        "flops_per_second": 2 * size**3 / seconds(product, square, square),
-        "bytes_per_second": 8 * large.size / seconds(copy, large),
+        "flops_per_second": 2 * size**3 / seconds(lambda: product(square, square)),
+        "bytes_per_second": 8 * large.size / seconds(lambda: copy(large)),
     }
