@@ -36,13 +36,12 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         super().__init__(config=config, file_format="array_record", **kwargs)
 
     def _info(self):
+        features = {
+            "image": tfds.features.Tensor(shape=(28, 28), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(num_classes=10),
+        }
         return self.dataset_info_from_configs(
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Tensor(shape=(28, 28), dtype=np.uint8),
-                    "label": tfds.features.ClassLabel(num_classes=10),
-                }
-            ),
+            features=tfds.features.FeaturesDict(features),
             supervised_keys=("image", "label"),
             disable_shuffling=True,
         )

@@ -54,20 +54,19 @@ class Decoded:
 
 def _load(path, mmap_mode):
     lines = (path.parent / _CHECKSUMS).read_text().splitlines()
-    expected = dict(reversed(line.split()) for line in lines)
-    if expected.get(path.name) != f"{zlib.crc32(np.memmap(path, mode='r')):08x}":
+    if f"{zlib.crc32(np.memmap(path, mode='r')):08x}  {path.name}" not in lines:
         raise ValueError(f"{path} is damaged")
     return np.load(path, mmap_mode)
 
 
 def _save(directory, arrays):
     with tempfile.TemporaryDirectory(prefix="incomplete.", dir=directory) as aside:
-        checksums = []
+        lines = ""
         for name, array in arrays.items():
             np.save(file := io.BytesIO(), array)  # NumPy's errors of a file have no errno
             pathlib.Path(aside, f"{name}.npy").write_bytes(file.getbuffer())
-            checksums.append(f"{zlib.crc32(file.getbuffer()):08x}  {name}.npy\n")
-        pathlib.Path(aside, _CHECKSUMS).write_text("".join(checksums))
+            lines += f"{zlib.crc32(file.getbuffer()):08x}  {name}.npy\n"
+        pathlib.Path(aside, _CHECKSUMS).write_text(lines)
         for path in pathlib.Path(aside).iterdir():
             path.replace(directory / path.name)
 

@@ -10,7 +10,6 @@ from seqmnist.config import Config
 from seqmnist.display import describe
 
 _MISSING = "not recorded"
-_SCORES = (("validation", "accuracy"), ("test", "accuracy"), ("test", "loss"))
 _CARD = """\
 # {name}
 
@@ -54,7 +53,7 @@ def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]
     """Returns the scores in `results.json` as text, e.g. {"test accuracy": "0.9456", …}."""
     return {
         f"{split} {name}": format_score(results.get(split, {}).get(name), member)
-        for split, name in _SCORES
+        for split, name in (("validation", "accuracy"), ("test", "accuracy"), ("test", "loss"))
     }
 
 

@@ -108,7 +108,7 @@ def write(
     remedy = "make room or make it writable, then run the same command again"
     with explain_storage(str(final), remedy), replacing(final) as folder:
         (folder / ARTIFACT).write_bytes(content + _seal(content))
-        (folder / PARAMETERS).write_bytes(save(by_name(params), metadata={"format": "np"}))
+        (folder / PARAMETERS).write_bytes(save(_by_name(params), metadata={"format": "np"}))
         (folder / CARD).write_text(card, encoding="utf-8")
         comparison = _check(folder / ARTIFACT, jitted)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -136,7 +136,7 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
                     path.rename(folder / path.name)
 
 
-def by_name(params: Any) -> dict[str, np.ndarray]:
+def _by_name(params):
     """Returns parameters as a flat dict, e.g. "layers.0.kernel": float32 [F, H]."""
     keystr = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return {

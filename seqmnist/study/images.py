@@ -140,11 +140,9 @@ def _read_picture(path):
 
     # What Pillow raises for damaged files and, the last three, for damaged EXIF data in them.
     damaged = (OSError, SyntaxError, EOFError, ValueError, TypeError, struct.error)
+    formats = ("PNG", "JPEG")
     try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            Image.open(path, formats=("PNG", "JPEG")) as picture,
-        ):
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats) as picture:
             _check_size(path, picture.height, picture.width)
             if picture.mode.startswith("I"):  # 16 bits per pixel
                 return [np.rint(np.asarray(picture, np.float64) / 257).astype(np.uint8)]
@@ -163,8 +161,7 @@ def _read_picture(path):
 
 
 def _read_npy(path):
-    try:
-        # Mapped first: an array larger than memory is refused by its size, not loaded.
+    try:  # mapped first: an array larger than memory is refused by its size, not loaded
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(

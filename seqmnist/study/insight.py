@@ -31,13 +31,8 @@ def beliefs(system: System, params: Any, images: jax.Array) -> jax.Array:
     One pass if the network reads forwards. A bidirectional layer also reads from the end, which
     is different for every time step: T passes, each over a part of the sequence.
 
-    Args:
-      system: the fixed half of the run.
-      params: its parameters.
-      images: uint8 [B, 28, 28].
-
-    Returns:
-      Probabilities [T, B, C]; the last are those of the whole image.
+    `images` are uint8 [B, 28, 28]. Returns probabilities [T, B, C]; the last are those of the whole
+    image.
     """
     model = nnx.merge(system.graphdef, params)
     x = model.sequence(images)
@@ -66,9 +61,8 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
     This gradient flows backwards through time: where it vanishes, the network cannot learn from
     what it read before. `labels` are int32 [B]; the other arguments as `beliefs`.
 
-    Returns:
-      ‖∂loss/∂h_t‖ of each example's cross-entropy, [D, T, B]; h_t is the whole state: of an LSTM, h
-      and c. The second direction reads from the end to time step t.
+    Returns ‖∂loss/∂h_t‖ of each example's cross-entropy, [D, T, B]; h_t is the whole state: of an
+    LSTM, h and c. The second direction reads from the end to time step t.
     """
     model = nnx.merge(system.graphdef, params)
     x = model.sequence(images)
@@ -90,10 +84,7 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
 
 
 class ClassScores(NamedTuple):
-    """Precision, recall and F1 of each class, float64 [C], and its examples, int64 [C].
-
-    0 stands for 0 / 0.
-    """
+    """Scores of each class, float64 [C], 0 for 0 / 0; its number of examples, int64 [C]."""
 
     precision: np.ndarray
     recall: np.ndarray
@@ -114,12 +105,8 @@ def class_scores(confusion: np.ndarray) -> ClassScores:
     def ratio(a, b):
         return np.divide(a, b, out=np.zeros(len(a)), where=b != 0)
 
-    return ClassScores(
-        precision=ratio(correct, predicted),
-        recall=ratio(correct, support),
-        f1=ratio(2 * correct, support + predicted),
-        support=support,
-    )
+    f1 = ratio(2 * correct, support + predicted)
+    return ClassScores(ratio(correct, predicted), ratio(correct, support), f1, support)
 
 
 def _cells(layer):

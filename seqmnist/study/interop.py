@@ -78,16 +78,11 @@ def from_keras(config: ModelConfig, params: Any, weights: list[np.ndarray]) -> N
 
 
 def _keras_cell(config):
-    refused = {
-        f"cell={config.cell}": config.cell not in _CELLS,
-        f"readout={config.readout}": config.readout != "last",
-        f"block={config.block}": config.block != "plain",
-        f"dropout={config.dropout}": config.dropout != 0,
-    }
-    for setting, is_refused in refused.items():
-        if is_refused:
+    known = {"cell": _CELLS, "readout": ("last",), "block": ("plain",), "dropout": (0,)}
+    for name, values in known.items():
+        if (value := getattr(config, name)) not in values:
             raise UserError(
-                f"config.model.{setting} has no equivalent in Keras; use plain stacks of "
+                f"config.model.{name}={value} has no equivalent in Keras; use plain stacks of "
                 f"{', '.join(_CELLS)} with the readout last and no dropout"
             )
     return _CELLS[config.cell]

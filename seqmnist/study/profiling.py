@@ -99,12 +99,8 @@ class Profile(contextlib.AbstractContextManager):
     def _stop(self):
         with self._explain():
             self.__exit__()
-            summary = {
-                "steps": list(self.breaks),
-                **step_cost(self._config),
-                **rates(),
-                "scopes": scopes(self._modules()),
-            }
+            summary = {"steps": list(self.breaks), **step_cost(self._config), **rates()}
+            summary["scopes"] = scopes(self._modules())
             write_json(self._directory / SUMMARY, summary)
 
     def _explain(self):
@@ -115,9 +111,8 @@ class Profile(contextlib.AbstractContextManager):
 def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
     """Finds the scope of every operation, from the texts of optimized HLO modules.
 
-    Returns:
-      {module: {operation: one of `SCOPES`, or "other"}}, without loops and calls, which only
-      contain other operations.
+    Returns {module: {operation: one of `SCOPES`, or "other"}}, without loops and calls, which only
+    contain other operations.
     """
     result = {}
     for text in modules:
@@ -137,9 +132,8 @@ def step_cost(config: Config) -> dict[str, float]:
     XLA's own count of bytes takes some updates of slices for updates of whole arrays, so bytes are
     estimated from its memory plan.
 
-    Returns:
-      flops of the matrix products; bytes, if arguments are read once, results written once, and
-      temporaries both; temporary_bytes, the largest sum of arrays that live at once.
+    Returns flops of the matrix products; bytes, if arguments are read once, results written once,
+    and temporaries both; temporary_bytes, the largest sum of arrays that live at once.
     """
     system = make_system(config, num_steps=1)
     state = jax.eval_shape(lambda: init_state(config, system, config.seed))
@@ -181,8 +175,7 @@ def product_flops(jaxpr: core.Jaxpr) -> int:
 def program_cost(program: jax.stages.Compiled) -> dict[str, float]:
     """Returns XLA's analysis of a program, as far as the device reports it.
 
-    It is hlo_flops, in which XLA counts the body of a loop once; argument_bytes, output_bytes and
-    temporary_bytes.
+    It counts the body of a loop once in hlo_flops.
     """
     cost = {}
     if analysis := program.cost_analysis():
