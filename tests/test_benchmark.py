@@ -1,6 +1,7 @@
 """The benchmark's arithmetic, its contestants and its errors; its timings need a quiet machine."""
 
 import json
+import subprocess
 import sys
 import types
 
@@ -85,3 +86,12 @@ def test_a_mistake_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
     error = capsys.readouterr().err
     assert error.startswith(f"error: {message.format(tmp_path, tmp_path)}")
     assert error.count("\n") == 1
+
+
+def test_help_needs_no_module_of_unix():
+    code = "import runpy, sys; sys.modules['resource'] = None; sys.argv[1:] = ['--help']; "
+    code += "runpy.run_module('tools.benchmark', run_name='__main__')"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--baseline CHECKOUT" in result.stdout

@@ -43,17 +43,6 @@ class Page(html.parser.HTMLParser):
             self.titles.append(data)
 
 
-def test_pictures_of_an_earlier_page_go_and_other_files_stay(tmp_path):
-    def write(*names):
-        pictures = dict.fromkeys(names, (b"picture", "alt"))
-        report.write(tmp_path, "title", [sections.Section("section", "text", pictures)])
-        return {path.name for path in (tmp_path / report.FOLDER).iterdir()}
-
-    write("curves.png", "compare.png")
-    (tmp_path / report.FOLDER / "mine.png").touch()
-    assert write("curves.png") == {"curves.png", "mine.png"}
-
-
 @pytest.mark.slow
 def test_the_tool_writes_a_page_that_needs_nothing_else(finished_run, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second <b>"
@@ -209,14 +198,16 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_report(finished_run, tmp
     assert not list(workdir.glob("*.partial"))
 
 
-def test_files_of_the_user_are_kept(tmp_path):
+def test_files_of_the_user_are_kept_and_old_pictures_are_not(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "notes.txt").write_text("mine")
+    (tmp_path / "report" / "compare.png").write_bytes(b"of an earlier page with --compare")
     pictures = {"curves.png": (b"new", "curves")}
     page = report.write(tmp_path, "title", [sections.Section("a", "b", pictures)])
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "report" / "curves.png").read_bytes() == b"new"
+    assert not (tmp_path / "report" / "compare.png").exists()
 
 
 def test_a_mistake_is_named(tmp_path, finished_run):

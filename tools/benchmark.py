@@ -36,9 +36,6 @@ import time
 from typing import NamedTuple
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from seqmnist import paths
 from seqmnist.datasets import sources
@@ -80,39 +77,33 @@ class Setup(NamedTuple):
         return subprocess.Popen(command, cwd=root, env=environment, text=True, **options)
 
 
-class Worker:
-    """A process that holds a contestant ready and answers one request after the other."""
+@contextlib.contextmanager
+def worker(setup, name, case):
+    """Yields a function that sends a request to a contestant in a process of its own.
 
-    def __init__(self, setup, name, case):
-        arguments = ["tools.peers", "ours" if name == "baseline" else name]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = setup.start(name, arguments, **pipes)
-        self.ask("make", case, str(setup.file))
+    It returns {"seconds", "peak_mib", "answer"}.
+    """
+    arguments = ["tools.peers", "ours" if name == "baseline" else name]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with setup.start(name, arguments, **pipes) as process:
 
-    def ask(self, *request):
-        """Returns {"seconds", "peak_mib", "answer"}."""
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a contestant ended during {request}")
-        return json.loads(line)
+        def ask(*request):
+            print(json.dumps(request), file=process.stdin, flush=True)
+            if not (line := process.stdout.readline()):
+                raise RuntimeError(f"a contestant ended during {request}")
+            return json.loads(line)
 
-    def close(self):
-        """Ends the process."""
-        self._process.stdin.close()
-        self._process.wait()
+        ask("make", case, str(setup.file))
+        yield ask
 
 
 def time_in_turns(setup, names, case, request):
     """Returns {name: {"seconds", "peak_mib"}}, medians over rounds in which all take turns."""
     with contextlib.ExitStack() as stack:
-        workers = {}
-        for name in names:
-            workers[name] = stack.enter_context(contextlib.closing(Worker(setup, name, case)))
-            workers[name].ask(*request)  # compiles
-        rounds = [{n: w.ask(*request) for n, w in workers.items()} for _ in range(setup.rounds)]
-    return {name: _medians([each[name] for each in rounds]) for name in names}
+        asks = {name: stack.enter_context(worker(setup, name, case)) for name in names}
+        rounds = range(1 + setup.rounds)  # the first one compiles
+        rounds = [{name: ask(*request) for name, ask in asks.items()} for _ in rounds]
+    return {name: _medians([each[name] for each in rounds[1:]]) for name in names}
 
 
 def job(setup):
@@ -168,7 +159,7 @@ def floor(setup):
     """Compares a training step of ours with the time of its matrix products alone."""
     result = {}
     for name, (case, num_steps) in CASES.items():
-        step = _time_step(setup, case, num_steps, ["cost"])
+        step = _time_step(setup, case, num_steps, with_cost=True)
         least = step["flops"] / step["flops_per_second"]
         result[name] = step | {"floor_seconds": least, "share": least / step["seconds"]}
     return result
@@ -204,15 +195,13 @@ def _time_process(setup, name, arguments, cache):
     return {"seconds": time.perf_counter() - began, "peak_mib": usage.ru_maxrss / 1024}
 
 
-def _time_step(setup, case, num_steps, questions=()):
-    with contextlib.closing(Worker(setup, "ours", case)) as worker:
-        worker.ask("train", num_steps)
-        worker.ask("steps", num_steps)
-        seconds = [worker.ask("steps", num_steps)["seconds"] for _ in range(setup.rounds)]
+def _time_step(setup, case, num_steps, with_cost=False):
+    with worker(setup, "ours", case) as ask:
+        ask("train", num_steps)
+        ask("steps", num_steps)
+        seconds = [ask("steps", num_steps)["seconds"] for _ in range(setup.rounds)]
         result = {"seconds": statistics.median(seconds) / num_steps}
-        for question in questions:
-            result |= worker.ask(question)["answer"]
-    return result
+        return result | (ask("cost")["answer"] if with_cost else {})
 
 
 def _main(arguments):
@@ -244,31 +233,23 @@ def _main(arguments):
 
 
 def _show(figures):
-    console = Console(highlight=False, width=100)
-
-    def show(title, columns, rows):
-        table = Table(*columns, title=title, box=box.SIMPLE_HEAD)
-        for row in rows:
-            table.add_row(*(x if isinstance(x, str) else f"{x:.3g}" for x in row))
-        if table.row_count:
-            console.print(table)
-
     title = "Ours divided by the other; below 1, ours is better"
     rows = [(name, *ratio.values()) for name, ratio in figures["ratios"].items()]
-    show(title, ("case / other", "time", "memory"), rows)
+    cli.print_table(("case / other", "time", "memory"), rows, title)
     rows = [
         (f"{section} {case}", name, *measured.values())
         for section in COMPARED
         for case, times in figures.get(section, {}).items()
         for name, measured in times.items()
     ]
-    show("Medians", ("case", "program", "seconds", "peak MiB"), rows)
+    cli.print_table(("case", "program", "seconds", "peak MiB"), rows, "Medians")
     curves = figures.get("growth", {})
     rows = [(what, str(n), 1e3 * s) for what, curve in curves.items() for n, s in curve.items()]
-    show("Growth of a training step", ("of", "size", "ms per step"), rows)
+    cli.print_table(("of", "size", "ms per step"), rows, "Growth of a training step")
     keys = ("flops", "bytes", "flops_per_second", "bytes_per_second", "seconds", "share")
     rows = [(name, *(f[key] for key in keys)) for name, f in figures.get("floor", {}).items()]
-    show("Floor: FLOPs of a step at the rate of a large product", ("case", *keys), rows)
+    title = "Floor: FLOPs of a step at the rate of a large product"
+    cli.print_table(("case", *keys), rows, title)
 
 
 def _draw(figures, path):

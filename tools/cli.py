@@ -1,10 +1,9 @@
 """What the tools share: arguments, errors in one line, and results as JSON."""
 
 import argparse
-import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from seqmnist import paths, process, workdir
@@ -28,19 +27,18 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 def add_output_argument(parser: argparse.ArgumentParser, flag: str, help_: str) -> None:
     """Adds a flag for a file to write; what cannot be written is refused before any work."""
-    kind = functools.partial(_output_file, flag)
-    parser.add_argument(flag, type=kind, metavar="FILE", help=help_)
 
+    def output_file(text):
+        path = paths.resolve(text, flag)
+        if not path.parent.is_dir():
+            raise UserError(f"{flag}={text}: there is no folder {path.parent}; make it first")
+        if path.is_dir():
+            raise UserError(f"{flag}={text} is a folder; name a file")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise UserError(f"{flag}={text}: {path.parent} is not writable; choose another folder")
+        return path
 
-def _output_file(flag, text):
-    path = paths.resolve(text, flag)
-    if not path.parent.is_dir():
-        raise UserError(f"{flag}={text}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
-        raise UserError(f"{flag}={text} is a folder; name a file")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"{flag}={text}: {path.parent} is not writable; choose another folder")
-    return path
+    parser.add_argument(flag, type=output_file, metavar="FILE", help=help_)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,27 +48,20 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--manual_dir", help="as --config.data.manual_dir")
 
 
-def add_workdir_argument(group, parser: argparse.ArgumentParser | None = None) -> None:
-    """Adds --workdir and --member; --workdir is required unless `group` is a group of choices.
-
-    In that case `parser` is the parser of the group.
-    """
-    required = {} if parser else {"required": True}
-    group.add_argument("--workdir", metavar="DIR", help="folder of a trained run", **required)
-    (parser or group).add_argument(
+def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
+    """Adds --member and --workdir, which is required unless it goes into a group of choices."""
+    (choices or parser).add_argument(
+        "--workdir", metavar="DIR", required=not choices, help="folder of a trained run"
+    )
+    parser.add_argument(
         "--member", type=int, help="for a run with several (default: best validation loss)"
     )
 
 
 def prepare_data(arguments: argparse.Namespace) -> sources.Prepared:
     """Prepares the dataset that the arguments name, and prints its notice."""
-    prepared = sources.prepare(
-        arguments.data_name,
-        data_dir=arguments.data_dir,
-        manual_dir=arguments.manual_dir,
-        verify_checksums=True,
-        say=print,
-    )
+    folders = {"data_dir": arguments.data_dir, "manual_dir": arguments.manual_dir}
+    prepared = sources.prepare(arguments.data_name, **folders, verify_checksums=True, say=print)
     if prepared.notice:
         print(f"NOTICE: {prepared.notice}")
     return prepared
@@ -81,6 +72,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return int(text)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Iterable], title: str | None = None) -> None:
+    """Prints a table, unless it has no rows; of numbers, three digits."""
+    from rich import box, console, table  # here, not above: most tools print none
+
+    grid = table.Table(*columns, title=title, box=box.SIMPLE_HEAD)
+    for row in rows:
+        grid.add_row(*(x if isinstance(x, str) else f"{x:.3g}" for x in row))
+    if grid.row_count:
+        console.Console(highlight=False, width=100).print(grid)
 
 
 def call(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> int:

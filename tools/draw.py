@@ -24,13 +24,9 @@ _MAX_BYTES = 1 << 20  # of a drawing
 
 
 def classify(network, drawing: np.ndarray) -> dict:
-    """Classifies a drawing, uint8 [H, W].
+    """Classifies a drawing, uint8 [H, W]; raises UserError if it is blank.
 
-    Returns:
-      {"image": the prepared image as 784 bytes, "beliefs": [T, C], "class": the prediction}.
-
-    Raises:
-      UserError: the drawing is blank.
+    Returns {"image": the prepared image as 784 bytes, "beliefs": [T, C], "class": the prediction}.
     """
     image = images.prepare(drawing, "the drawing")
     beliefs = network.beliefs(image[None])[:, 0]
@@ -105,9 +101,8 @@ def _main(arguments):
         ) from None
     network = trained.load(arguments.workdir, arguments.member)
     network.beliefs(np.zeros((1, 28, 28), np.uint8))  # compiles, before anyone waits
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(network), log_level="warning", timeout_graceful_shutdown=1)
-    )
+    options = {"log_level": "warning", "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(uvicorn.Config(make_app(network), **options))
     address = f"http://{HOST}:{listener.getsockname()[1]}"
     print(f"Draw at {address} (Ctrl-C ends)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):

@@ -16,10 +16,8 @@ def _main(arguments):
     from seqmnist.study import card, export, trained  # here, not above: --help needs no JAX
 
     network = trained.load(arguments.workdir, arguments.member)
-    workdir = network.workdir.path
-    text = card.model_card(
-        workdir.name, network.config, network.results, network.member, export.USAGE
-    )
+    workdir, facts = network.workdir.path, (network.config, network.results, network.member)
+    text = card.model_card(workdir.name, *facts, export.USAGE)
 
     def classify(images):
         return network.system.apply(network.params, images)

@@ -47,11 +47,13 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     `runs` maps names of runs to the lines of their `metrics.jsonl`, whose scores may be null.
     """
     figure, axes = _subplots(5.6, 2, sharex=True)
-    for i, (name, lines) in enumerate(runs.items()):
-        epochs, color = [line["epoch"] for line in lines], COLORS[i % len(COLORS)]
-        for axis, score in zip(axes, ("loss", "accuracy"), strict=True):
+    for axis, score in zip(axes, ("loss", "accuracy"), strict=True):
+        for i, (name, lines) in enumerate(runs.items()):
+            epochs, color = [line["epoch"] for line in lines], COLORS[i % len(COLORS)]
             for split, style in (("train", "--"), ("validation", "-")):
-                values = _by_member([line.get(f"{split}/{score}") for line in lines])
+                # [epochs, S]; null is NaN, and a run with one member has one number per epoch.
+                scores = [np.atleast_1d(line.get(f"{split}/{score}")) for line in lines]
+                values = np.ma.masked_invalid(np.array(scores, float))
                 if values.mask.all():
                     continue
                 mean, sd = (x.filled(np.nan) for x in (values.mean(1), values.std(1)))
@@ -60,8 +62,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 axis.plot(epochs, mean, style, color=color, label=label, marker=marker, ms=4)
                 if values.shape[1] > 1:
                     axis.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
-    for axis, label in zip(axes, ("loss, nats", "accuracy"), strict=True):
-        axis.set_ylabel(label)
+        axis.set_ylabel(f"{score}, nats" if score == "loss" else score)
         _tidy(axis)
     axes[1].set_xlabel("epoch" if len(runs) == 1 else "epoch (solid: validation, dashed: train)")
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -92,9 +93,9 @@ def confusion(counts: np.ndarray) -> Figure:
 def class_bars(precision: np.ndarray, recall: np.ndarray, f1: np.ndarray) -> Figure:
     """Draws three scores per class, [C] each."""
     figure, axis = _subplots(2.8)
-    scores = (("precision", precision, SKY, "v"), ("recall", recall, ORANGE, "^"))
-    for name, values, color, marker in (*scores, ("F1", f1, "black", "o")):
-        axis.plot(range(len(f1)), values, marker, color=color, label=name, ms=8)
+    axis.plot(precision, "v", color=SKY, label="precision", ms=8)
+    axis.plot(recall, "^", color=ORANGE, label="recall", ms=8)
+    axis.plot(f1, "o", color="black", label="F1", ms=8)
     axis.set(xticks=range(len(f1)), xlabel="class", ylabel="score")
     _tidy(axis)
     axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -201,10 +202,8 @@ def _draw_states(axis, steps, layers, is_bidirectional):
 
 def _draw_readout(axis, sources, top, peak, readout):
     last, bus = sources[-1], top + 0.25
-    for i in sources[:-1]:
-        axis.plot((i, i), (top - 0.08, bus), color=GREEN, lw=1.2)
-    if len(sources) > 1:
-        axis.plot((sources[0], last), (bus, bus), color=GREEN, lw=1.2)
+    axis.vlines(sources[:-1], top - 0.08, bus, GREEN, lw=1.2)
+    axis.hlines(bus, sources[0], last, GREEN, lw=1.2)
     _arrow(axis, (last, top - 0.08), (last, peak - 0.3), GREEN)
     _box(axis, (last - 0.66, peak - 0.3), (1.32, 0.5), "#d5efe7", GREEN)
     text = "readout" if readout == "last" else f"{readout} → readout"
@@ -232,7 +231,7 @@ def beliefs(correct: Sequence[Example], wrong: Sequence[Example]) -> Figure:
     rows = max(map(len, columns))
     figure = Figure(figsize=(WIDTH * len(columns) / 2, 1.95 * rows + 0.8), layout="constrained")
     grid = figure.add_gridspec(rows, 2 * len(columns), width_ratios=[1.3, 1] * len(columns))
-    axes, heat = [], None
+    axes = []
     for j, column in enumerate(columns):
         for i, example in enumerate(column):
             # As tall as the heat map: in the view `rows`, each row is beside its time step.
@@ -273,7 +272,6 @@ def hidden_states(examples: Sequence[Example]) -> Figure:
     figure, axes = _subplots(2.7 * num, num, sharex=True, squeeze=False)
     limit = max(np.abs(example.states).max() for example in examples)
     order = np.argsort(examples[0].states[-1])
-    heat = None
     for axis, example in zip(axes[:, 0], examples, strict=True):
         heat = _heat_map(axis, example.states.T[order], "PuOr", -limit, limit)
         axis.set_title(f"Prediction: {example.title}", size=10, loc="left")
@@ -301,22 +299,15 @@ def gradient_norms(norms: np.ndarray) -> Figure:
     return figure
 
 
-def _subplots(height, rows=1, columns=1, **options):
+def _subplots(height, rows=1, **options):
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
+    return figure, figure.subplots(rows, **options)
 
 
 def _tidy(axis):
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)
-
-
-def _by_member(scores):
-    """Scores by epoch, each a number, null or a list of S such: masked float array [epochs, S]."""
-    num = max(len(score) if isinstance(score, list) else 1 for score in scores)
-    rows = [score if isinstance(score, list) else [score] * num for score in scores]
-    return np.ma.masked_invalid(np.array(rows, float))  # null is NaN
 
 
 def _show_image(axis, image, **options):

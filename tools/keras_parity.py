@@ -15,10 +15,11 @@ import os
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from seqmnist import config as config_lib
 from seqmnist import process
-from seqmnist.config import Config
+from seqmnist.config import Config, ModelConfig
 from seqmnist.datasets.sources import Prepared
 from seqmnist.errors import UserError, explain_storage
 from seqmnist.study import interop
@@ -35,6 +36,22 @@ def require_keras() -> None:
         raise UserError("Keras is not installed; pip install 'keras>=3.9'")
 
 
+def make_keras(model: ModelConfig, seed: int, softmax: bool):
+    """Returns a compiled Keras model of logits, or with `softmax` of probabilities.
+
+    Its loss clips probabilities, as the notebook's does.
+    """
+    import keras
+
+    keras.utils.set_random_seed(seed)
+    network = interop.build_keras(model)
+    if softmax:
+        network.add(keras.layers.Softmax())
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not softmax)
+    network.compile(keras.optimizers.RMSprop(), loss, metrics=["accuracy"])
+    return network
+
+
 def compare(
     dataset: Prepared,
     config: Config,
@@ -42,19 +59,14 @@ def compare(
     softmax: bool = False,
     save: str | os.PathLike | None = None,
 ) -> dict:
-    """Compares one epoch in Keras with one here.
+    """Compares an epoch, or its first steps, in Keras with one here.
 
-    Args:
-      dataset: the images.
-      config: its seed is also that of Keras's initial weights.
-      num_steps: steps of the epoch; None is all.
-      softmax: Keras's model returns probabilities, which its loss clips, as in the notebook,
-        instead of logits.
-      save: a file for the trained Keras model.
+    `config.seed` is also that of Keras's initial weights, `softmax` is as in `make_keras`, and
+    `save` is a file for the trained Keras model.
     """
-    parts = ("train", "test")
-    arrays = tuple(map(np.concatenate, zip(*map(dataset.arrays, parts), strict=True)))
-    sizes = map(dataset.num_examples, parts)
+    parts = [dataset.arrays(split) for split in ("train", "test")]
+    arrays = tuple(map(np.concatenate, zip(*parts, strict=True)))
+    sizes = (len(labels) for _, labels in parts)
     splits = batches.make_splits(*sizes, config.data.validation_fraction)
     order = batches.epoch_order(config.seed, 0, len(splits["train"]))
     rows = batches.batch_rows(order, config.train.batch_size)[:num_steps]
@@ -111,8 +123,8 @@ class _Ours:
         images, labels = (array[row] for array in self._arrays)
 
         def mean_loss(params):
-            log_probabilities = jax.nn.log_softmax(self._system.apply(params, images))
-            return -jnp.mean(log_probabilities[jnp.arange(len(row)), labels])
+            logits = self._system.apply(params, images)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         return interop.to_keras(self._config.model, jax.grad(mean_loss)(self._state.params))
 
@@ -134,14 +146,9 @@ class _Keras:
         import keras
 
         self._arrays, self.dtype = arrays, np.dtype(keras.config.floatx())
-        keras.utils.set_random_seed(config.seed)
-        self.model = interop.build_keras(config.model)
+        self.model = make_keras(config.model, config.seed, softmax)
         if self.dtype == np.float64:  # Keras's own tanh casts to float32
             self.model.layers[0].cell.activation = jnp.tanh
-        if softmax:
-            self.model.add(keras.layers.Softmax())
-        self._loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not softmax)
-        self.model.compile(keras.optimizers.RMSprop(), self._loss, metrics=["accuracy"])
 
     def _examples(self, row):
         images, labels = self._arrays
@@ -155,7 +162,7 @@ class _Keras:
         images, labels = self._examples(row)
 
         def mean_loss(weights):
-            return self._loss(labels, self.model.stateless_call(weights, fixed, images)[0])
+            return self.model.loss(labels, self.model.stateless_call(weights, fixed, images)[0])
 
         return jax.grad(mean_loss)([variable.value for variable in self.model.trainable_variables])
 

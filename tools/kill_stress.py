@@ -45,17 +45,15 @@ def start(workdir: pathlib.Path, data_dir: str | None, kind: str) -> subprocess.
 
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns everything that must not depend on how often a run was interrupted."""
+    """Returns everything of a finished run that must not depend on how often it was interrupted."""
     import orbax.checkpoint as ocp  # here, not above: command lines answer --help without it
 
     run = Workdir(workdir)
     metrics, results = run.read_metrics(), run.read_results()
     for line in metrics:
         del line["seconds"]
-    folder, options = run.path / "checkpoints", ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        step = manager.latest_step()
-    arrays = ocp.StandardCheckpointer().restore(folder / str(step) / "arrays")
+    checkpoint = run.path / "checkpoints" / str(results["steps"]) / "arrays"
+    arrays = ocp.StandardCheckpointer().restore(checkpoint)
     return {
         "metrics": metrics,
         "scores": [results.get(name) for name in ("validation", "test", "settings", "ensemble")],

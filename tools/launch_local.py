@@ -52,22 +52,20 @@ def launch(arguments: Sequence[list[str]]) -> list[subprocess.Popen]:
 def wait(processes: list[subprocess.Popen]) -> int:
     """Waits for all processes; returns 0, or the exit code of the first that failed."""
     code, deadline = 0, math.inf
-    while True:
-        codes = [process.poll() for process in processes]
+    while None in (codes := [process.poll() for process in processes]):
         if not code and any(codes):
             code, deadline = next(filter(None, codes)), time.monotonic() + GRACE
-            if None in codes:
-                print(
-                    f"launch_local: process {codes.index(code)} ended with exit code {code}; the "
-                    f"others end within {GRACE} seconds",
-                    flush=True,
-                )
-        if None not in codes:
-            return code if code >= 0 else 128 - code
+            print(
+                f"launch_local: process {codes.index(code)} ended with exit code {code}; the "
+                f"others end within {GRACE} seconds",
+                flush=True,
+            )
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.1)
+    code = code or next(filter(None, codes), 0)
+    return code if code >= 0 else 128 - code
 
 
 def _show(number, process):

@@ -4,6 +4,7 @@
 `python -m tools.peers NAME --job=FILE.npz` does the notebook's whole job and ends.
 """
 
+import functools
 import json
 import os
 import sys
@@ -13,9 +14,9 @@ import numpy as np
 
 
 class Ours:
-    """This project, with its dataset in device memory."""
+    """This project, with its dataset in device memory or streamed from the host."""
 
-    def __init__(self, case, file):
+    def __init__(self, case, file, is_streamed=False):
         from seqmnist import process
         from seqmnist.config import Config
         from seqmnist.training import batches, devices, loop, steps
@@ -29,15 +30,14 @@ class Ours:
 
         train, test = (_load(file, split) for split in _SPLITS)
         self.num_train, self.num_test = len(train[1]), len(test[1])
+        if is_streamed:
+            feed = loop.Streamed(batches.Records(train, test))
+        else:
+            feed = loop.Resident(*map(batches.join, zip(train, test, strict=True)))
         plan = devices.plan(self.config.mesh, 1, case["batch_size"], len(jax.devices()))
         system = steps.make_system(self.config, 1)
-        self.loop = loop.Loop(system, self.make_feed(train, test), devices.make_mesh(*plan))
+        self.loop = loop.Loop(system, feed, devices.make_mesh(*plan))
         self.state = steps.init_state(self.config, system, 0)
-
-    def make_feed(self, train, test):
-        from seqmnist.training.loop import Resident
-
-        return Resident(*map(self.batches.join, zip(train, test, strict=True)))
 
     def train(self, num_steps):
         order = self.batches.epoch_order(0, 0, self.num_train)
@@ -61,15 +61,6 @@ class Ours:
         return profiling.step_cost(self.config) | profiling.rates()
 
 
-class Streamed(Ours):
-    """This project, with batches streamed from the host."""
-
-    def make_feed(self, train, test):
-        from seqmnist.training.loop import Streamed
-
-        return Streamed(self.batches.Records(train, test))
-
-
 class Keras:
     """Keras 3 on JAX, compiled, as the notebook uses it."""
 
@@ -80,13 +71,9 @@ class Keras:
         layer = {"simple_rnn": "SimpleRNN", "gru": "GRU", "lstm": "LSTM"}[case["cell"]]
         (self.x, self.y), self.test = (_sequences(file, split, case) for split in _SPLITS)
         self.batch_size = case["batch_size"]
-        self.model = keras.Sequential(
-            [
-                keras.Input(self.x.shape[1:]),
-                getattr(keras.layers, layer)(case["hidden_size"]),
-                keras.layers.Dense(10, activation="softmax"),
-            ]
-        )
+        cell = getattr(keras.layers, layer)(case["hidden_size"])
+        readout = keras.layers.Dense(10, activation="softmax")
+        self.model = keras.Sequential([keras.Input(self.x.shape[1:]), cell, readout])
         self.model.compile("rmsprop", "sparse_categorical_crossentropy", metrics=["accuracy"])
 
     def train(self, num_steps):
@@ -146,7 +133,8 @@ class Torch:
         return self.evaluate()
 
 
-PEERS = {"ours": Ours, "streamed": Streamed, "keras": Keras, "torch": Torch}
+_STREAMED = functools.partial(Ours, is_streamed=True)
+PEERS = {"ours": Ours, "streamed": _STREAMED, "keras": Keras, "torch": Torch}
 NOTEBOOK = {"view": "rows", "cell": "simple_rnn", "hidden_size": 64, "batch_size": 128}
 _SPLITS = ("train", "test")
 
@@ -169,8 +157,7 @@ def _serve(name):
     peer = None
     for line in sys.stdin:
         request, *arguments = json.loads(line)
-        began = time.perf_counter()
-        answer = None
+        began, answer = time.perf_counter(), None
         if request == "make":
             peer = PEERS[name](*arguments)
         else:

@@ -17,24 +17,17 @@ from tools import cli
 
 
 def gather(names: list[str], prepared: bool) -> tuple[list[str], np.ndarray]:
-    """Reads the images that names stand for, as `images.find` takes them.
+    """Reads files, folders or patterns; raises UserError if one of them cannot be used.
 
-    Args:
-      names: files, folders or patterns.
-      prepared: prepare images as MNIST was; otherwise 28 × 28 pixels are used unchanged.
-
-    Returns:
-      Titles, and images uint8 [N, 28, 28].
-
-    Raises:
-      UserError: one of them cannot be used.
+    Returns titles, and images uint8 [N, 28, 28], `prepared` as MNIST was or unchanged.
     """
+    prepare = images.prepare if prepared else images.as_it_is
     titles, arrays = [], []
     for path in images.find(names):
         found = images.read(path)
         for i, image in enumerate(found):
             titles.append(str(path) if len(found) == 1 else f"{path}[{i}]")
-            arrays.append((images.prepare if prepared else images.as_it_is)(image, titles[-1]))
+            arrays.append(prepare(image, titles[-1]))
     return titles, np.stack(arrays)
 
 
@@ -58,9 +51,9 @@ def _main(arguments):
     for i, (title, row) in enumerate(zip(titles, probabilities, strict=True)):
         print(f"{_line(row)}  {title}")
         answers.append({"image": title, "class": int(row.argmax()), "probabilities": row.tolist()})
-        if beliefs is not None:
-            for t, belief in enumerate(beliefs[:, i]):
-                print(f"{_line(belief)}  after time step {t + 1} of {len(beliefs)}")
+        if arguments.by_row:
+            for t, belief in enumerate(beliefs[:, i], 1):
+                print(f"{_line(belief)}  after time step {t} of {len(beliefs)}")
             answers[-1]["by_row"] = beliefs[:, i].tolist()
     return {"images": answers}
 
@@ -72,7 +65,7 @@ def _line(probabilities):
 def _make_parser():
     parser = cli.make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    cli.add_workdir_argument(source, parser)
+    cli.add_workdir_argument(parser, source)
     source.add_argument("--artifact", metavar="FILE", help="an exported classifier")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, folder or pattern")
     parser.add_argument(

@@ -13,10 +13,11 @@ import html
 import os
 import pathlib
 
+from seqmnist.errors import explain_storage
 from tools import cli
 
 PAGE, FOLDER = "report.html", "report"
-_OCCASIONAL = {"compare.png", "mistakes.png", "by_step.png"}  # pictures that not every page has
+_OPTIONAL = {"compare.png", "mistakes.png", "by_step.png"}  # pictures that not every page has
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 42rem; margin: 0 auto;
@@ -56,23 +57,23 @@ def render(title: str, sections) -> str:
 def write(workdir: pathlib.Path, title: str, sections) -> pathlib.Path:
     """Writes the page and its pictures, all or nothing; returns the path of the page.
 
-    Raises:
-      UserError: the workdir cannot be written.
+    Pictures of an earlier page go, files of the user stay. Raises UserError if the workdir cannot
+    be written.
     """
-    from seqmnist.errors import explain_storage
     from seqmnist.study import export
 
-    page = workdir / PAGE
+    page, final = workdir / PAGE, workdir / FOLDER
+    pictures = {name: png for each in sections for name, (png, _) in each.pictures.items()}
     remedy = "make room or make it writable, then run the same command again"
-    with explain_storage(str(page), remedy), export.replacing(workdir / FOLDER) as folder:
-        pictures = {k: v for section in sections for k, v in section.pictures.items()}
-        for name, (content, _) in pictures.items():
-            (folder / name).write_bytes(content)
-        aside = folder.with_name(PAGE)
-        aside.write_text(render(title, sections), encoding="utf-8")
-        os.replace(aside, page)
-    for name in _OCCASIONAL - pictures.keys():  # of an earlier page
-        (workdir / FOLDER / name).unlink(missing_ok=True)
+    with explain_storage(str(page), remedy):
+        with export.replacing(final) as folder:
+            for name, png in pictures.items():
+                (folder / name).write_bytes(png)
+            aside = folder.with_name(PAGE)
+            aside.write_text(render(title, sections), encoding="utf-8")
+            os.replace(aside, page)
+        for name in _OPTIONAL - pictures.keys():
+            (final / name).unlink(missing_ok=True)
     return page
 
 

@@ -44,12 +44,12 @@ class Found:
         self.predictions = self.probabilities.argmax(-1)
         is_correct = self.predictions == labels
         self.accuracy = float(is_correct.mean())
-        wrong, right = np.flatnonzero(~is_correct), np.flatnonzero(is_correct)
-        confidence = self.probabilities[wrong].max(-1)
-        self.mistakes = wrong[np.argsort(-confidence, kind="stable")]
         num_classes = self.probabilities.shape[1]
         self.confusion = insight.confusion_matrix(labels, self.predictions, num_classes)
         self.scores = insight.class_scores(self.confusion)
+        wrong, right = np.flatnonzero(~is_correct), np.flatnonzero(is_correct)
+        confidence = self.probabilities[wrong].max(-1)
+        self.mistakes = wrong[np.argsort(-confidence, kind="stable")]
         _, first = np.unique(labels[right], return_index=True)  # of each class
         self.correct = self._examples(right[np.sort(first)][:_NUM_EXAMPLES])
         self.wrong = self._examples(self.mistakes[:_NUM_EXAMPLES])
@@ -70,19 +70,16 @@ class Found:
         if not len(numbers):
             return []
         images, labels = self.images[numbers], self.labels[numbers].tolist()
-        by_step = self.network.beliefs(images), self.network.hidden_states(images)
-        parts = zip(images, labels, *(np.swapaxes(array, 0, 1) for array in by_step), strict=True)
-        return [figures.Example(*part) for part in parts]
+        beliefs, states = self.network.beliefs(images), self.network.hidden_states(images)
+        return list(
+            map(figures.Example, images, labels, beliefs.swapaxes(0, 1), states.swapaxes(0, 1))
+        )
 
 
 def examine(workdir: str | os.PathLike, member: int | None) -> tuple[list[Section], dict[str, Any]]:
-    """Examines a trained network on its test set.
+    """Returns the sections of a page on a trained network, and the numbers in them.
 
-    Returns:
-      The sections of the page, and the numbers in them.
-
-    Raises:
-      UserError: the workdir holds no usable run, or its data is not available.
+    Raises UserError if the workdir holds no usable run, or its data is not available.
     """
     metrics = Workdir(workdir).read_metrics()
     found = Found(trained.load(workdir, member), metrics)
@@ -101,29 +98,19 @@ def examine(workdir: str | os.PathLike, member: int | None) -> tuple[list[Sectio
 
 
 def compare(paths: Sequence[str | os.PathLike]) -> Section:
-    """Compares runs in one table and one set of axes.
-
-    Raises:
-      UserError: one of the workdirs holds no run.
-    """
-    heads = ["run", "network", "parameters", "epochs", "seconds"]
-    heads += ["validation accuracy", "test accuracy", "test loss"]
-    rows, metrics = [heads], {}
+    """Compares runs in one table and one set of axes; raises UserError if one holds no run."""
     workdirs = [Workdir(path) for path in paths]
     names = [workdir.path.name for workdir in workdirs]
     if len(set(names)) < len(names):
         names = [str(workdir.path) for workdir in workdirs]
+    rows = [["run", "network", "parameters", "epochs", "seconds", *card.scores({})]]
+    metrics = {}
     for workdir, name in zip(workdirs, names, strict=True):
         config, results = workdir.read_config(), workdir.read_results()
         metrics[name] = workdir.read_metrics()
         seconds = (results.get("seconds") or {}).get("train", "–")
-        row = [
-            name,
-            card.describe(config.model),
-            results.get("parameters", "–"),
-            len(metrics[name]),
-        ]
-        rows.append([*row, seconds, *card.scores(results).values()])
+        row = [name, card.describe(config.model), results.get("parameters", "–")]
+        rows.append([*row, len(metrics[name]), seconds, *card.scores(results).values()])
     alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
     text = "Mean and standard deviation for runs with several members."
     pictures = _picture("compare", figures.learning_curves(metrics), alt)
@@ -148,10 +135,8 @@ def _learning_curves(found):
     figure = figures.learning_curves({found.network.workdir.path.name: metrics})
     final = card.format_score(metrics[-1].get("validation/accuracy"))
     alt = f"Loss and accuracy over {len(metrics)} epochs; final validation accuracy {final}"
-    text = (
-        "Training scores are means over an epoch in which the parameters change; validation "
-        "scores are measured at its end."
-    )
+    text = "Training scores are means over an epoch in which the parameters change; validation "
+    text += "scores are measured at its end."
     if isinstance(metrics[-1].get("train/loss"), list):
         text += " Bands are one standard deviation over members."
     return Section("Learning curves", text, _picture("curves", figure, alt))
@@ -160,9 +145,9 @@ def _learning_curves(found):
 def _classes(found):
     counts, (precision, recall, f1, support) = found.confusion, found.scores
     mistakes = counts * (1 - np.eye(len(counts), dtype=int))
-    pairs = np.argsort(-mistakes, axis=None, kind="stable")[:3]
-    cells = [np.unravel_index(pair, counts.shape) for pair in pairs]
-    worst = ", ".join(f"{i} as {j} ({counts[i, j]} times)" for i, j in cells if mistakes[i, j])
+    most = np.argsort(-mistakes, axis=None, kind="stable")[:3]
+    pairs = zip(*np.unravel_index(most, counts.shape), strict=True)
+    worst = ", ".join(f"{i} as {j} ({counts[i, j]} times)" for i, j in pairs if mistakes[i, j])
     alt = f"Confusion matrix; most frequent mistakes: {worst or 'none'}"
     pictures = _picture("confusion", figures.confusion(counts), alt)
     alt = f"Precision, recall and F1 by class; lowest F1: class {f1.argmin()}, {f1.min():.3f}"
@@ -170,10 +155,8 @@ def _classes(found):
     table = [["class", "precision", "recall", "F1", "examples"]]
     for c, scores in enumerate(zip(precision, recall, f1, strict=True)):
         table.append([c, *(f"{score:.4f}" for score in scores), int(support[c])])
-    text = (
-        f"{len(found.mistakes):,} of {len(found.labels):,} test examples are classified wrongly. "
-        "Rows are classes, columns predictions."
-    )
+    text = f"{len(found.mistakes):,} of {len(found.labels):,} test examples are classified wrongly."
+    text += " Rows are classes, columns predictions."
     return Section("Which classes are confused", text, pictures, table)
 
 
@@ -201,10 +184,8 @@ def _unrolled(found):
     model, example = found.network.config.model, found.examples[0]
     figure = figures.unrolled(found.x, example.beliefs[-1], model)
     alt = f"{card.describe(model)}, drawn as a chain of states; prediction: {example.title}"
-    text = (
-        "Each state h is computed from the state one time step earlier and from the layer below. "
-        "All time steps share the same weights."
-    )
+    text = "Each state h is computed from the state one time step earlier and from the layer below."
+    text += " All time steps share the same weights."
     return Section("The network, unrolled over it", text, _picture("unrolled", figure, alt))
 
 
@@ -212,19 +193,15 @@ def _beliefs(found):
     figure = figures.beliefs(found.correct, found.wrong)
     alt = f"Heat maps of class probabilities by time step; predictions: {_titles(found.examples)}"
     pictures = _picture("beliefs", figure, alt)
-    text = (
-        "The prediction if the sequence ended at each time step, for correct predictions and for "
-        "the most confident mistakes."
-    )
+    text = "The prediction if the sequence ended at each time step, for correct predictions and "
+    text += "for the most confident mistakes."
     if found.network.config.model.bidirectional:
         text += " A backward layer then starts from there."
     if found.accuracy_by_step is not None:
         half = int(np.argmax(found.accuracy_by_step >= found.accuracy / 2)) + 1
         figure = figures.accuracy_by_step(found.accuracy_by_step, found.confidence_by_step)
-        alt = (
-            f"Accuracy after each time step over {found.num_by_step:,} test examples; half of the "
-            f"final accuracy is reached after time step {half}"
-        )
+        alt = f"Accuracy after each time step over {found.num_by_step:,} test examples; half of the"
+        alt += f" final accuracy is reached after time step {half}"
         pictures |= _picture("by_step", figure, alt)
     return Section("Belief by time step", text, pictures)
 
@@ -244,11 +221,9 @@ def _gradients(found):
     alt = "Median gradient norm by time step: " + "; ".join(
         f"{line[0]:.1e} at the first, {line[-1]:.1e} at the last" for line in np.median(norms, 2)
     )
-    text = (
-        "How strongly the loss depends on the top layer's state after each time step. If this is "
-        "small, training learns little from what was read before. Line: median; band: the middle "
-        f"half of {norms.shape[2]} test examples."
-    )
+    text = "How strongly the loss depends on the top layer's state after each time step. If this "
+    text += "is small, training learns little from what was read before. Line: median; band: the "
+    text += f"middle half of {norms.shape[2]} test examples."
     pictures = _picture("gradients", figures.gradient_norms(norms), alt)
     return Section("Gradient by time step", text, pictures)
 

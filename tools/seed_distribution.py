@@ -19,47 +19,37 @@ from seqmnist import process, run
 from seqmnist.config import Config
 from seqmnist.datasets.sources import Prepared
 from seqmnist.errors import explain_storage
-from seqmnist.study import interop
 from tools import cli
-from tools.keras_parity import require_keras
+from tools.keras_parity import make_keras, require_keras
 
 # The scores that the notebook prints.
 NOTEBOOK = {"accuracy": 0.9307, "loss": 0.2422}
+_LINE = (
+    "test {} {:5} {count:3d} seeds: {mean:.4f} ± {sd:.4f}, median {median:.4f}, {min:.4f} to "
+    "{max:.4f}; the notebook's {} is at percentile {notebook_percentile:.0f}"
+)
 _LABELS = {"ours": ("seqmnist", "#0072B2"), "keras": ("Keras", "#D55E00")}
 
 
 def train_here(config: Config) -> dict[str, list[float]]:
     """Trains the members of a configuration; returns {"loss", "accuracy"} on the test set."""
     with tempfile.TemporaryDirectory() as folder:
-        test = run.train(config, pathlib.Path(folder) / "run")["test"]
+        test = run.train(config, folder)["test"]
     return {name: np.atleast_1d(test[name]).tolist() for name in NOTEBOOK}
 
 
 def train_in_keras(config: Config, dataset: Prepared, seeds: range) -> dict[str, list[float]]:
     """Does what `train_here` does in Keras, as the notebook does, one seed after the other."""
-    import keras
-
     arrays = map(dataset.arrays, ("train", "test"))
-    (images, labels), test = ((x / np.float32(255), y) for x, y in arrays)
-    scores = {name: [] for name in NOTEBOOK}
+    train, test = ((images / np.float32(255), labels) for images, labels in arrays)
+    batch_size, num_epochs = config.train.batch_size, config.train.num_epochs
+    held_out = config.data.validation_fraction
+    found = []
     for seed in seeds:
-        keras.utils.set_random_seed(seed)
-        model = interop.build_keras(config.model)
-        model.add(keras.layers.Softmax())
-        loss = "sparse_categorical_crossentropy"
-        model.compile(keras.optimizers.RMSprop(), loss, metrics=["accuracy"])
-        model.fit(
-            images,
-            labels,
-            batch_size=config.train.batch_size,
-            epochs=config.train.num_epochs,
-            validation_split=config.data.validation_fraction,
-            verbose=0,
-        )
-        found = model.evaluate(*test, config.train.batch_size, verbose=0, return_dict=True)
-        for name in NOTEBOOK:
-            scores[name].append(float(found[name]))
-    return scores
+        model = make_keras(config.model, seed, softmax=True)
+        model.fit(*train, batch_size, num_epochs, validation_split=held_out, verbose=0)
+        found.append(model.evaluate(*test, batch_size, verbose=0, return_dict=True))
+    return {name: [float(scores[name]) for scores in found] for name in NOTEBOOK}
 
 
 def summarize(samples: dict[str, list[float]], notebook: float) -> dict:
@@ -124,11 +114,7 @@ def _main(arguments):
         samples = {who: scores[who][name] for who in scores}
         summary[name] = summarize(samples, value)
         for who in scores:
-            print(
-                "test {} {:5} {count:3d} seeds: {mean:.4f} ± {sd:.4f}, median {median:.4f}, "
-                "{min:.4f} to {max:.4f}; the notebook's {} is at percentile "
-                "{notebook_percentile:.0f}".format(name, who, value, **summary[name][who])
-            )
+            print(_LINE.format(name, who, value, **summary[name][who]))
         if "p_value" in summary[name]:
             print(f"test {name}, same distribution: p = {summary[name]['p_value']:.3f}")
     if arguments.figure:
@@ -141,14 +127,13 @@ def _make_parser():
     cli.add_data_arguments(parser)
     parser.add_argument("--seeds", type=cli.positive, default=32, help="(default: %(default)s)")
     parser.add_argument(
-        "--keras_seeds", type=_count, default=8, help="0 leaves Keras out (default: %(default)s)"
+        "--keras_seeds",
+        type=lambda text: 0 if text == "0" else cli.positive(text),
+        default=8,
+        help="0 leaves Keras out (default: %(default)s)",
     )
     cli.add_output_argument(parser, "--figure", "draw the distributions as a PNG image")
     return parser
-
-
-def _count(text):
-    return 0 if text == "0" else cli.positive(text)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,6 @@ of the steps, at the rate of a large one, which was measured with the trace.
 import collections
 import os
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from seqmnist.errors import UserError
 from seqmnist.study import profiling
 from seqmnist.workdir import PROFILE, Workdir, read_json
@@ -27,14 +23,10 @@ _KEYS = {"steps", "scopes", "flops", "bytes", "flops_per_second"}
 
 
 def summarize(workdir: str | os.PathLike) -> dict:
-    """Summarizes the newest trace of a workdir.
+    """Summarizes the newest trace of a workdir; raises UserError if there is none.
 
-    Returns:
-      Over all traced steps, in seconds: wall, idle, floor and scopes (busy); and operations, the
-      longest first, each with its scope, seconds and count.
-
-    Raises:
-      UserError: there is no trace.
+    Returns, over all traced steps, in seconds: wall, idle, floor and scopes (busy); and operations,
+    the longest first, each with its scope, seconds and count.
     """
     from jax.profiler import ProfileData
 
@@ -76,18 +68,17 @@ def summarize(workdir: str | os.PathLike) -> dict:
 def _read_events(trace, scopes):
     """Returns the intervals of the step markers, and (start, stop, name, scope) of operations."""
     markers, operations = [], []
-    for plane in trace.planes:
-        for line in plane.lines:
-            for event in line.events:
-                interval = event.start_ns, event.start_ns + event.duration_ns
-                if event.name == profiling.MARKER:
-                    markers.append(interval)
-                    continue
-                stats = dict(event.stats)
-                name = stats.get("hlo_op")
-                scope = scopes.get(stats.get("hlo_module"), {}).get(name)
-                if scope and event.duration_ns:
-                    operations.append((*interval, name, scope))
+    lines = (line for plane in trace.planes for line in plane.lines)
+    for event in (event for line in lines for event in line.events):
+        interval = event.start_ns, event.start_ns + event.duration_ns
+        if event.name == profiling.MARKER:
+            markers.append(interval)
+            continue
+        stats = dict(event.stats)
+        name = stats.get("hlo_op")
+        scope = scopes.get(stats.get("hlo_module"), {}).get(name)
+        if scope and event.duration_ns:
+            operations.append((*interval, name, scope))
     return markers, operations
 
 
@@ -108,19 +99,17 @@ def _main(arguments):
     def per_step(seconds):
         return f"{1000 * seconds / num_steps:.3f}"
 
-    console = Console(highlight=False)
-    console.print(
+    print(
         f"{num_steps} steps, {per_step(wall)} ms per step; floor {per_step(figures['floor'])} ms, "
         f"{figures['floor_share']:.0%} of that; idle {figures['idle'] / wall:.0%}"
     )
-    scopes = Table("scope", "ms per step", "share of busy time", box=box.SIMPLE_HEAD)
-    for scope, seconds in figures["scopes"].items():
-        scopes.add_row(scope, per_step(seconds), f"{seconds / busy:.0%}")
-    operations = Table("operation", "scope", "ms per step", "per step", box=box.SIMPLE_HEAD)
-    for each in figures["operations"]:
-        count = f"{each['count'] / num_steps:g}"
-        operations.add_row(each["name"], each["scope"], per_step(each["seconds"]), count)
-    console.print(scopes, operations)
+    rows = [(name, per_step(x), f"{x / busy:.0%}") for name, x in figures["scopes"].items()]
+    cli.print_table(("scope", "ms per step", "share of busy time"), rows)
+    rows = [
+        (each["name"], each["scope"], per_step(each["seconds"]), f"{each['count'] / num_steps:g}")
+        for each in figures["operations"]
+    ]
+    cli.print_table(("operation", "scope", "ms per step", "per step"), rows)
     return figures
 
 

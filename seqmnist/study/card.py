@@ -50,7 +50,7 @@ def format_score(score: Any, member: int | None = None) -> str:
 
 
 def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]:
-    """Returns the scores in `results.json` as text, e.g. {"test accuracy": "0.9456", …}."""
+    """Returns the scores in `results.json` as text, e.g. {"test accuracy": "0.9447", …}."""
     return {
         f"{split} {name}": format_score(results.get(split, {}).get(name), member)
         for split, name in (("validation", "accuracy"), ("test", "accuracy"), ("test", "loss"))
