@@ -169,7 +169,10 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
         "validation": {"loss": [0.5, 0.25], "accuracy": [0.9, 0.95]},
         "test": {"loss": [0.5, 0.125], "accuracy": [0.9, 0.9375]},
         "versions": {"jax": "1.2.3"},
-        "members": [{"seed": 6}, {"seed": 7}],
+        "members": [
+            {"seed": 6, "optimizer.learning_rate": 0.01},
+            {"seed": 7, "optimizer.learning_rate": 0.02},
+        ],
     }
     text = card.model_card("name", config, results, 1, export.USAGE)
     for word in (
@@ -177,6 +180,7 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
         "| test loss | 0.1250 (all members: 0.3125 ± 0.2652) |",
         "| versions | jax 1.2.3 |",
         "| seed | 7 |",
+        "rmsprop, learning rate 0.02 |",
         "6,602",
     ):
         assert word in text

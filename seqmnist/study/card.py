@@ -70,13 +70,14 @@ def facts(config: Config, results: dict[str, Any], member: int | None) -> dict[s
     own = {}
     if member is not None:
         own = {"member": member, **results.get("members", {member: {}})[member]}
+    rate = own.get("optimizer.learning_rate", optimizer.learning_rate)
     return {
         "network": describe(config.model),
         "parameters": f"{results['parameters']:,}" if results else _MISSING,
         "data": ", ".join([dataset.get("name", config.data.name), *sizes]),
         "fingerprint of the data": dataset.get("fingerprint", _MISSING),
         "training": f"{config.train.num_epochs} epochs, batches of {config.train.batch_size}, "
-        f"{optimizer.name}, learning rate {optimizer.learning_rate}",
+        f"{optimizer.name}, learning rate {rate}",
         "seed": str(config.seed),
         **{name: str(value) for name, value in own.items()},
         "devices": ", ".join(results.get("devices", [_MISSING])),
