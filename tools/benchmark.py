@@ -198,7 +198,7 @@ def _time_process(setup, name, arguments, cache):
 def _time_step(setup, case, num_steps, with_cost=False):
     with worker(setup, "ours", case) as ask:
         ask("train", num_steps)
-        ask("steps", num_steps)
+        num_steps = ask("steps", num_steps)["answer"]  # fewer if an epoch is shorter
         seconds = [ask("steps", num_steps)["seconds"] for _ in range(setup.rounds)]
         result = {"seconds": statistics.median(seconds) / num_steps}
         return result | (ask("cost")["answer"] if with_cost else {})

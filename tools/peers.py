@@ -45,10 +45,15 @@ class Ours:
         self.steps(num_steps)
 
     def steps(self, num_steps):
-        """Trains without drawing an epoch's order, which takes as long as several steps."""
-        *_, progress = self.loop.train(self.loop.start(self.state), self.rows[:num_steps])
+        """Trains without drawing an epoch's order, which takes as long as several steps.
+
+        Returns the number of steps: at most those of an epoch.
+        """
+        rows = self.rows[:num_steps]
+        *_, progress = self.loop.train(self.loop.start(self.state), rows)
         self.state = progress.state
         progress.sums.means()
+        return len(rows)
 
     def evaluate(self):
         rows = np.arange(self.num_train, self.num_train + self.num_test)
