@@ -214,8 +214,10 @@ def _main(arguments):
         folders["baseline"] = paths.resolve(arguments.baseline, "--baseline")
         if not (folders["baseline"] / "tools" / "peers.py").is_file():
             raise UserError(f"--baseline={arguments.baseline} is not a checkout of this project")
-    part = "simple_rnn rows" if arguments.quick else arguments.cases
-    cases = {name: case for name, case in CASES.items() if part in name}
+    parts = (arguments.cases, "rows" if arguments.quick else "")
+    cases = {name: case for name, case in CASES.items() if all(part in name for part in parts)}
+    if not cases:
+        raise UserError(f"--cases: no case has {arguments.cases!r}; choose of {', '.join(CASES)}")
     rounds = arguments.rounds or (1 if arguments.quick else 5)
     dataset = cli.prepare_data(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -276,9 +278,7 @@ def _make_parser():
     parser.add_argument("--baseline", metavar="CHECKOUT", help="folder of another version")
     parser.add_argument("--rounds", type=cli.positive, help="(default: 5)")
     parser.add_argument("--cases", default="", metavar="TEXT", help="cases whose names hold TEXT")
-    parser.add_argument(
-        "--quick", action="store_true", help="the notebook's network only, by default one round"
-    )
+    parser.add_argument("--quick", action="store_true", help="rows only, and by default one round")
     parser.add_argument("--sections", default=",".join(SECTIONS), help="(default: %(default)s)")
     cli.add_output_argument(parser, "--figure", "draw ratios and growth as a PNG image")
     return parser

@@ -25,7 +25,7 @@ from seqmnist.errors import UserError
 from seqmnist.workdir import Workdir
 from tools import cli
 
-SETTINGS = {"train.num_epochs": 30, "checkpoint.every_steps": 7, "data.name": "mnist_5k"}
+SETTINGS = {"train.num_epochs": 12, "checkpoint.every_steps": 7, "data.name": "mnist_5k"}
 KINDS = {
     "resident": {},
     "stream": {"data.input_mode": "stream"},
