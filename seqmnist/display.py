@@ -202,13 +202,16 @@ def _text(value):
     """One score, or the mean ± standard deviation of members' that did not diverge."""
     values = np.array([value] if not isinstance(value, list) else value, float)
     finite = values[np.isfinite(values)]
-    if not isinstance(value, list) or len(finite) < 2:
-        return f"{finite.mean():.4f}" if len(finite) else "nan"
-    return f"{finite.mean():.4f} ± {finite.std(ddof=1):.4f}"
+    if not len(finite):
+        return "nan"
+    has_spread = isinstance(value, list) and len(finite) > 1
+    return _mean_and_sd(finite.mean(), finite.std(ddof=1) if has_spread else None)
 
 
 def _summary(spread):
-    if spread["mean"] is None:
-        return "nan"
-    sd = "" if spread["sd"] is None else f" ± {spread['sd']:.4f}"
-    return f"{spread['mean']:.4f}{sd}"
+    return "nan" if spread["mean"] is None else _mean_and_sd(spread["mean"], spread["sd"])
+
+
+def _mean_and_sd(*numbers):
+    shown = [f"{x:.4f}" if abs(x) < 1e5 else f"{x:.4g}" for x in numbers if x is not None]
+    return " ± ".join(shown)

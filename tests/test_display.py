@@ -89,6 +89,13 @@ def test_scores_that_are_missing_are_shown_as_nan(missing, capsys):
     assert "nan" not in several
 
 
+def test_a_huge_loss_takes_no_more_room(capsys):
+    Display().epoch_line("Epoch 1/1", 5, record(1.6e31, 0.1, [1e30, 3e30], [0.1, 0.1]))
+    shown = capsys.readouterr().out
+    assert " loss: 1.6e+31 - " in shown
+    assert "val_loss: 2e+30 ± 1.414e+30 - " in shown
+
+
 @pytest.mark.parametrize("scores", [0.5, NAN, [0.25, 0.75], [NAN, NAN]])
 def test_the_bar_fits(scores, terminal, capsys):
     with Display().epoch("Epoch 100/100", 1375) as update:
