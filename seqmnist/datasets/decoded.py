@@ -64,8 +64,9 @@ def _save(directory, arrays):
         lines = ""
         for name, array in arrays.items():
             np.save(file := io.BytesIO(), array)  # NumPy's errors of a file have no errno
-            pathlib.Path(aside, f"{name}.npy").write_bytes(file.getbuffer())
-            lines += f"{zlib.crc32(file.getbuffer()):08x}  {name}.npy\n"
+            content = file.getvalue()  # Python 3.12.1 crashes after a failed write of `getbuffer`
+            pathlib.Path(aside, f"{name}.npy").write_bytes(content)
+            lines += f"{zlib.crc32(content):08x}  {name}.npy\n"
         pathlib.Path(aside, _CHECKSUMS).write_text(lines)
         for path in pathlib.Path(aside).iterdir():
             path.replace(directory / path.name)
