@@ -6,9 +6,7 @@ and profile, which do not know each other. Nothing here changes a setting of the
 """
 
 import contextlib
-import importlib
 import os
-import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
@@ -284,7 +282,6 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
             start = task.start(state)
             saved = template._replace(state=start.state, sums=start.sums)
         batches.epoch_order(0, 0, len(task.splits["train"]))  # compiles what draws it
-        threading.Thread(target=_import_ahead).start()
         programs |= {name: program.result() for name, program in ahead.items()}
         check_memory(max(map(_num_bytes, programs.values())))
         session = Session(task, workdir, display, stop, checkpoints, profile, saved, programs)
@@ -302,12 +299,6 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
 def _explain_writing(workdir):
     remedy = "correct that and run the same command again: it resumes from the last checkpoint"
     return explain_storage(f"--workdir={workdir}", remedy)
-
-
-def _import_ahead():
-    """Imports what the end of an epoch needs, while devices compile or train."""
-    for name in ("orbax.checkpoint", "tensorboard.summary"):
-        importlib.import_module(name)
 
 
 @contextlib.contextmanager
