@@ -1,12 +1,10 @@
 """Scores from many seeds: ours are those of a run, and two samples are compared."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
 from PIL import Image
 
 from seqmnist import run
@@ -15,12 +13,13 @@ from tools import cli, seed_distribution
 
 
 @pytest.mark.slow
-def test_seeds_score_as_their_runs_do(data_dir, tmp_path):
-    command = [sys.executable, "-m", "tools.seed_distribution", "--seeds=2", "--keras_seeds=0"]
-    command += ["--data_name=mnist_5k", f"--data_dir={data_dir}"]
+def test_seeds_score_as_their_runs_do(data_dir, tmp_path, monkeypatch, capsys):
+    parser = seed_distribution._make_parser()
+    command = ["--seeds=2", "--keras_seeds=0", "--data_name=mnist_5k", f"--data_dir={data_dir}"]
     command += [f"--json={tmp_path / 'scores.json'}", f"--figure={tmp_path / 'scores.png'}"]
-    result = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
-    assert "test accuracy ours    2 seeds: 0." in result.stdout
+    monkeypatch.setattr(sys, "argv", ["seed_distribution", *command])
+    assert cli.call(parser, seed_distribution._main) == 0
+    assert "test accuracy ours    2 seeds: 0." in capsys.readouterr().out
     Image.open(tmp_path / "scores.png").load()
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["dataset"] == "mnist_5k"
