@@ -125,6 +125,7 @@ class TrainConfig(_Group):
 
     batch_size: int = _field(128, "examples per step", within="[1, 65536]")
     num_epochs: int = _field(5, "passes over the training set", within="[1, 1000000]")
+    truncate: int = _field(0, "gradients stop after every n time steps; 0 never", within=_COUNT)
     augment: str = _field("none", "distortion of training images, in augment.AUGMENTATIONS")
 
 

@@ -83,7 +83,7 @@ def test_gradient_norms_are_finite_differences(name, bidirectional, digits):
         x = network.sequence(images)
         (layer,) = network.layers
         cells = [(layer.forward, 1), (layer.backward, -1)] if bidirectional else [(layer, 1)]
-        first = cells[0][0].initial_carry(2)
+        first = cells[0][0].initial_state(2)
 
         @jax.jit
         def losses(moves):
@@ -91,7 +91,7 @@ def test_gradient_norms_are_finite_differences(name, bidirectional, digits):
             for (cell, sign), move in zip(cells, moves, strict=True):
                 z, carry, states = cell.project(x[::sign]), first, []
                 for t in range(len(x)):
-                    carry, _ = cell.step(carry, z[t])
+                    carry = cell.step(carry, z[t])
                     carry = jax.tree.map(lambda leaf, by, t=t: leaf + by[t], carry, move)
                     states.append(jax.tree.leaves(carry)[0])
                 outputs.append(cell.emit(jnp.stack(states), x[::sign])[::sign])

@@ -1,11 +1,12 @@
 """Recurrent layers as Flax NNX modules, and the `CELLS` table.
 
-A cell has a time-parallel half and a recurrent half. `project` computes the input products of all
-time steps at once, as one large matrix product; `step` computes what depends on the previous
-step; `emit` turns states into outputs, again for all time steps at once. A new cell is a subclass
-of `Cell` and an entry in `CELLS`.
+A cell has a time-parallel half and a recurrent half. `project` computes the input products of
+several time steps at once, as one large matrix product; `step` computes what depends on the
+previous step; `emit` turns states into outputs, again for several time steps at once. A new cell is
+a subclass of `Cell` with `step`, an entry in `CELLS`, and an oracle in the tests.
 
-Shapes: B batch, T time steps, F features per step, H hidden units, K gates.
+Shapes: B batch, T time steps, L time steps that are read in one go, F features per step, H hidden
+units, K gates.
 """
 
 from typing import Any, NamedTuple
@@ -26,49 +27,75 @@ class RecurrentParam(nnx.Param):
 
 
 class Cell(nnx.Module):
-    """A recurrent layer, [T, B, F] -> [T, B, H]; constructed as `cell(F, H, rngs=rngs)`.
+    """A recurrent layer; constructed as `cell(F, H, rngs=rngs)`.
 
     A subclass defines `step`, and either a `kernel` W [F, K·H] and a `bias` b [K·H], or `project`
-    and `initial_carry` of its own; the rest follows.
+    and `initial_state` of its own; the rest follows. Reading a sequence in one go, in parts or step
+    by step gives the same numbers.
     """
 
     num_gates = 1
+    # Time steps that a CPU reads in one go when it trains on a long sequence; see `in_stretches`.
+    # Milliseconds of a step on pixels, B = 128, H = 128, on two cores, by this number:
+    #     2    4    7   14   28   uncut
+    #   {TABLE}
+    stretch = 4
 
-    def project(self, x: jax.Array) -> jax.Array:
-        """[..., F] -> [..., K·H]: what the inputs contribute; by default x W + b."""
-        y = scans.product(x, self.kernel[...])
-        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + self.bias.shape)
-
-    def initial_carry(self, batch_size: int) -> Any:
+    def initial_state(self, batch_size: int) -> Any:
         """Returns the state before the first step, a pytree of [B, H] whose first array is h_0."""
         return jnp.zeros((batch_size, self.bias.shape[0] // self.num_gates), self.bias.dtype)
 
-    def step(self, carry: Any, z: jax.Array) -> tuple[Any, jax.Array]:
-        """(carry, z_t [B, K·H]) -> (carry, h_t [B, H])."""
+    def project(self, x: jax.Array) -> jax.Array:
+        """[..., F] -> z [..., K·H]: what the inputs contribute; by default x W + b."""
+        y = scans.product(x, self.kernel[...])
+        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + self.bias.shape)
+
+    def step(self, state: Any, z: jax.Array) -> Any:
+        """(state, z_t [B, K·H]) -> the next state, whose first array is h_t."""
         raise NotImplementedError
 
-    def scan(self, carry: Any, z: jax.Array) -> jax.Array:
-        """(carry, z [T, B, K·H]) -> h [T, B, H]: `step` over time, or a faster equivalent."""
-        return lax.scan(self.step, carry, z)[1]
+    def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
+        """(state, z [L, B, K·H]) -> (state, h [L, B, H]): `step` over time, or a faster equivalent.
+
+        Forward-mode derivatives need `scans.plain`, which `read` uses if it is given a mask.
+        """
+        return scans.plain(self.step, state, z)
 
     def emit(self, h: jax.Array, x: jax.Array) -> jax.Array:
-        """(h, x [T, B, F]) -> outputs [T, B, H]: h itself, unless overridden."""
+        """(h, x [L, B, F]) -> outputs [L, B, H]: h itself, unless overridden."""
         return h
 
-    def states(self, x: jax.Array) -> jax.Array:
-        """Reads a whole sequence from the initial state: [T, B, F] -> h [T, B, H]."""
+    def read(
+        self, state: Any, x: jax.Array, mask: jax.Array | None = None
+    ) -> tuple[Any, jax.Array]:
+        """Reads the next time steps: (state, x [L, B, F]) -> (state, outputs [L, B, H]).
+
+        Where the mask, bool [L, B], is False, the state stays, and the output has no meaning.
+        """
         with jax.named_scope("project"):
             z = self.project(x)
         with jax.named_scope("recurrence"):
-            return self.scan(self.initial_carry(x.shape[1]), z)
+            if mask is None:
+                state, h = self.recur(state, z)
+            else:
+                state, h = scans.plain(self.step, state, z, mask)
+        with jax.named_scope("emit"):
+            return state, self.emit(h, x)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the outputs of all time steps: [T, B, F] -> [T, B, H]."""
-        return self.emit(self.states(x), x)
+    def __call__(
+        self, x: jax.Array, lengths: jax.Array | None = None, truncate: int = 0
+    ) -> jax.Array:
+        """Returns the outputs for whole sequences: [T, B, F] -> [T, B, H].
 
-    def last(self, x: jax.Array) -> jax.Array:
-        """Returns the output of the last time step: [T, B, F] -> [B, H]."""
-        return self.emit(self.states(x)[-1:], x[-1:])[0]
+        Of example b, the first `lengths[b]` time steps are read, or all without lengths, int [B];
+        further outputs have no meaning. `truncate` as in `scans.in_stretches`.
+        """
+
+        def read(state, at_t):
+            return self.read(state, *at_t)
+
+        state, at_t = self.initial_state(x.shape[1]), (x, scans.mask(x, lengths))
+        return scans.in_stretches(read, state, at_t, self.stretch, truncate)[1]
 
 
 class GatedCell(Cell):
@@ -89,8 +116,8 @@ class GatedCell(Cell):
         self.bias = nnx.Param(jnp.zeros(width))
 
     @staticmethod
-    def gates(carry: Any, *inputs: jax.Array) -> tuple[Any, jax.Array]:
-        """(carry, z_t + h_{t-1} U [B, K·H]) -> (carry, h_t [B, H]); reads no parameters.
+    def gates(state: Any, *inputs: jax.Array) -> Any:
+        """(state, z_t + h_{t-1} U [B, K·H]) -> state; static, so that it reads no parameters.
 
         If `recurrence` returns a c, it gets z_t and h_{t-1} U + c as two arguments.
         """
@@ -100,11 +127,11 @@ class GatedCell(Cell):
         """Returns U and c, or U and None."""
         return self.recurrent_kernel[...], None
 
-    def step(self, carry: Any, z: jax.Array) -> tuple[Any, jax.Array]:
-        return self.gates(carry, *scans.gate_inputs(*self.recurrence(), carry, z))
+    def step(self, state: Any, z: jax.Array) -> Any:
+        return type(self).gates(state, *scans.gate_inputs(*self.recurrence(), state, z))
 
-    def scan(self, carry: Any, z: jax.Array) -> jax.Array:
-        return scans.gated(self.gates, *self.recurrence(), carry, z)
+    def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
+        return scans.gated(type(self).gates, *self.recurrence(), state, z)
 
 
 class SimpleRNN(GatedCell):
@@ -118,12 +145,12 @@ class SimpleRNN(GatedCell):
     activation = staticmethod(jnp.tanh)
     slope = staticmethod(lambda h: 1 - h * h)
 
-    def gates(self, carry: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        h = self.activation(z)
-        return h, h
+    def step(self, state: jax.Array, z: jax.Array) -> jax.Array:
+        return self.activation(*scans.gate_inputs(*self.recurrence(), state, z))
 
-    def scan(self, carry: jax.Array, z: jax.Array) -> jax.Array:
-        return scans.ungated(self.activation, self.slope, self.recurrent_kernel[...], carry, z)
+    def recur(self, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = scans.ungated(self.activation, self.slope, self.recurrent_kernel[...], state, z)
+        return h[-1], h
 
 
 class IRNN(SimpleRNN):
@@ -167,15 +194,14 @@ class GRU(GatedCell):
         return self.recurrent_kernel[...], self.recurrent_bias[...]
 
     @staticmethod
-    def gates(carry: jax.Array, z: jax.Array, r: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def gates(state: jax.Array, z: jax.Array, r: jax.Array) -> jax.Array:
         (z_u, z_r, z_n), (r_u, r_r, r_n) = (jnp.split(x, 3, axis=-1) for x in (z, r))
         update, reset = jax.nn.sigmoid(z_u + r_u), jax.nn.sigmoid(z_r + r_r)
         candidate = jnp.tanh(z_n + reset * r_n)
-        h = update * carry + (1 - update) * candidate
-        return h, h
+        return update * state + (1 - update) * candidate
 
 
-class LSTMCarry(NamedTuple):
+class LSTMState(NamedTuple):
     """The state of an LSTM: hidden state h and cell state c, each [B, H]."""
 
     h: jax.Array
@@ -202,15 +228,14 @@ class LSTM(GatedCell):
         super().__init__(input_size, hidden_size, rngs=rngs)
         self.bias[...] = self.bias[...].at[hidden_size : 2 * hidden_size].set(1)
 
-    def initial_carry(self, batch_size: int) -> LSTMCarry:
-        return LSTMCarry(*[super().initial_carry(batch_size)] * 2)
+    def initial_state(self, batch_size: int) -> LSTMState:
+        return LSTMState(*[super().initial_state(batch_size)] * 2)
 
     @staticmethod
-    def gates(carry: LSTMCarry, z: jax.Array) -> tuple[LSTMCarry, jax.Array]:
+    def gates(state: LSTMState, z: jax.Array) -> LSTMState:
         i, f, g, o = jnp.split(z, 4, axis=-1)
-        c = jax.nn.sigmoid(f) * carry.c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return LSTMCarry(h, c), h
+        c = jax.nn.sigmoid(f) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        return LSTMState(jax.nn.sigmoid(o) * jnp.tanh(c), c)
 
 
 class LinearCell(Cell):
@@ -220,17 +245,19 @@ class LinearCell(Cell):
     be computed in O(log T) parallel steps.
     """
 
+    stretch = 14
+
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """z [..., B, K·H] -> a, of that shape or one that broadcasts, and b [..., B, H]."""
         raise NotImplementedError
 
-    def step(self, carry: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def step(self, state: jax.Array, z: jax.Array) -> jax.Array:
         a, b = self.coefficients(z)
-        h = a * carry + b
-        return h, h
+        return a * state + b
 
-    def scan(self, carry: jax.Array, z: jax.Array) -> jax.Array:
-        return scans.linear(*self.coefficients(z), carry)
+    def recur(self, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        h = scans.linear(*self.coefficients(z), state)
+        return h[-1], h
 
 
 class MinGRU(LinearCell):
@@ -289,18 +316,18 @@ class LRU(LinearCell):
 
         squares = self.r_min**2 + (self.r_max**2 - self.r_min**2) * uniform()
         self.nu_log = RecurrentParam(jnp.log(-0.5 * jnp.log(squares)))
-        self.theta_log = RecurrentParam(jnp.log(self.max_phase * uniform()))
+        self.theta_log = RecurrentParam(jnp.log(self.max_phase * jnp.maximum(uniform(), 1e-7)))
         self.gamma_log = RecurrentParam(0.5 * jnp.log(1 - squares))
         self.B_re, self.B_im = (RecurrentParam(normal(1 / (2 * f), f, h)) for _ in range(2))
         self.C_re, self.C_im = (nnx.Param(normal(1 / h, h, h)) for _ in range(2))
         self.D = nnx.Param(normal(1, h)) if f == h else None
 
-    def initial_carry(self, batch_size: int) -> jax.Array:
+    def initial_state(self, batch_size: int) -> jax.Array:
         zeros = jnp.zeros((batch_size, self.nu_log.shape[0]), self.nu_log.dtype)
         return lax.complex(zeros, zeros)
 
     def project(self, x: jax.Array) -> jax.Array:
-        """[..., F] -> [..., 2·H]: real and imaginary parts of γ x_t B, side by side."""
+        """[..., F] -> z [..., 2·H]: real and imaginary parts of γ x_t B, side by side."""
         gamma = jnp.exp(self.gamma_log[...])[None]
         kernel = jnp.concatenate([self.B_re[...] * gamma, self.B_im[...] * gamma], axis=1)
         return scans.product(x, kernel)

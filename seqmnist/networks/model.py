@@ -1,8 +1,10 @@
-"""The classifier: view, cells over time, readout.
+"""The classifier: view, layers over time, readout.
 
-Shapes: B batch, T time steps, F features per step, H hidden units, W outputs of a layer (H, or
-2 H if it is bidirectional), C classes.
+Shapes: B batch, T time steps, L time steps that are read in one go, F features per step, H hidden
+units, W outputs of a layer (H, or 2 H if it is bidirectional), C classes.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from flax import nnx
 
 from seqmnist.config import ModelConfig
 from seqmnist.errors import UserError, choose
+from seqmnist.networks import scans
 from seqmnist.networks.cells import CELLS, Cell
 from seqmnist.networks.views import sequence, sequence_shape
 
@@ -19,24 +22,27 @@ _glorot = nnx.initializers.glorot_uniform()
 
 
 class Bidirectional(nnx.Module):
-    """Two cells that read in opposite directions: [T, B, F] -> [T, B, 2 H].
+    """Two cells that read in opposite directions: x [T, B, F] -> [T, B, 2 H].
 
-    The output of `backward` at a time step is its state after reading from the end to that step,
-    but `last` gives, as [B, 2 H], what each cell returns after the whole sequence.
+    The output of `backward` at a time step is its output after reading from the end to that step.
+    It is not causal: it reads whole sequences only, each direction in stretches of its own.
     """
 
     def __init__(self, forward: Cell, backward: Cell):
         self.forward, self.backward = forward, backward
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.concatenate([self.forward(x), self.backward(x[::-1])[::-1]], axis=-1)
-
-    def last(self, x: jax.Array) -> jax.Array:
-        return jnp.concatenate([self.forward.last(x), self.backward.last(x[::-1])], axis=-1)
+    def __call__(
+        self, x: jax.Array, lengths: jax.Array | None = None, truncate: int = 0
+    ) -> jax.Array:
+        """As `Cell.__call__`."""
+        y = self.backward(scans.backwards(x, lengths), lengths, truncate)
+        return jnp.concatenate(
+            [self.forward(x, lengths, truncate), scans.backwards(y, lengths)], axis=-1
+        )
 
 
 class ResidualBlock(nnx.Module):
-    """Normalization, cell, gate and a skip connection: [T, B, W] -> [T, B, W].
+    """Normalization, cell, gate and a skip connection: x [L, B, W] -> [L, B, W].
 
     y = x + v_1 σ(v_2), v = gelu(cell(norm(x))) V + b; W (2 W + 4) parameters beside the cell's.
 
@@ -48,28 +54,112 @@ class ResidualBlock(nnx.Module):
         self.layer = layer
         self.gate = nnx.Linear(width, 2 * width, kernel_init=_glorot, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        v, gate = jnp.split(self.gate(jax.nn.gelu(self.layer(self.norm(x)))), 2, axis=-1)
-        return x + v * jax.nn.sigmoid(gate)
+    @property
+    def stretch(self) -> int:
+        return self.layer.stretch
 
-    def last(self, x: jax.Array) -> jax.Array:
-        return self(x)[-1]
+    def initial_state(self, batch_size: int) -> Any:
+        return self.layer.initial_state(batch_size)
+
+    def read(
+        self, state: Any, x: jax.Array, mask: jax.Array | None = None
+    ) -> tuple[Any, jax.Array]:
+        """As `Cell.read`, if `layer` is a cell."""
+        state, y = self.layer.read(state, self.prepare(x), mask)
+        return state, self.finish(x, y)
+
+    def __call__(self, x: jax.Array, *arguments: Any) -> jax.Array:
+        """As `Cell.__call__`."""
+        return self.finish(x, self.layer(self.prepare(x), *arguments))
+
+    def prepare(self, x: jax.Array) -> jax.Array:
+        """Returns the inputs of `layer`."""
+        with jax.named_scope("norm"):
+            return self.norm(x)
+
+    def finish(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Returns the block's outputs from its inputs x and the outputs y of `layer`."""
+        with jax.named_scope("gate"):
+            v, gate = jnp.split(self.gate(jax.nn.gelu(y)), 2, axis=-1)
+            return x + v * jax.nn.sigmoid(gate)
 
 
-READOUTS = {
-    "last": lambda layer, x: layer.last(x),
-    "mean": lambda layer, x: layer(x).mean(0),
-    "max": lambda layer, x: layer(x).max(0),
-}
+class Last(nnx.Module):
+    """Keeps the outputs of the last time step. All that a readout of one's own must define."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.width = width
+
+    def initial_state(self, batch_size: int, dtype: jnp.dtype) -> Any:
+        """Returns what is kept of no outputs, a pytree of [B, …]."""
+        return jnp.zeros((batch_size, self.width), dtype)
+
+    def read(self, state: Any, y: jax.Array, mask: jax.Array | None = None) -> Any:
+        """Takes in the next outputs y [L, B, W], where the mask, bool [L, B], is True."""
+        if mask is None:
+            return y[-1]
+        number = jnp.arange(1, len(y) + 1).reshape(-1, 1)
+        last = jnp.where(mask, number, 0).max(0)  # 0 if nothing is read
+        chosen = jnp.take_along_axis(y, jnp.maximum(last - 1, 0).reshape(1, -1, 1), axis=0)[0]
+        return scans.where(last > 0, chosen, state)
+
+    def __call__(self, state: Any) -> jax.Array:
+        """Returns the features that are classified, [B, W]."""
+        return state
+
+
+class Mean(Last):
+    """Keeps the sum and the number of all outputs."""
+
+    def initial_state(self, batch_size: int, dtype: jnp.dtype) -> Any:
+        return super().initial_state(batch_size, dtype), jnp.zeros((batch_size, 1), dtype)
+
+    def read(self, state: Any, y: jax.Array, mask: jax.Array | None = None) -> Any:
+        ones = jnp.ones((*y.shape[:2], 1), y.dtype)
+        if mask is not None:
+            y, ones = (scans.where(mask, each, jnp.zeros_like(each)) for each in (y, ones))
+        return state[0] + y.sum(0), state[1] + ones.sum(0)
+
+    def __call__(self, state: Any) -> jax.Array:
+        return state[0] / jnp.maximum(state[1], 1)
+
+
+class Max(Last):
+    """Keeps the largest output of each unit."""
+
+    def initial_state(self, batch_size: int, dtype: jnp.dtype) -> Any:
+        return jnp.full((batch_size, self.width), -jnp.inf, dtype)
+
+    def read(self, state: Any, y: jax.Array, mask: jax.Array | None = None) -> Any:
+        if mask is not None:
+            y = scans.where(mask, y, jnp.full_like(y, -jnp.inf))
+        return jnp.maximum(state, y.max(0))
+
+
+READOUTS = {"last": Last, "mean": Mean, "max": Max}
+
+
+class State(NamedTuple):
+    """All that a network remembers of what it has read: arrays with a leading axis B."""
+
+    layers: tuple[Any, ...]
+    outputs: Any  # what the readout keeps of the top layer's
 
 
 class SequenceClassifier(nnx.Module):
     """Reads an image as a sequence and classifies it, in the dtype of its parameters.
 
+    A network that reads in one direction reads in parts of any length:
+
+        state = network.initial_state(batch_size)
+        state = network.read(state, x)  # x [L, B, F]
+        logits = network.answer(state)  # [B, C], of what has been read so far
+
     Attributes:
       encoder: F -> W, before residual blocks; else None.
-      layers: first to last, each [T, B, F or W] -> [T, B, W].
-      readout: W -> C, applied to what `ModelConfig.readout` takes from the last layer.
+      layers: first to last, each [L, B, F or W] -> [L, B, W].
+      pool: what `ModelConfig.readout` names; it keeps [B, W] of the last layer's outputs.
+      readout: W -> C, applied to it.
 
     Raises UserError if the view, cell or readout does not exist, or if there are fewer than two
     time steps.
@@ -78,7 +168,7 @@ class SequenceClassifier(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         cell = choose(CELLS, config.cell, "model.cell")
-        choose(READOUTS, config.readout, "model.readout")
+        pool = choose(READOUTS, config.readout, "model.readout")
         num_steps, size = sequence_shape(config)
         if num_steps < 2:
             raise UserError(
@@ -101,33 +191,126 @@ class SequenceClassifier(nnx.Module):
             self.layers.append(layer)
             size = width
         self.readout = nnx.Linear(width, NUM_CLASSES, kernel_init=_glorot, rngs=rngs)
+        self.pool = pool(width, rngs=rngs)
 
-    def __call__(self, images: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, dropout_keys: jax.Array | None = None, truncate: int = 0
+    ) -> jax.Array:
         """Classifies images: uint8 [B, 28, 28] -> logits [B, C].
 
-        `dropout_keys` [B], one per image, are given in training; without them, no dropout.
+        `dropout_keys` [B], one per image, are given in training; without them, no dropout. If
+        `truncate` is not 0, gradients stop after every `truncate` time steps.
         """
-        return self.classify(self.sequence(images), dropout_keys)
+        return self.classify(self.sequence(images), None, dropout_keys, truncate)
 
     def sequence(self, images: jax.Array) -> jax.Array:
         """Returns the input of the layers, time first: uint8 [B, 28, 28] -> [T, B, F]."""
-        return jnp.swapaxes(sequence(self.config, images, self.readout.kernel.dtype), 0, 1)
+        with jax.named_scope("view"):
+            return jnp.swapaxes(sequence(self.config, images, self.readout.kernel.dtype), 0, 1)
 
-    def classify(self, x: jax.Array, dropout_keys: jax.Array | None = None) -> jax.Array:
-        """Classifies sequences of any length: [T, B, F] -> logits [B, C]."""
+    def classify(
+        self,
+        x: jax.Array,
+        lengths: jax.Array | None = None,
+        dropout_keys: jax.Array | None = None,
+        truncate: int = 0,
+    ) -> jax.Array:
+        """Classifies sequences: [T, B, F] -> logits [B, C].
+
+        Of example b, the first `lengths[b]` time steps are read, or all without lengths, int [B].
+        """
+        keep = self._draw_kept(dropout_keys)
+        if self.config.bidirectional:
+            y = self.run(x, lengths, keep, truncate)
+            return self.classify_outputs(y, lengths, keep)
+
+        def read(state, at_t):
+            return self.read(state, *at_t, keep), None
+
+        state, at_t = self.initial_state(x.shape[1]), (x, scans.mask(x, lengths))
+        state, _ = scans.in_stretches(read, state, at_t, self.layers[0].stretch, truncate)
+        return self.answer(state, keep)
+
+    def initial_state(self, batch_size: int) -> State:
+        """Returns the state of a network that has read nothing.
+
+        Raises UserError if the network is bidirectional: that reads whole sequences only.
+        """
+        if self.config.bidirectional:
+            raise UserError(
+                "a bidirectional network reads whole sequences; set config.model.bidirectional="
+                "false to read in parts"
+            )
+        pool = self.pool.initial_state(batch_size, self.readout.kernel.dtype)
+        return State(tuple(layer.initial_state(batch_size) for layer in self.layers), pool)
+
+    def read(
+        self, state: State, x: jax.Array, mask: jax.Array | None = None, keep: Any = None
+    ) -> State:
+        """Reads the next time steps x [L, B, F], where the mask, bool [L, B], is True.
+
+        `keep`, [layers, B, W], multiplies the outputs of layers, for dropout.
+        """
         if self.encoder is not None:
             x = self.encoder(x)
-        *lower, top = self.layers
-        for i, layer in enumerate(lower):
-            x = self._drop_out(layer(x), dropout_keys, i)
-        x = READOUTS[self.config.readout](top, x)
-        x = self._drop_out(x, dropout_keys, len(lower))
-        with jax.named_scope("readout"):
-            return self.readout(x)
+        states = []
+        for i, layer in enumerate(self.layers):
+            after, x = layer.read(state.layers[i], x if i == 0 else _drop(x, keep, i - 1), mask)
+            states.append(after)
+        return State(tuple(states), self.pool.read(state.outputs, x, mask))
 
-    def _drop_out(self, x, keys, layer):  # x [..., B, W]
+    def answer(self, state: State, keep: Any = None) -> jax.Array:
+        """Returns logits [B, C] for what has been read."""
+        features = _drop(self.pool(state.outputs), keep, -1)
+        with jax.named_scope("readout"):
+            return self.readout(features)
+
+    def run(
+        self,
+        x: jax.Array,
+        lengths: jax.Array | None = None,
+        keep: Any = None,
+        truncate: int = 0,
+        num_layers: int | None = None,
+    ) -> jax.Array:
+        """Returns all outputs of the top layer, or of the first layers: [T, B, F] -> [T, B, W].
+
+        The other arguments are those of `classify` and `read`.
+        """
+        if self.encoder is not None:
+            x = self.encoder(x)
+        for i, layer in enumerate(self.layers[:num_layers]):
+            x = layer(x if i == 0 else _drop(x, keep, i - 1), lengths, truncate)
+        return x
+
+    def classify_outputs(
+        self, y: jax.Array, lengths: jax.Array | None = None, keep: Any = None
+    ) -> jax.Array:
+        """Classifies all outputs of the top layer: [T, B, W] -> logits [B, C]."""
+        if self.config.bidirectional:  # each half in the direction in which its cell reads
+            forward, backward = jnp.split(y, 2, axis=-1)
+            y = jnp.concatenate([forward, scans.backwards(backward, lengths)], axis=-1)
+        nothing = self.pool.initial_state(y.shape[1], y.dtype)
+        return self.answer(State((), self.pool.read(nothing, y, scans.mask(y, lengths))), keep)
+
+    def _draw_kept(self, keys):
+        """Returns for each layer which outputs of which example are kept, and by which factor.
+
+        It is the same for all time steps, [B, W], as in S5: drawing for each costs a fifth of a
+        step on pixels.
+        """
         if keys is None:
-            return x
+            return None
         drop_out = nnx.Dropout(self.config.dropout)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, layer)
-        return jax.vmap(lambda x, key: drop_out(x, rngs=key), (-2, 0), -2)(x, keys)
+        ones = jnp.ones(self.readout.kernel.shape[0], self.readout.kernel.dtype)
+
+        def draw(key):
+            each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(self.layers)))
+            return jax.vmap(lambda key: drop_out(ones, rngs=key))(each)
+
+        return jax.vmap(draw, out_axes=1)(keys)
+
+
+def _drop(x, keep, layer):
+    with jax.named_scope("dropout"):
+        return x if keep is None else x * keep[layer].reshape((1,) * (x.ndim - 2) + keep.shape[1:])

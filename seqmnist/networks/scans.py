@@ -1,7 +1,8 @@
-"""Recurrences over time, and products over all time steps at once, on plain arrays, time first.
+"""Recurrences over time on plain arrays, time first; how a sequence is cut into stretches.
 
-Each fast path computes what a plain `lax.scan` or product computes, values and gradients.
-Shapes: B batch, T time steps, F features, H hidden units, K gates.
+`plain` is the recurrence that everything else here is tested against, values and gradients.
+Shapes: B batch, T time steps, F features, H hidden units, K gates. A mask, bool [T, B] or None,
+says what is read: where it is False, the state stays as it is.
 """
 
 import functools
@@ -12,92 +13,157 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Below this many time steps the parallel form saves nothing, even on an accelerator.
-_PARALLEL_LENGTH = 64
+# Shorter sequences are never cut, and linear recurrences always read step by step.
+SHORTEST_CUT = 64
 
 
-@jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiplies all time steps by one kernel: x [..., F], W [F, H] -> [..., H]."""
-    return x @ kernel
+def plain(step: Callable, state: Any, z: Any, mask: jax.Array | None = None) -> tuple[Any, Any]:
+    """Repeats `step`, (state, z_t) -> state, over time; z is a pytree of [T, B, …].
 
-
-def _product_backward(residuals, dy):
-    x, kernel = residuals
-    return dy @ kernel.T, _kernel_gradient(x, dy)
-
-
-product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_backward)
-
-
-def _kernel_gradient(x, dy):
-    """Sums x dyᵀ over all time steps and examples: [..., F] and [..., H] -> [F, H].
-
-    Computed as [H, F] and then transposed: on CPUs, a long product that transposes both of its
-    factors takes up to twice as long. The barrier keeps XLA from merging the transposition.
+    Returns the last state, and h [T, B, H], the first array of each state.
     """
-    axes = tuple(range(x.ndim - 1))
-    transposed = lax.dot_general(dy, x, ((axes, axes), ((), ())))
-    return lax.optimization_barrier(transposed).T
+
+    def one(state, at_t):
+        z_t, is_read = at_t
+        after = step(state, z_t)
+        if is_read is not None:
+            after = jax.tree.map(functools.partial(where, is_read), after, state)
+        return after, jax.tree.leaves(after)[0]
+
+    return lax.scan(one, state, (z, mask))
+
+
+def where(is_read: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Chooses between arrays [B, …] by example."""
+    return jnp.where(is_read.reshape(is_read.shape + (1,) * (new.ndim - is_read.ndim)), new, old)
+
+
+def mask(x: jax.Array, lengths: jax.Array | None) -> jax.Array | None:
+    """Returns what is read of sequences x [T, B, …] of these lengths, int [B]; None of None."""
+    return None if lengths is None else jnp.arange(len(x)).reshape(-1, 1) < lengths.reshape(1, -1)
+
+
+def backwards(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Reverses sequences [T, B, …], each within its length, int [B]."""
+    if lengths is None:
+        return x[::-1]
+    t = (lengths.reshape(1, -1) - 1 - jnp.arange(len(x)).reshape(-1, 1)) % len(x)
+    return jnp.take_along_axis(x, t.reshape(t.shape + (1,) * (x.ndim - 2)), axis=0)
+
+
+def in_stretches(
+    read: Callable, state: Any, x: Any, length: int, truncate: int = 0
+) -> tuple[Any, Any]:
+    """Reads a sequence, in stretches if that is better; equal to `read(state, x)`.
+
+    Training on a CPU keeps only the states at the cuts of a long sequence, and computes the
+    inside of a stretch again when it comes to its gradients: memory does not grow with what a
+    step keeps, and a stretch stays in the cache. On an accelerator, whose time goes into the
+    number of steps in a row, nothing is cut.
+
+    Args:
+      read: (state, x) -> (state, y), for any number of time steps.
+      x: a pytree of [T, B, …].
+      length: of a stretch, in time steps.
+      truncate: if not 0, gradients stop after every `truncate` time steps.
+
+    Returns the last state and y, a pytree of [T, …].
+    """
+    num_steps = len(jax.tree.leaves(x)[0])
+
+    def cut(state, x, length=length):
+        def stretch(state, x):
+            return read(lax.stop_gradient(state) if truncate else state, x)
+
+        whole = num_steps - num_steps % length
+        stretches = jax.tree.map(lambda a: a[:whole].reshape(-1, length, *a.shape[1:]), x)
+        state, y = lax.scan(jax.checkpoint(stretch, prevent_cse=False), state, stretches)
+        y = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), y)
+        if whole == num_steps:
+            return state, y
+        state, rest = stretch(state, jax.tree.map(lambda a: a[whole:], x))
+        return state, jax.tree.map(lambda *parts: jnp.concatenate(parts), y, rest)
+
+    if truncate:
+        return cut(state, x, truncate)
+    if num_steps < SHORTEST_CUT:
+        return read(state, x)
+    return lax.platform_dependent(state, x, cpu=cut, default=read)
+
+
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Multiplies all time steps by one kernel: x [..., F], W [F, H] -> [..., H].
+
+    The gradient of Wᵀ is a product that transposes one of its factors, that of W both: on rows, a
+    minGRU trains 1.27 times as fast this way. The barrier keeps XLA from merging the transposition.
+    """
+    transposed = lax.optimization_barrier(kernel.T)
+    return lax.dot_general(x, transposed, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def gate_inputs(
-    kernel: jax.Array, bias: jax.Array | None, carry: Any, z: jax.Array
+    kernel: jax.Array, bias: jax.Array | None, state: Any, z: jax.Array
 ) -> tuple[jax.Array, ...]:
     """Returns what the gates of a step act on: (z_t + h_{t-1} U,), or (z_t, h_{t-1} U + c).
 
-    U is [H, K·H], c [K·H] or None, z_t [B, K·H], and the first array of `carry` h_{t-1} [B, H].
+    U is [H, K·H], c [K·H] or None, z_t [B, K·H], and the first array of `state` h_{t-1} [B, H].
     """
-    r = jax.tree.leaves(carry)[0] @ kernel
+    r = jax.tree.leaves(state)[0] @ kernel
     return (z + r,) if bias is None else (z, r + bias.reshape(1, -1))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def gated(
-    gates: Callable, kernel: jax.Array, bias: jax.Array | None, carry: Any, z: jax.Array
-) -> jax.Array:
-    """Scans `gates` over time, z [T, B, K·H] -> h [T, B, H]; other arguments as `gate_inputs`.
+    gates: Callable, kernel: jax.Array, bias: jax.Array | None, state: Any, z: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Computes `plain` for a step of gates, with a backward pass of fewer and larger products.
 
-    `gates`, (carry, *gate_inputs) -> (carry, h_t), is elementwise. Differentiating a plain scan
-    adds to the gradient of U at every time step: a small product and a pass over [H, K·H] each.
-    Here the cotangents of all h_{t-1} U are kept and followed by one product over all T·B rows.
+    `gates`, (state, *gate_inputs) -> state, is elementwise. Differentiating a plain scan adds to
+    the gradient of U at every time step. Here the cotangents of all h_{t-1} U are kept and followed
+    by one product over all T·B rows: on rows, an LSTM trains 1.13 times as fast.
     """
 
-    def step(carry, z_t):
-        return gates(carry, *gate_inputs(kernel, bias, carry, jnp.concatenate(z_t, axis=-1)))
+    def step(state, z_t):
+        return gates(state, *gate_inputs(kernel, bias, state, jnp.concatenate(z_t, axis=-1)))
 
-    return lax.scan(step, carry, _split_gates(z, kernel))[1]
+    return plain(step, state, _split_gates(z, kernel))
 
 
-def _gated_forward(gates, kernel, bias, carry, z):
+def _gated_forward(gates, kernel, bias, state, z):
     gates = jax.checkpoint(gates, policy=_is_kept, prevent_cse=False)
 
-    def step(carry, z_t):
-        inputs = gate_inputs(kernel, bias, carry, jnp.concatenate(z_t, axis=-1))
-        (after, h), pullback = jax.vjp(gates, carry, *inputs)
-        return after, (h, pullback)
+    def step(state, z_t):
+        inputs = gate_inputs(kernel, bias, state, jnp.concatenate(z_t, axis=-1))
+        after, pullback = jax.vjp(gates, state, *inputs)
+        return after, (jax.tree.leaves(after)[0], pullback)
 
-    _, (h, pullbacks) = lax.scan(step, carry, _split_gates(z, kernel))
-    return h, (kernel, bias, carry, h, pullbacks)
+    last, (h, pullbacks) = lax.scan(step, state, _split_gates(z, kernel))
+    return (last, h), (kernel, bias, state, h, pullbacks)
 
 
-def _gated_backward(_, residuals, dh):
-    kernel, bias, carry, h, pullbacks = residuals
+def _gated_backward(_, residuals, cotangents):
+    (dstate, dh), (kernel, bias, state, h, pullbacks) = cotangents, residuals
 
-    def step(dcarry, at_t):
+    def step(dstate, at_t):
         pullback, dh_t = at_t
-        dcarry, *dinputs = pullback((dcarry, dh_t))
-        (first, *rest), structure = jax.tree.flatten(dcarry)
+        (first, *rest), structure = jax.tree.flatten(dstate)
+        dstate, *dinputs = pullback(jax.tree.unflatten(structure, [first + dh_t, *rest]))
+        (first, *rest), structure = jax.tree.flatten(dstate)
         return jax.tree.unflatten(structure, [first + dinputs[-1] @ kernel.T, *rest]), dinputs
 
-    zeros = jax.tree.map(jnp.zeros_like, carry)
-    dcarry, dinputs = lax.scan(step, zeros, (pullbacks, dh), reverse=True)
+    dstate, dinputs = lax.scan(step, dstate, (pullbacks, dh), reverse=True)
     dz, dr = dinputs[0], dinputs[-1]
-    before = jnp.concatenate([jax.tree.leaves(carry)[0][None], h[:-1]])
-    return _kernel_gradient(before, dr), None if bias is None else dr.sum((0, 1)), dcarry, dz
+    return _kernel_gradient(state, h, dr), None if bias is None else dr.sum((0, 1)), dstate, dz
 
 
 gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _kernel_gradient(state, h, dr):
+    """Returns the gradient of U [H, K·H] from the cotangents dr [T, B, K·H] of all h_{t-1} U."""
+    before = jnp.concatenate([jax.tree.leaves(state)[0][None], h[:-1]])
+    zeros = jnp.zeros((h.shape[-1], dr.shape[-1]), dr.dtype)
+    return jax.vjp(lambda kernel: product(before, kernel), zeros)[1](dr)[0]
 
 
 def _is_kept(primitive, *_, **__):
@@ -120,108 +186,72 @@ def _split_gates(z, kernel):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def ungated(
-    activation: Callable, slope: Callable, kernel: jax.Array, carry: jax.Array, z: jax.Array
+    activation: Callable, slope: Callable, kernel: jax.Array, state: jax.Array, z: jax.Array
 ) -> jax.Array:
     """Computes h_t = φ(z_t + h_{t-1} U), z [T, B, H] -> h [T, B, H]; h_t overwrites z_t in place.
 
-    In the backward pass, dz_t overwrites dh_t in place. A loop is then as fast as an unrolled one
-    and compiles in half the time. `activation` is φ, and `slope` φ' as a function of φ's result,
-    both elementwise; U is [H, H], and `carry` h_0 [B, H].
+    In the backward pass, dz_t overwrites dh_t in place: on rows, a SimpleRNN trains 1.25 times as
+    fast as by `plain`. `activation` is φ, and `slope` φ' as a function of φ's result, both
+    elementwise; U is [H, H], and `state` h_0 [B, H].
     """
 
-    def step(t, state):
-        h, memory = state
+    def step(t, carry):
+        h, memory = carry
         h = activation(memory[t] + h @ kernel)
         return h, lax.dynamic_update_index_in_dim(memory, h, t, 0)
 
-    return lax.fori_loop(0, len(z), step, (carry, z))[1]
+    return lax.fori_loop(0, len(z), step, (state, z))[1]
 
 
-def _ungated_forward(activation, slope, kernel, carry, z):
-    h = ungated(activation, slope, kernel, carry, z)
-    return h, (kernel, carry, h)
+def _ungated_forward(activation, slope, kernel, state, z):
+    h = ungated(activation, slope, kernel, state, z)
+    return h, (kernel, state, h)
 
 
 def _ungated_backward(_, slope, residuals, dh):
-    kernel, carry, h = residuals
+    kernel, state, h = residuals
 
-    def step(i, state):
-        dcarry, memory = state
+    def step(i, carry):
+        dstate, memory = carry
         t = len(h) - 1 - i
-        dz_t = (memory[t] + dcarry) * slope(h[t])
+        dz_t = (memory[t] + dstate) * slope(h[t])
         return dz_t @ kernel.T, lax.dynamic_update_index_in_dim(memory, dz_t, t, 0)
 
-    dcarry, dz = lax.fori_loop(0, len(h), step, (jnp.zeros_like(carry), dh))
-    return _kernel_gradient(jnp.concatenate([carry[None], h[:-1]]), dz), dcarry, dz
+    dstate, dz = lax.fori_loop(0, len(h), step, (jnp.zeros_like(state), dh))
+    return _kernel_gradient(state, h, dz), dstate, dz
 
 
 ungated.defvjp(_ungated_forward, _ungated_backward)
 
 
-def linear_sequential(a: jax.Array, b: jax.Array, carry: jax.Array) -> jax.Array:
+def linear(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
+    """Computes h_t = a_t h_{t-1} + b_t, in the form that is fast on the platform it runs on.
+
+    Real or complex: b and h are [T, B, H], a is of a shape that broadcasts to it, and `state` is
+    h_0 [B, H]. The parallel form does twice the arithmetic and moves several times the memory,
+    which pays for long sequences on an accelerator, but not on a few CPU cores.
+    """
+    if len(b) < SHORTEST_CUT:
+        return linear_sequential(a, b, state)
+    forms = {"cpu": linear_sequential, "default": linear_parallel}
+    return lax.platform_dependent(a, b, state, **forms)
+
+
+def linear_sequential(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
     """Computes `linear` step by step."""
-
-    def step(h, at_t):
-        a_t, b_t = (a[0], at_t) if len(a) == 1 else at_t
-        h = a_t * h + b_t
-        return h, h
-
-    return lax.scan(step, carry, b if len(a) == 1 else (a, b))[1]
+    at_t = (None, b) if len(a) == 1 else (a, b)
+    return plain(lambda h, ab: (a[0] if ab[0] is None else ab[0]) * h + ab[1], state, at_t)[1]
 
 
-def linear_parallel(a: jax.Array, b: jax.Array, carry: jax.Array) -> jax.Array:
+def linear_parallel(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
     """Computes `linear` in O(log T) parallel steps.
 
     Source: G. E. Blelloch, Prefix sums and their applications, CMU-CS-90-190 (1990).
     """
-    first = b[:1] + a[:1] * carry[None]
+    first = b[:1] + a[:1] * state[None]
     a = jnp.broadcast_to(a, (len(b), *a.shape[1:]))
 
     def compose(left, right):
         return left[0] * right[0], left[1] * right[0] + right[1]
 
     return lax.associative_scan(compose, (a, jnp.concatenate([first, b[1:]])))[1]
-
-
-def linear_by_platform(a: jax.Array, b: jax.Array, carry: jax.Array) -> jax.Array:
-    """Computes `linear` in the form that is fast on the platform it is compiled for.
-
-    The parallel form does twice the arithmetic and moves several times the memory, which pays
-    for long sequences on an accelerator, but not on a few CPU cores.
-    """
-    if len(b) < _PARALLEL_LENGTH:
-        return linear_sequential(a, b, carry)
-    forms = {"cpu": linear_sequential, "default": linear_parallel}
-    return lax.platform_dependent(a, b, carry, **forms)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def linear(
-    a: jax.Array, b: jax.Array, carry: jax.Array, form: Callable = linear_by_platform
-) -> jax.Array:
-    """Computes h_t = a_t h_{t-1} + b_t.
-
-    Real or complex: b and h are [T, B, H], a is of a shape that broadcasts to it, and `carry` is
-    h_0 [B, H]. The cotangents follow a recurrence of the same kind, backwards in time, so only h
-    is kept for them, whatever the `form`: `linear_sequential`, `linear_parallel` or
-    `linear_by_platform`.
-    """
-    return form(a, b, carry)
-
-
-def _linear_forward(a, b, carry, form):
-    h = form(a, b, carry)
-    return h, (a, carry, h)
-
-
-def _linear_backward(form, residuals, dh):
-    a, carry, h = residuals
-    # g_t = dh_t + a_{t+1} g_{t+1}: the same recurrence, read from the end.
-    later = a if len(a) == 1 else jnp.concatenate([jnp.zeros_like(a[:1]), a[:0:-1]])
-    g = form(later, dh[::-1], jnp.zeros_like(carry))[::-1]
-    before = jnp.concatenate([carry[None], h[:-1]])
-    axes = tuple(i for i, size in enumerate(a.shape) if size != h.shape[i])
-    return jnp.sum(g * before, axes, keepdims=True), g, a[0] * g[0]
-
-
-linear.defvjp(_linear_forward, _linear_backward)

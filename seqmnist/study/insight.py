@@ -4,7 +4,6 @@ Shapes: B batch, T time steps, W outputs of the top layer, C classes, D directio
 bidirectional, else 1).
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,35 +13,33 @@ import optax
 from flax import nnx
 from jax import lax
 
-from seqmnist.networks.model import Bidirectional, ResidualBlock, SequenceClassifier
+from seqmnist.networks import scans
+from seqmnist.networks.model import Bidirectional, ResidualBlock
 from seqmnist.training.steps import System
-
-# What a readout takes from outputs [T, B, W] of the top layer, for each end of the sequence.
-_PREFIX_READOUTS = {
-    "last": lambda y: y,
-    "mean": lambda y: jnp.cumsum(y, 0) / jnp.arange(1, len(y) + 1, dtype=y.dtype)[:, None, None],
-    "max": lax.cummax,
-}
 
 
 def beliefs(system: System, params: Any, images: jax.Array) -> jax.Array:
     """Returns what the network would predict if its sequence ended after each time step.
 
     One pass if the network reads forwards. A bidirectional layer also reads from the end, which
-    is different for every time step: T passes, each over a part of the sequence.
+    is different for every time step: T passes.
 
     `images` are uint8 [B, 28, 28]. Returns probabilities [T, B, C]; the last are those of the whole
     image.
     """
-    model = nnx.merge(system.graphdef, params)
-    x = model.sequence(images)
-    if not model.config.bidirectional:
-        return jax.nn.softmax(model.readout(_PREFIX_READOUTS[model.config.readout](_run(model, x))))
+    network = nnx.merge(system.graphdef, params)
+    x = network.sequence(images)
+    if network.config.bidirectional:
+        lengths = jnp.broadcast_to(jnp.arange(1, len(x) + 1).reshape(-1, 1), x.shape[:2])
+        logits = lax.map(lambda lengths: network.classify(x, lengths), lengths)
+    else:
 
-    def after(length):
-        return jax.nn.softmax(_classify_prefix(nnx.merge(system.graphdef, params), x, length))
+        def step(state, x_t):
+            state = network.read(state, x_t[None])
+            return state, network.answer(state)
 
-    return lax.map(after, jnp.arange(1, len(x) + 1))
+        logits = lax.scan(step, network.initial_state(x.shape[1]), x)[1]
+    return jax.nn.softmax(logits)
 
 
 def hidden_states(system: System, params: Any, images: jax.Array) -> jax.Array:
@@ -51,8 +48,8 @@ def hidden_states(system: System, params: Any, images: jax.Array) -> jax.Array:
     The second half of a bidirectional layer's outputs comes from reading from the end to that
     time step.
     """
-    model = nnx.merge(system.graphdef, params)
-    return _run(model, model.sequence(images))
+    network = nnx.merge(system.graphdef, params)
+    return network.run(network.sequence(images))
 
 
 def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -64,23 +61,41 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
     Returns ‖∂loss/∂h_t‖ of each example's cross-entropy, [D, T, B]; h_t is the whole state: of an
     LSTM, h and c. The second direction reads from the end to time step t.
     """
-    model = nnx.merge(system.graphdef, params)
-    x = model.sequence(images)
+    network = nnx.merge(system.graphdef, params)
+    x = network.sequence(images)
+    below, top = network.run(x, num_layers=-1), network.layers[-1]
+    cell = top.layer if isinstance(top, ResidualBlock) else top
+    cells = [cell.forward, cell.backward] if isinstance(cell, Bidirectional) else [cell]
 
     def total_loss(nudges):
-        model = nnx.merge(system.graphdef, params)
-        for cell, nudge in zip(_cells(model.layers[-1]), nudges, strict=True):
-            _modify_carry(cell, functools.partial(jax.tree.map, jnp.add), nudge)
-        losses = optax.softmax_cross_entropy_with_integer_labels(model.classify(x), labels)
+        logits = network.classify_outputs(_nudged(top, below, nudges))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses)  # no example's loss depends on another's state
 
-    carries = [cell.initial_carry(x.shape[1]) for cell in _cells(model.layers[-1])]
-    nudges = jax.tree.map(lambda leaf: jnp.zeros((len(x), *leaf.shape), leaf.dtype), carries)
+    states = [cell.initial_state(x.shape[1]) for cell in cells]
+    nudges = jax.tree.map(lambda leaf: jnp.zeros((len(x), *leaf.shape), leaf.dtype), states)
     norms = [
         jnp.sqrt(sum(jnp.sum(jnp.abs(leaf) ** 2, -1) for leaf in jax.tree.leaves(grad)))
         for grad in jax.grad(total_loss)(nudges)
     ]
     return jnp.stack([norms[0], *(norm[::-1] for norm in norms[1:])])
+
+
+def _nudged(layer, x, nudges):
+    """Returns the outputs of a layer, x [T, B, F], whose states are moved after each time step."""
+    if isinstance(layer, ResidualBlock):
+        return layer.finish(x, _nudged(layer.layer, layer.prepare(x), nudges))
+    if isinstance(layer, Bidirectional):
+        halves = zip((layer.forward, layer.backward), (x, x[::-1]), nudges, strict=True)
+        forward, backward = (_nudged(cell, x, [nudge]) for cell, x, nudge in halves)
+        return jnp.concatenate([forward, backward[::-1]], axis=-1)
+
+    def step(state, at_t):
+        z_t, nudge = at_t
+        return jax.tree.map(jnp.add, layer.step(state, z_t), nudge)
+
+    z = (layer.project(x), nudges[0])
+    return layer.emit(scans.plain(step, layer.initial_state(x.shape[1]), z)[1], x)
 
 
 class ClassScores(NamedTuple):
@@ -107,52 +122,3 @@ def class_scores(confusion: np.ndarray) -> ClassScores:
 
     f1 = ratio(2 * correct, support + predicted)
     return ClassScores(ratio(correct, predicted), ratio(correct, support), f1, support)
-
-
-def _cells(layer):
-    """Returns the cell of a layer; of a bidirectional one, the forward and the backward cell."""
-    if isinstance(layer, ResidualBlock):
-        layer = layer.layer
-    return [layer.forward, layer.backward] if isinstance(layer, Bidirectional) else [layer]
-
-
-def _modify_carry(cell, modify, by):
-    """Makes a cell call modify(carry, by[t]) -> carry after each time step t that it reads."""
-
-    def step(carry, at_t):
-        z_t, by_t = at_t
-        carry = modify(cell.step(carry, z_t)[0], by_t)
-        return carry, jax.tree.leaves(carry)[0]
-
-    cell.scan = lambda carry, z: lax.scan(step, carry, (z, by))[1]
-
-
-def _run(model: SequenceClassifier, x):
-    """Returns the outputs of the top layer: [T, B, F] -> [T, B, W]."""
-    if model.encoder is not None:
-        x = model.encoder(x)
-    for layer in model.layers:
-        x = layer(x)
-    return x
-
-
-def _classify_prefix(model, x, length):
-    """Returns the logits of x[:length], where `length` may be traced; modifies the model.
-
-    Cells that read from the end keep their initial state until they reach x[length - 1]; outputs
-    after that time step are ignored.
-    """
-    has_begun = jnp.arange(len(x)) >= len(x) - length
-    for layer in model.layers:
-        _, backward = _cells(layer)
-        initial = backward.initial_carry(x.shape[1])
-
-        def wait(carry, has_begun, initial=initial):
-            return jax.tree.map(functools.partial(jnp.where, has_begun), carry, initial)
-
-        _modify_carry(backward, wait, has_begun)
-    y, readout = _run(model, x), model.config.readout
-    if readout == "last" and isinstance(model.layers[-1], Bidirectional):
-        forward, backward = jnp.split(y, 2, axis=-1)
-        return model.readout(jnp.concatenate([forward[length - 1], backward[0]], axis=-1))
-    return model.readout(_PREFIX_READOUTS[readout](y)[length - 1])

@@ -36,12 +36,13 @@ class System(NamedTuple):
     optimizer: optax.GradientTransformation
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None  # (images, a key for each)
     drops_out: bool  # whether training drops outputs of layers
+    truncate: int  # time steps after which gradients stop; 0 is never
 
     def apply(
         self, params: Any, images: jax.Array, dropout_keys: jax.Array | None = None
     ) -> jax.Array:
         """Returns logits [B, C] for images uint8 [B, 28, 28]; without keys [B], no dropout."""
-        return nnx.merge(self.graphdef, params)(images, dropout_keys)
+        return nnx.merge(self.graphdef, params)(images, dropout_keys, self.truncate)
 
 
 def make_system(config: Config, num_steps: int | None = None) -> System:
@@ -54,7 +55,7 @@ def make_system(config: Config, num_steps: int | None = None) -> System:
     swept = tuple(name.removeprefix("optimizer.") for name in members.settings(config)[0])
     optimizer = make_optimizer(config.optimizer, num_steps, swept)
     augment = choose(AUGMENTATIONS, config.train.augment, "train.augment")
-    return System(graphdef, optimizer, augment, config.model.dropout > 0)
+    return System(graphdef, optimizer, augment, config.model.dropout > 0, config.train.truncate)
 
 
 def init_state(

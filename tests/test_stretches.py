@@ -1,0 +1,214 @@
+"""Reading in parts, with masks and with truncated gradients, against reading in one go."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from close import assert_close, random_module, random_params
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqmnist.config import Config, ModelConfig
+from seqmnist.networks import scans
+from seqmnist.networks.cells import CELLS
+from seqmnist.networks.model import READOUTS, SequenceClassifier
+from seqmnist.training.batches import Batch
+from seqmnist.training.steps import init_state, make_system, train_step
+
+T, B, F = 9, 3, 28
+X = np.random.default_rng(0).normal(size=(T, B, F)) / 2
+TOLERANCES = {jnp.float32: 1e-5, jnp.float64: 1e-12}
+
+
+def make(dtype=jnp.float32, **fields):
+    """Returns a network's structure and random parameters of a dtype."""
+    config = ModelConfig(**{"hidden_size": 6, **fields})
+    graphdef, params = nnx.split(random_module(lambda r: SequenceClassifier(config, rngs=r)))
+    return graphdef, random_params(params, 1, dtype)
+
+
+def loss_and_gradients(graphdef, read_all):
+    """Returns a compiled function of (params, x): logits, and gradients of a mixture of them."""
+
+    @jax.jit
+    def both(params, x):
+        def total(params, x):
+            logits = read_all(nnx.merge(graphdef, params), x)
+            return jnp.sum(jnp.sin(jnp.arange(logits.size, dtype=x.dtype)) * logits.ravel()), logits
+
+        (_, logits), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(params, x)
+        return logits, grads
+
+    return both
+
+
+def read_in_parts(cuts):
+    def read_all(network, x):
+        state = network.initial_state(x.shape[1])
+        for part in jnp.split(x, cuts):
+            state = network.read(state, part)
+        return network.answer(state)
+
+    return read_all
+
+
+NETWORKS = [
+    *({"cell": cell} for cell in CELLS),
+    {"cell": "lstm", "num_layers": 2, "readout": "mean"},
+    {"cell": "min_gru", "num_layers": 2, "block": "residual"},
+    {"cell": "lru", "block": "residual", "readout": "mean"},
+]
+
+
+# Flax's LayerNorm refuses float64 under strict promotion.
+CASES = [(fields, jnp.float32 if "block" in fields else jnp.float64) for fields in NETWORKS]
+CASES += [({"cell": cell}, jnp.float32) for cell in ("gru", "lru")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fields", "dtype"), CASES)
+def test_any_cutting_equals_one_go(fields, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+        graphdef, params = make(dtype, **fields)
+        x = jnp.array(X, dtype)
+        expected = loss_and_gradients(graphdef, SequenceClassifier.classify)(params, x)
+
+        @settings(max_examples=2, deadline=None)
+        @given(st.sets(st.integers(1, T - 1)))
+        def check(cuts):
+            got = loss_and_gradients(graphdef, read_in_parts(sorted(cuts)))(params, x)
+            assert_close(got, expected, TOLERANCES[dtype])
+
+        check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [4, 7, 99])
+def test_stretches_equal_one_go(length, monkeypatch):
+    monkeypatch.setattr(scans, "SHORTEST_CUT", 2)
+    monkeypatch.setattr(CELLS["gru"], "stretch", length)
+    graphdef, params = make(cell="gru", num_layers=2)
+    x = jnp.array(X, jnp.float32)
+    got = loss_and_gradients(graphdef, SequenceClassifier.classify)(params, x)
+    assert_close(got, loss_and_gradients(graphdef, read_in_parts([]))(params, x))
+
+
+DIRECTIONS = {"forwards": {}, "both": {"bidirectional": True}}
+LENGTHS = np.array([9, 1, 5])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(
+    ("cell", "readout", "block"),
+    [
+        ("simple_rnn", "last", "residual"),
+        ("irnn", "mean", "plain"),
+        ("gru", "max", "plain"),
+        ("lstm", "last", "plain"),
+        ("min_gru", "max", "plain"),
+        ("lru", "mean", "residual"),
+    ],
+)
+def test_a_padded_sequence_is_read_as_it_is_alone(cell, readout, block, direction):
+    dtype = jnp.float32 if block == "residual" else jnp.float64
+    with jax.enable_x64(dtype == jnp.float64):
+        fields = {"cell": cell, "readout": readout, "block": block, **DIRECTIONS[direction]}
+        graphdef, params = make(dtype, num_layers=2, **fields)
+        lengths = jnp.array(LENGTHS)
+
+        def padded(network, x):
+            return network.classify(x, lengths)
+
+        def alone(network, x):
+            each = [network.classify(x[:n, i : i + 1]) for i, n in enumerate(LENGTHS)]
+            return jnp.concatenate(each)
+
+        x = jnp.array(X, dtype)
+        got, expected = (loss_and_gradients(graphdef, f)(params, x) for f in (padded, alone))
+        assert_close(got, expected, TOLERANCES[dtype])
+
+
+def test_a_state_stays_where_nothing_is_read():
+    graphdef, params = make(cell="lstm", readout="max")
+    network = nnx.merge(graphdef, params)
+    x, nothing = jnp.array(X, jnp.float32), jnp.zeros((T, B), bool)
+    state = network.read(network.initial_state(B), x)
+    same = network.read(state, x, nothing)
+    assert all(map(np.array_equal, jax.tree.leaves(state), jax.tree.leaves(same)))
+
+
+@pytest.mark.slow
+def test_truncated_gradients_stop_at_the_cuts():
+    graphdef, params = make(cell="gru")
+    x = jnp.array(X, jnp.float32)
+
+    def by_hand(network, x):
+        state = network.initial_state(B)
+        for part in jnp.split(x, [4, 8]):
+            state = network.read(jax.lax.stop_gradient(state), part)
+        return network.answer(state)
+
+    def truncated(network, x):
+        return network.classify(x, truncate=4)
+
+    got, expected = (loss_and_gradients(graphdef, f)(params, x) for f in (truncated, by_hand))
+    assert_close(got, expected)
+    assert not got[1][1][:8].any()
+    assert got[1][1][8:].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", ["plain", "residual"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_parameter_has_a_gradient(cell, direction, block):
+    fields = {"cell": cell, "block": block, **DIRECTIONS[direction]}
+    graphdefs = {readout: make(readout=readout, **fields)[0] for readout in READOUTS}
+    _, params = make(**fields)
+
+    @jax.jit
+    def gradients(params, x):
+        def total(params, graphdef):
+            return jnp.sum(jnp.cos(nnx.merge(graphdef, params).classify(x)))
+
+        return {name: jax.grad(total)(params, graphdef) for name, graphdef in graphdefs.items()}
+
+    grads = gradients(params, jnp.array(X, jnp.float32))
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.asarray(grad).any(), path
+
+
+@pytest.mark.parametrize("cell", ["gru", "lru"])
+def test_memory_is_that_of_the_states_at_the_cuts(cell):
+    """XLA's count of temporary bytes at T = 784, against four times as long sequences."""
+    config = Config(model=ModelConfig(cell=cell, view="pixels", hidden_size=32))
+    system = make_system(config)
+    state = jax.eval_shape(lambda: init_state(config, system, 0))
+    graphdef, params = nnx.split(nnx.merge(system.graphdef, state.params))
+    stretch = CELLS[cell].stretch
+    state_bytes = 8 * 32 * (8 if cell == "lru" else 4)
+
+    def temporary(num_steps):
+        def total(params, x):
+            return nnx.merge(graphdef, params).classify(x).sum()
+
+        shape = jax.ShapeDtypeStruct((num_steps, 8, 1), jnp.float32)
+        compiled = jax.jit(jax.grad(total)).lower(params, shape).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    growth = temporary(3136) - temporary(784)
+    cuts = (3136 - 784) / stretch
+    inputs = 2 * (3136 - 784) * 8 * 4
+    assert growth <= 1.1 * cuts * state_bytes + inputs
+
+
+def test_a_truncated_step_runs(digits):
+    config = Config(model=ModelConfig(hidden_size=8))
+    config.train.truncate = 5
+    system = make_system(config)
+    images, labels = digits
+    batch = Batch(jnp.array(images[:4]), jnp.array(labels[:4]), jnp.ones(4, bool))
+    _, sums = jax.jit(train_step, static_argnums=0)(system, init_state(config, system, 0), batch)
+    assert np.isfinite(sums.loss)
