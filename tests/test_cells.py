@@ -115,8 +115,6 @@ def test_gradients_equal_finite_differences(name):
         inputs = (params, jnp.array(INPUTS))
         check_grads(outputs, inputs, order=1, modes=["rev"], eps=1e-6)
         check_grads(plain, inputs, order=1, modes=["fwd", "rev"], eps=1e-6)
-        if name in ("min_gru", "lru"):
-            check_grads(outputs, inputs, order=1, modes=["fwd"], eps=1e-6)
 
 
 COUNTS = {

@@ -66,11 +66,12 @@ class Cell(nnx.Module):
         return h
 
     def read(
-        self, state: Any, x: jax.Array, mask: jax.Array | None = None
+        self, state: Any, x: jax.Array, mask: jax.Array | None = None, last: bool = False
     ) -> tuple[Any, jax.Array]:
         """Reads the next time steps: (state, x [L, B, F]) -> (state, outputs [L, B, H]).
 
-        Where the mask, bool [L, B], is False, the state stays, and the output has no meaning.
+        Where the mask, bool [L, B], is False, the state stays, and the output has no meaning. If
+        only the `last` output is needed, it is the only one, [1, B, H].
         """
         with jax.named_scope("project"):
             z = self.project(x)
@@ -80,7 +81,7 @@ class Cell(nnx.Module):
             else:
                 state, h = scans.plain(self.step, state, z, mask)
         with jax.named_scope("emit"):
-            return state, self.emit(h, x)
+            return state, self.emit(h[-1:], x[-1:]) if last else self.emit(h, x)
 
     def __call__(
         self, x: jax.Array, lengths: jax.Array | None = None, truncate: int = 0

@@ -62,11 +62,11 @@ class ResidualBlock(nnx.Module):
         return self.layer.initial_state(batch_size)
 
     def read(
-        self, state: Any, x: jax.Array, mask: jax.Array | None = None
+        self, state: Any, x: jax.Array, mask: jax.Array | None = None, last: bool = False
     ) -> tuple[Any, jax.Array]:
         """As `Cell.read`, if `layer` is a cell."""
-        state, y = self.layer.read(state, self.prepare(x), mask)
-        return state, self.finish(x, y)
+        state, y = self.layer.read(state, self.prepare(x), mask, last)
+        return state, self.finish(x[-1:] if last else x, y)
 
     def __call__(self, x: jax.Array, *arguments: Any) -> jax.Array:
         """As `Cell.__call__`."""
@@ -86,6 +86,8 @@ class ResidualBlock(nnx.Module):
 
 class Last(nnx.Module):
     """Keeps the outputs of the last time step. All that a readout of one's own must define."""
+
+    reads_all = False  # or only the last output of what is read in one go, if there is no mask
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.width = width
@@ -111,6 +113,8 @@ class Last(nnx.Module):
 class Mean(Last):
     """Keeps the sum and the number of all outputs."""
 
+    reads_all = True
+
     def initial_state(self, batch_size: int, dtype: jnp.dtype) -> Any:
         return super().initial_state(batch_size, dtype), jnp.zeros((batch_size, 1), dtype)
 
@@ -126,6 +130,8 @@ class Mean(Last):
 
 class Max(Last):
     """Keeps the largest output of each unit."""
+
+    reads_all = True
 
     def initial_state(self, batch_size: int, dtype: jnp.dtype) -> Any:
         return jnp.full((batch_size, self.width), -jnp.inf, dtype)
@@ -255,7 +261,10 @@ class SequenceClassifier(nnx.Module):
             x = self.encoder(x)
         states = []
         for i, layer in enumerate(self.layers):
-            after, x = layer.read(state.layers[i], x if i == 0 else _drop(x, keep, i - 1), mask)
+            x = x if i == 0 else _drop(x, keep, i - 1)
+            is_top = i == len(self.layers) - 1
+            last = is_top and mask is None and not self.pool.reads_all
+            after, x = layer.read(state.layers[i], x, mask, last)
             states.append(after)
         return State(tuple(states), self.pool.read(state.outputs, x, mask))
 

