@@ -181,6 +181,7 @@ class Config(_Group):
     seed: int = _field(
         0, "seed of initialization, order, dropout and augmentation", within="[0, 4294967295]"
     )
+    plugins: str = _field("", "Python files, with commas between, that add cells, views and others")
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -196,7 +197,7 @@ _RETIRED = ("scan",)
 
 # What a resumed run may change: how it is done, but not its results. Data are compared by content.
 NEUTRAL = ("data.name", "data.data_dir", "data.manual_dir", "data.verify_checksums")
-NEUTRAL += ("data.input_mode", "mesh.member", "mesh.data", "profile.steps")
+NEUTRAL += ("plugins", "data.input_mode", "mesh.member", "mesh.data", "profile.steps")
 NEUTRAL += tuple(f"checkpoint.{field.name}" for field in dataclasses.fields(CheckpointConfig))
 
 # Fields that act only with some values of another field.
@@ -244,6 +245,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 def validated(config: Config) -> Config:
     """Returns a checked copy; raises UserError if a value is not valid, or a field does nothing."""
     config = from_dict(to_dict(config))
+    files = [paths.resolve(path, "config.plugins") for path in config.plugins.split(",") if path]
+    config.plugins = ",".join(map(str, files))  # a workdir is read from any folder
     for name in _ACTS_WITH:
         if get(config, name) != fields()[name].default:
             check_acts(config, name)
@@ -266,23 +269,43 @@ def check_acts(config: Config, name: str) -> None:
 
 def load_experiment(path: str) -> Config:
     """Returns what `get_config()` of a Python file returns; raises UserError unless a `Config`."""
-    file = paths.resolve(path, "--config")
-    if not file.is_file():
-        raise UserError(f"--config={path} is not a file; name an experiment's Python file")
-    try:
-        function = runpy.run_path(str(file)).get("get_config")
+
+    def get_config(content):
+        function = content.get("get_config")
         config = function() if callable(function) else None
+        if not isinstance(config, Config):
+            raise UserError(
+                "it needs a get_config() that returns seqmnist.config.Config"
+                + (f"; got {type(config).__name__}" if callable(function) else "")
+            )
+        return config
+
+    return _from_file(path, "--config", get_config)
+
+
+def load_plugins(config: Config) -> None:
+    """Runs the files of `plugins`, each once in a process; they add to tables such as `CELLS`."""
+    for path in config.plugins.split(",") if config.plugins else ():
+        _load_plugin(path)
+
+
+@functools.cache
+def _load_plugin(path):
+    _from_file(path, "config.plugins", lambda content: None)
+
+
+def _from_file(path, name, use):
+    """Runs a Python file and returns what `use` makes of its content, a dict."""
+    file = paths.resolve(path, name)
+    if not file.is_file():
+        raise UserError(f"{name}={path} is not a file; name a Python file")
+    try:
+        return use(runpy.run_path(str(file)))
     except UserError as error:
-        raise UserError(f"--config={path}: {error}") from error
-    except BaseException as error:  # an experiment's code may raise anything
+        raise UserError(f"{name}={path}: {error}") from error
+    except BaseException as error:  # a user's code may raise anything
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"--config={path} cannot be loaded: {reason}; correct the file") from error
-    if not isinstance(config, Config):
-        what = type(config).__name__ if callable(function) else "no such function"
-        raise UserError(
-            f"--config={path} needs a get_config() that returns seqmnist.config.Config; got {what}"
-        )
-    return config
+        raise UserError(f"{name}={path} cannot be loaded: {reason}; correct the file") from error
 
 
 def get(config: Config, name: str) -> Any:

@@ -50,8 +50,8 @@ MISTAKES = {
     "returns None": ("def get_config(): pass", ["NoneType"]),
     "returns an int": ("def get_config(): return 3", ["int"]),
     "returns a dict": ("def get_config(): return {'seed': 1}", ["dict"]),
-    "has no function": ("import math", ["get_config()", "no such function"]),
-    "has a value": ("get_config = 3", ["get_config()", "no such function"]),
+    "has no function": ("import math", ["needs a get_config()"]),
+    "has a value": ("get_config = 3", ["needs a get_config()"]),
     "raises": (
         "def get_config():\n    raise ValueError('why: ' + 40 * 'a long text\\n' + 'the end')",
         ["ValueError", "why: a long text a long text", "a long text the end"],

@@ -41,7 +41,8 @@ def test_a_run_writes_what_it_promises(trained):
     workdir, _ = trained
     config, results = read(workdir / "config.json"), read(workdir / "results.json")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert config["train"] == {"batch_size": 128, "num_epochs": 2, "augment": "none"}
+    kept = {"batch_size": 128, "num_epochs": 2, "truncate": 0, "augment": "none"}
+    assert config["train"] == kept
     assert [list(line) for line in lines] == [KEYS, KEYS]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 25), (2, 50)]
     dataset = {key: results["dataset"][key] for key in ("name", "train", "validation", "test")}

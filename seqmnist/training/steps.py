@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from seqmnist.config import Config
+from seqmnist.config import Config, load_plugins
 from seqmnist.errors import choose
 from seqmnist.networks.model import SequenceClassifier
 from seqmnist.training import devices, keys, members
@@ -51,6 +51,7 @@ def make_system(config: Config, num_steps: int | None = None) -> System:
     `num_steps` is the length of the run, for schedules; without it the learning rate is constant.
     Raises UserError if the configuration names a view, cell, optimizer… that does not exist.
     """
+    load_plugins(config)
     graphdef, _ = nnx.split(nnx.eval_shape(lambda: _make_model(config, seed=0)))
     swept = tuple(name.removeprefix("optimizer.") for name in members.settings(config)[0])
     optimizer = make_optimizer(config.optimizer, num_steps, swept)

@@ -1,0 +1,99 @@
+"""A cell, a view and a readout of a user's own file, wherever a workdir is read."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, seqmnist
+
+from seqmnist.config import Config, load_plugins
+from seqmnist.errors import UserError
+
+PLUGIN = '''
+import jax, jax.numpy as jnp
+from flax import nnx
+from seqmnist.networks import cells, model, views
+
+class Leaky(cells.Cell):
+    """h_t = s h_{t-1} + (1 - s) (x_t W + b), with a trained s."""
+
+    def __init__(self, input_size, hidden_size, *, rngs):
+        init = nnx.initializers.glorot_uniform()
+        self.kernel = nnx.Param(init(rngs.params(), (input_size, hidden_size)))
+        self.bias = nnx.Param(jnp.zeros(hidden_size))
+        self.keep = nnx.Param(jnp.zeros(hidden_size))
+
+    def step(self, h, z):
+        share = jax.nn.sigmoid(self.keep[...]).reshape(1, -1)
+        return share * h + (1 - share) * z
+
+class Weighted(model.Mean):
+    """The mean, with a trained factor for each unit."""
+
+    def __init__(self, width, *, rngs):
+        super().__init__(width, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(width))
+
+    def __call__(self, state):
+        return super().__call__(state) * self.scale[...].reshape(1, -1)
+
+cells.CELLS["leaky"] = Leaky
+model.READOUTS["weighted"] = Weighted
+views.VIEWS["halves"] = lambda images: jnp.concatenate([images[:, :14], images[:, 14:]], axis=2)
+'''
+EVERYTHING = """
+import sys
+from seqmnist import run
+from seqmnist.workdir import Workdir
+from tools import cli, export, predict, report
+
+workdir = Workdir("../run")
+run.evaluate(workdir.read_config(), workdir)
+digits = sys.argv[1]
+for tool, arguments in ((report, []), (export, []), (predict, [digits, "--by_row"])):
+    sys.argv = ["tool", "--workdir=../run", *arguments]
+    assert cli.call(tool._make_parser(), tool._main) == 0, tool
+"""
+
+
+@pytest.mark.slow
+def test_what_a_file_adds_works_everywhere(data_dir, tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "elsewhere").mkdir()
+    chosen = ["--config.plugins=mine.py", "--config.model.cell=leaky"]
+    chosen += ["--config.model.view=halves", "--config.model.readout=weighted"]
+    chosen += ["--config.model.hidden_size=8", f"--config.data.data_dir={data_dir}"]
+    chosen += ["--config.data.name=mnist_5k", "--config.train.num_epochs=1"]
+    first = seqmnist("--workdir=run", *chosen, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "halves → 1 × leaky(8) → weighted → logits" in first.stdout
+    elsewhere = tmp_path / "elsewhere"
+    more = seqmnist("--workdir=../run", "--config.train.num_epochs=2", cwd=elsewhere)
+    assert more.returncode == 0, more.stderr
+    digits = REPOSITORY / "tools" / "pictures" / "digits"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    rest = subprocess.run(
+        [sys.executable, "-c", EVERYTHING, str(digits)],
+        cwd=elsewhere,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert rest.returncode == 0, rest.stderr
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"report.html", "export", "results.json"} <= names
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, "is not a file"), ("1 / 0", "ZeroDivisionError"), ("import nothing_", "nothing_")],
+)
+def test_a_file_that_cannot_be_used_is_refused(content, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        pathlib.Path("mine.py").write_text(content)
+    with pytest.raises(UserError, match=rf"config\.plugins=.*{expected}"):
+        load_plugins(Config(plugins="mine.py"))
