@@ -36,10 +36,16 @@ class Cell(nnx.Module):
 
     num_gates = 1
     # Time steps that a CPU reads in one go when it trains on a long sequence; see `in_stretches`.
-    # Milliseconds of a step on pixels, B = 128, H = 128, on two cores, by this number:
-    #     2    4    7   14   28   uncut
-    #   {TABLE}
-    stretch = 4
+    # Milliseconds of a training step on pixels, B = 128, H = 128, two cores, by this number:
+    #                           2     4     7    14    28   uncut
+    #   SimpleRNN              90    84    82    82    83     136
+    #   GRU                   302   296   299   319   342     563
+    #   LSTM                  404   392   383   409   423     639
+    #   MinGRU                 56    47    43    45    45     107
+    #   LRU                   119    76    63    52    47     148
+    #   four residual MinGRU       1523  1475  1409  1409
+    #   four residual LRU          2104  1927  1878  2165
+    stretch = 7
 
     def initial_state(self, batch_size: int) -> Any:
         """Returns the state before the first step, a pytree of [B, H] whose first array is h_0."""
@@ -246,7 +252,7 @@ class LinearCell(Cell):
     be computed in O(log T) parallel steps.
     """
 
-    stretch = 14
+    stretch = 14  # see `Cell.stretch`
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """z [..., B, K·H] -> a, of that shape or one that broadcasts, and b [..., B, H]."""

@@ -26,7 +26,10 @@ from seqmnist.workdir import write_json
 
 SUMMARY = "step.json"
 MARKER = "train"
-SCOPES = ("project", "recurrence", "readout", "loss", "optimizer")
+SCOPES = (
+    "view", "norm", "project", "recurrence", "emit", "gate", "dropout", "readout", "loss",
+    "optimizer",
+)  # fmt: skip
 
 _JAXPRS = (core.Jaxpr, core.ClosedJaxpr)
 
