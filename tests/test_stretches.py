@@ -204,11 +204,30 @@ def test_memory_is_that_of_the_states_at_the_cuts(cell):
     assert growth <= 1.1 * cuts * state_bytes + inputs
 
 
-def test_a_truncated_step_runs(digits):
-    config = Config(model=ModelConfig(hidden_size=8))
-    config.train.truncate = 5
-    system = make_system(config)
+@pytest.mark.slow
+def test_a_run_truncates_as_its_configuration_says(digits):
     images, labels = digits
     batch = Batch(jnp.array(images[:4]), jnp.array(labels[:4]), jnp.ones(4, bool))
-    _, sums = jax.jit(train_step, static_argnums=0)(system, init_state(config, system, 0), batch)
-    assert np.isfinite(sums.loss)
+    kernels = []
+    for truncate in (0, 28, 5):
+        config = Config(model=ModelConfig(hidden_size=8))
+        config.train.truncate = truncate
+        system = make_system(config)
+        state = init_state(config, system, 0)
+        state, _ = jax.jit(train_step, static_argnums=0)(system, state, batch)
+        kernels.append(np.asarray(state.params["layers"][0]["recurrent_kernel"][...]))
+    whole, in_one_part, truncated = kernels
+    assert_close(in_one_part, whole)
+    assert np.abs(truncated - whole).max() > 1e-4
+
+
+@pytest.mark.slow
+def test_truncation_beyond_the_end_changes_nothing():
+    graphdef, params = make(cell="gru", bidirectional=True, num_layers=2)
+    x = jnp.array(X, jnp.float32)
+
+    def truncated(network, x):
+        return network.classify(x, truncate=99)
+
+    whole = loss_and_gradients(graphdef, SequenceClassifier.classify)(params, x)
+    assert_close(loss_and_gradients(graphdef, truncated)(params, x), whole)
