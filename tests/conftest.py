@@ -1,4 +1,4 @@
-"""Strict arithmetic, several fake devices and one compilation cache, before JAX is imported."""
+"""Strict arithmetic, several fake devices and caches of programs, before JAX is imported."""
 
 import os
 import pathlib
@@ -24,6 +24,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the caches of the
     _CACHES = tempfile.TemporaryDirectory(prefix="seqmnist-tests-")
     os.environ["XDG_CACHE_HOME"] = _CACHES.name
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_CACHES.name}/jax"
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):  # every process would compile JAX's modules
+        os.environ["PYTHONPYCACHEPREFIX"] = f"{_CACHES.name}/bytecode"
+        sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 

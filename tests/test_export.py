@@ -119,9 +119,9 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def run_on_a_full_disk(name, *arguments):
-    """Runs a tool in a process whose files cannot grow beyond 4096 bytes."""
+    """Runs a tool whose files cannot exceed 4096 bytes; -B spares the cached bytecode."""
     return subprocess.run(
-        [sys.executable, "-c", LIMITED, f"tools.{name}", *map(str, arguments)],
+        [sys.executable, "-B", "-c", LIMITED, f"tools.{name}", *map(str, arguments)],
         cwd=REPOSITORY,
         check=False,
         capture_output=True,

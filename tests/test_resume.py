@@ -449,7 +449,7 @@ def test_a_disk_that_takes_no_more_ends_in_one_line(limit, make_config, data_dir
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     result = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
+        [sys.executable, "-B", "-c", code, *arguments],
         capture_output=True,
         text=True,
         env=environment,

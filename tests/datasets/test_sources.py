@@ -355,7 +355,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM
 print(prepare().num_examples("train"))
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "data", manual_dir],
+        [sys.executable, "-B", "-c", code, tmp_path / "data", manual_dir],
         cwd=REPOSITORY, check=True, capture_output=True, text=True, timeout=60,
         env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
