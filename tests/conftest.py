@@ -1,5 +1,6 @@
 """Strict arithmetic, several fake devices and caches of programs, before JAX is imported."""
 
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -15,10 +16,12 @@ MNIST = REPOSITORY.parent / "shared" / "data" / "mnist"
 
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-# What is compiled here runs briefly: LLVM's lowest level halves the time of many tests.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+# What is compiled here runs briefly: quick compilers halve the time of many tests.
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+_FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refuse the flag
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = _FLAGS
 os.environ["KERAS_BACKEND"] = "jax"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the caches of the session
     _CACHES = tempfile.TemporaryDirectory(prefix="seqmnist-tests-")
