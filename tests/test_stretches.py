@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 from close import assert_close, random_module, random_params
 from flax import nnx
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from seqmnist.config import Config, ModelConfig
 from seqmnist.networks import scans
@@ -68,19 +66,14 @@ CASES += [({"cell": cell}, jnp.float32) for cell in ("gru", "lru")]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("fields", "dtype"), CASES)
-def test_any_cutting_equals_one_go(fields, dtype):
+def test_parts_equal_one_go(fields, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         graphdef, params = make(dtype, **fields)
         x = jnp.array(X, dtype)
-        expected = loss_and_gradients(graphdef, SequenceClassifier.classify)(params, x)
-
-        @settings(max_examples=2, deadline=None)
-        @given(st.sets(st.integers(1, T - 1)))
-        def check(cuts):
-            got = loss_and_gradients(graphdef, read_in_parts(sorted(cuts)))(params, x)
-            assert_close(got, expected, TOLERANCES[dtype])
-
-        check()
+        in_parts = read_in_parts([1, 4, 8])  # of one step at either end, and of several
+        reads = (in_parts, SequenceClassifier.classify)
+        got, expected = (loss_and_gradients(graphdef, read)(params, x) for read in reads)
+        assert_close(got, expected, TOLERANCES[dtype])
 
 
 @pytest.mark.slow
