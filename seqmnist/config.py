@@ -8,16 +8,19 @@ overrides single fields; `validated` checks the whole. From there on it is only 
 import copy
 import dataclasses
 import functools
+import inspect
 import math
 import re
 import runpy
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from seqmnist import paths
 from seqmnist.errors import UserError, nearest, one_line
+
+T = TypeVar("T")
 
 # What float32 can hold.
 SMALLEST, LARGEST = 1e-37, 3.4e38
@@ -32,8 +35,13 @@ def _field(
     choices: tuple[str, ...] = (),
     form: str | None = None,
 ) -> Any:
-    """A field, what it means, and its valid values: an interval like "[0, 1)", names or a form."""
+    """A field, what it means, and its valid values: an interval like "[0, 1)", names or a form.
+
+    With default `dict` it holds values by name; `checked_options` knows their names and types.
+    """
     metadata = {"meaning": meaning, "within": within, "choices": choices, "form": form}
+    if default is dict:
+        return dataclasses.field(default_factory=dict, hash=False, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -75,6 +83,7 @@ class ModelConfig(_Group):
     reverse: bool = _field(False, "read the sequence from its end")
     subsample: int = _field(1, "read every n-th time step", within="[1, 784]")
     cell: str = _field("simple_rnn", "the recurrent layer, a name in cells.CELLS")
+    cell_options: dict = _field(dict, "options of the cell, keywords of its class: .NAME=VALUE")
     hidden_size: int = _field(64, "units per layer and direction", within="[1, 65536]")
     num_layers: int = _field(1, "number of recurrent layers", within="[1, 128]")
     bidirectional: bool = _field(False, "each layer reads in both directions: 2 H outputs")
@@ -92,6 +101,7 @@ class OptimizerConfig(_Group):
     """How gradients become updates."""
 
     name: str = _field("rmsprop", "a name in optim.OPTIMIZERS; rmsprop is computed as in Keras")
+    options: dict = _field(dict, "options of the optimizer, keywords of its function: .NAME=VALUE")
     learning_rate: float = _field(1e-3, "peak learning rate", within=f"[{SMALLEST}, {LARGEST}]")
     schedule: str = _field(
         "constant",
@@ -139,7 +149,7 @@ class MembersConfig(_Group):
     sweep: str = _field(
         "{}",
         'settings as JSON: {"optimizer.learning_rate": [0.001, 0.01]} is a grid, a list of objects '
-        "a list of settings; members.SWEEPABLE has the fields",
+        "a list of settings; of members.SWEEPABLE, and options that are numbers",
     )
 
 
@@ -212,7 +222,7 @@ class Field(NamedTuple):
     """A field that holds a value."""
 
     name: str  # dotted, e.g. "train.batch_size"
-    kind: type  # bool, int, float or str
+    kind: type  # bool, int, float, str, or dict: options
     is_optional: bool  # whether it may be None
     default: Any
     metadata: Mapping[str, Any]  # "meaning", and valid values: "within", "choices", "form"
@@ -313,13 +323,62 @@ def get(config: Config, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), config)
 
 
-def override(config: Config, values: Mapping[str, Any]) -> Config:
-    """Returns a copy in which fields, by dotted name, have other values."""
+def override(config: T, values: Mapping[str, Any]) -> T:
+    """Returns a copy of a configuration, or of a group, with other values by dotted name."""
     config = copy.deepcopy(config)
     for name, value in values.items():
         group, _, last = name.rpartition(".")
-        setattr(get(config, group) if group else config, last, value)
+        holder = get(config, group) if group else config
+        holder.__setitem__(last, value) if isinstance(holder, dict) else setattr(
+            holder, last, value
+        )
     return config
+
+
+def option_group(name: str) -> str | None:
+    """Returns "model.cell_options" of "model.cell_options.NAME", or None for any other name."""
+    group = name.rpartition(".")[0]
+    return group if group in fields() and fields()[group].kind is dict else None
+
+
+def checked(name: str, value: Any) -> Any:
+    """Returns the value of a field, converted to its type.
+
+    Raises UserError if there is no such field, or the value is of the wrong type or out of range.
+    """
+    check_field_name(name)
+    return _checked(fields()[name], value)
+
+
+def checked_options(
+    function: Callable, values: Mapping[str, Any], group: str, choice: str
+) -> dict[str, Any]:
+    """Returns options of a class or function, converted to their types.
+
+    Its options are its keyword-only arguments that have a default, whose type is theirs. The
+    annotation `Annotated[float, "[0, 1)"]` also gives an interval. An array is a float that is
+    swept. Errors name the `group` of fields, such as "model.cell_options", and the `choice`, such
+    as "model.cell=lru".
+
+    Raises UserError if there is no such option, or a value is of the wrong type or out of range.
+    """
+    if isinstance(function, type):
+        function = function.__init__
+    hints, known = typing.get_type_hints(function, include_extras=True), {}
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
+            default = parameter.default
+            within = f"[-{LARGEST}, {LARGEST}]" if isinstance(default, float) else None
+            within = next(iter(getattr(hints.get(name), "__metadata__", ())), within)
+            metadata = {"within": within, "choices": (), "form": None}
+            known[name] = Field(f"{group}.{name}", type(default), False, default, metadata)
+    for name in values:
+        if name not in known:
+            there = f"choose one of: {', '.join(known)}" if known else "leave it out"
+            raise UserError(f"config.{group}.{name} does not exist with {choice}; {there}")
+        if hasattr(values[name], "dtype") and known[name].kind is not float:
+            raise UserError(f"config.{group}.{name} cannot be swept; only options that are floats")
+    return {k: v if hasattr(v, "dtype") else _checked(known[k], v) for k, v in values.items()}
 
 
 def changes(before: Config, after: Config) -> dict[str, str]:
@@ -355,6 +414,7 @@ def check_same_network(before: Config, after: Config) -> None:
 def check_field_name(name: str) -> None:
     """Raises UserError, with the nearest names, unless `name` is a field or a group of fields."""
     groups = {field.rpartition(".")[0] for field in fields()} - {""}
+    name = option_group(name) or name
     if name not in fields() and name not in groups:
         raise UserError(f"config.{name} does not exist; nearest: {nearest(name, fields())}")
 
@@ -365,6 +425,8 @@ def _fields(group, prefix) -> Iterator[Field]:
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             yield from _fields(hint, f"{prefix}{field.name}.")
+        elif hint is dict:
+            yield Field(prefix + field.name, dict, False, {}, field.metadata)
         else:
             options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
             kind = next(option for option in options if option is not types.NoneType)
@@ -397,6 +459,11 @@ def _checked(field, value):
     within, choices, form = (field.metadata[key] for key in ("within", "choices", "form"))
     if kind is float and type(value) is int:
         value = float(value) if abs(value) <= LARGEST else math.inf
+    if kind is dict and isinstance(value, Mapping):
+        for key, each in value.items():
+            if not isinstance(each, str | bool | int | float):
+                raise UserError(f"config.{name}.{key} must be a number, text or bool; got {each!r}")
+        return dict(value)
     if type(value) is not kind:  # not isinstance: a bool is an int to Python, not to a reader
         raise UserError(f"config.{name} must be of type {kind.__name__}; got {shown}")
     if within and not _lies_within(value, within):

@@ -7,9 +7,11 @@ Example:
 
 import argparse
 import difflib
+import json
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 
 import seqmnist
 from seqmnist import config as config_lib
@@ -23,8 +25,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{textwrap.shorten(message, 300)}; see --help")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser; fields of `Config` that are not given have no value in its result."""
+def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Returns the parser; fields of `Config` that are not given have no value in its result.
+
+    Options, such as `--config.model.cell_options.NAME`, are known if they are in `arguments`.
+    """
     parser = _Parser(
         prog="python -m seqmnist.main",
         description=__doc__,
@@ -60,6 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
         _add_field(group, field)
+    for name in {argument.partition("=")[0].removeprefix("--config.") for argument in arguments}:
+        if config_lib.option_group(name):
+            parser.add_argument(f"--config.{name}", type=_scalar, default=argparse.SUPPRESS)
     return parser
 
 
@@ -68,11 +76,11 @@ def _add_field(group, field):
     values = within or ", ".join(choices) or field.metadata["form"]
     default = "none" if field.default is None else field.default
     facts = f"{values}; default: {default}" if values else f"default: {default}"
-    kind = _boolean if field.kind is bool else field.kind
+    kind = {bool: _boolean, dict: json.loads}.get(field.kind, field.kind)
     group.add_argument(
         f"--config.{field.name}",
         type=_or_none(kind) if field.is_optional else kind,
-        metavar=field.kind.__name__.upper(),
+        metavar="JSON" if field.kind is dict else field.kind.__name__.upper(),
         default=argparse.SUPPRESS,
         help=f"{field.metadata['meaning']} ({facts})".replace("%", "%%"),
         **({"nargs": "?", "const": True} if field.kind is bool else {}),
@@ -85,6 +93,15 @@ def _boolean(text):
     return text.lower() in ("true", "1")
 
 
+def _scalar(text):
+    """Returns a number, a boolean or a text."""
+    try:
+        value = json.loads(text.lower())
+    except ValueError:
+        return text
+    return value if isinstance(value, bool | int | float) else text
+
+
 def _or_none(kind):
     def parse(text):
         return None if text.lower() == "none" else kind(text)
@@ -94,7 +111,7 @@ def _or_none(kind):
 
 
 def _parse(arguments):
-    parser = make_parser()
+    parser = make_parser(arguments)
     flags, unknown = parser.parse_known_args(arguments)
     if unknown:
         _refuse(unknown[0], [*vars(flags), *(f"config.{name}" for name in config_lib.fields())])

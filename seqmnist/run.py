@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from seqmnist import config as config_lib
 from seqmnist.checkpoints import DIRECTORY, Checkpoints, Saved
@@ -399,7 +400,7 @@ def _seconds(history):
 
 
 def _num_parameters(params):
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(params, nnx.Param)))
 
 
 def _num_bytes(program):

@@ -64,7 +64,7 @@ def min_gru(p, x):
 def lru(p, x):
     lam = np.exp(-np.exp(p["nu_log"]) + 1j * np.exp(p["theta_log"]))
     b, c = p["B_re"] + 1j * p["B_im"], p["C_re"] + 1j * p["C_im"]
-    h = np.zeros((B, H), complex)
+    h = np.zeros((B, len(lam)), complex)
     for x_t in x:
         h = lam * h + np.exp(p["gamma_log"]) * (x_t @ b)
         yield (h @ c).real + (x_t * p["D"] if "D" in p else 0)
@@ -76,8 +76,8 @@ ORACLES = {
 }  # fmt: skip
 
 
-def make(name, input_size=F):
-    return random_module(lambda rngs: CELLS[name](input_size, H, rngs=rngs))
+def make(name, input_size=F, **options):
+    return random_module(lambda rngs: CELLS[name](input_size, H, rngs=rngs, **options))
 
 
 def pure(cell):
@@ -85,10 +85,12 @@ def pure(cell):
     return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
 
 
-@pytest.mark.parametrize("name", CELLS)
-@pytest.mark.parametrize("input_size", [F, H])
-def test_a_cell_equals_a_float64_loop(name, input_size):
-    cell = make(name, input_size)
+@pytest.mark.parametrize(
+    ("name", "input_size", "options"),
+    [*((name, size, {}) for name in CELLS for size in (F, H)), ("lru", H, {"state_size": 4})],
+)
+def test_a_cell_equals_a_float64_loop(name, input_size, options):
+    cell = make(name, input_size, **options)
     x = np.random.default_rng(2).normal(size=(T, B, input_size))
     got = jax.jit(cell)(jnp.array(x, jnp.float32))
     chex.assert_shape(got, (T, B, H))

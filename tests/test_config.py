@@ -76,8 +76,9 @@ def test_round_trips_through_json():
 
 def test_the_command_line_sets_every_field():
     values = {field.name: field.default for field in config_lib.fields().values()}
+    values["model.cell_options.r_min"], values["optimizer.options.nesterov"] = 0.5, True
     arguments = [f"--config.{name}={value}" for name, value in values.items()]
-    flags = vars(main.make_parser().parse_args(arguments))
+    flags = vars(main.make_parser(arguments).parse_args(arguments))
     assert {name: flags[f"config.{name}"] for name in values} == values
 
 

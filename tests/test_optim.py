@@ -1,5 +1,3 @@
-import dataclasses
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -9,10 +7,10 @@ import pytest
 from close import assert_close
 from flax import nnx
 
-from seqmnist.config import OptimizerConfig
+from seqmnist.config import OptimizerConfig, override
 from seqmnist.errors import UserError
 from seqmnist.networks import cells
-from seqmnist.training.optim import OPTIMIZERS, make_optimizer, make_schedule
+from seqmnist.training.optim import OPTIMIZERS, hyperparameter, make_optimizer, make_schedule
 
 
 def test_rmsprop_follows_its_formula_in_float64():
@@ -118,15 +116,18 @@ def test_every_optimizer_goes_downhill(name):
         ("momentum", 0.3, OptimizerConfig(name="sgd")),
         ("weight_decay", 0.3, OptimizerConfig(name="adamw")),
         ("clip_norm", 0.3, OptimizerConfig(name="sgd")),
+        ("options.decay", 0.3, OptimizerConfig(name="rmsprop")),
+        ("options.b2", 0.3, OptimizerConfig(name="adamw")),
     ],
 )
 def test_a_swept_value_acts_as_a_fixed_one(field, value, config):
     kernel = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
     grads = jax.tree.map(jnp.ones_like, kernel)
-    fixed = make_optimizer(dataclasses.replace(config, **{field: value}), num_steps=10)
+    fixed = make_optimizer(override(config, {field: value}), num_steps=10)
     swept = make_optimizer(config, num_steps=10, swept=(field,))
     state, other = fixed.init(kernel), swept.init(kernel)
-    other = other._replace(hyperparams={**other.hyperparams, field: jnp.float32(value)})
+    values = {**other.hyperparams, hyperparameter(field): jnp.float32(value)}
+    other = other._replace(hyperparams=values)
     for _ in range(3):
         expected, state = fixed.update(grads, state, kernel)
         updates, other = swept.update(grads, other, kernel)

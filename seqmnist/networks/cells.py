@@ -9,10 +9,11 @@ Shapes: B batch, T time steps, L time steps that are read in one go, F features 
 units, K gates.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -26,12 +27,23 @@ class RecurrentParam(nnx.Param):
     """
 
 
+class Constant(nnx.Variable):
+    """A number that a cell computes with and that is not trained, such as an option to be swept."""
+
+    def __init__(self, value: Any, **metadata: Any):
+        super().__init__(jnp.asarray(value, jnp.float32), **metadata)
+
+
 class Cell(nnx.Module):
-    """A recurrent layer; constructed as `cell(F, H, rngs=rngs)`.
+    """A recurrent layer; constructed as `cell(F, H, rngs=rngs)`, and options as further keywords.
 
     A subclass defines `step`, and either a `kernel` W [F, K·H] and a `bias` b [K·H], or `project`
     and `initial_state` of its own; the rest follows. Reading a sequence in one go, in parts or step
     by step gives the same numbers.
+
+    Its options are keywords of `__init__` with a default; each is a field of the configuration,
+    `model.cell_options.NAME`. A float may come as an array, if it is swept; what is needed of it
+    after initialization is kept as a `Constant`.
     """
 
     num_gates = 1
@@ -216,14 +228,14 @@ class LSTMState(NamedTuple):
 
 
 class LSTM(GatedCell):
-    """Long short-term memory with a forget bias of 1; 4 H (F + H + 1) parameters.
+    """Long short-term memory; 4 H (F + H + 1) parameters.
 
     i_t, f_t, o_t = σ(x_t W + b + h_{t-1} U), g_t = tanh(x_t W + b + h_{t-1} U)
     c_t = f_t c_{t-1} + i_t g_t
     h_t = o_t tanh(c_t)
 
-    Gates side by side: i, f, g, o, as in Keras and PyTorch. As in Keras, b_f = 1 initially
-    (`unit_forget_bias`).
+    Gates side by side: i, f, g, o, as in Keras and PyTorch. Initially, b_f = `forget_bias`; 1 is
+    Keras's `unit_forget_bias`.
 
     Source: S. Hochreiter, J. Schmidhuber, Long short-term memory, Neural Computation 9 (1997);
     forget gate: F. A. Gers et al. (2000); its bias: R. Jozefowicz et al. (2015).
@@ -231,9 +243,11 @@ class LSTM(GatedCell):
 
     num_gates = 4
 
-    def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs, forget_bias: float = 1.0
+    ):
         super().__init__(input_size, hidden_size, rngs=rngs)
-        self.bias[...] = self.bias[...].at[hidden_size : 2 * hidden_size].set(1)
+        self.bias[...] = self.bias[...].at[hidden_size : 2 * hidden_size].set(forget_bias)
 
     def initial_state(self, batch_size: int) -> LSTMState:
         return LSTMState(*[super().initial_state(batch_size)] * 2)
@@ -294,39 +308,50 @@ class MinGRU(LinearCell):
 
 
 class LRU(LinearCell):
-    """The linear recurrent unit, diagonal and complex; H (2 F + 2 H + 3) parameters, + H if F = H.
+    """The linear recurrent unit, diagonal and complex.
+
+    It has N (2 F + 2 H + 3) parameters, and H more if F = H, for N complex states.
 
     λ = exp(-exp(ν) + i exp(θ)), γ = sqrt(1 - |λ|²)
     h_t = λ h_{t-1} + γ x_t B                          complex
     y_t = Re(h_t C) + x_t D                            real
 
-    Initially, λ is uniform on the ring r_min <= |λ| <= r_max, and γ normalizes the variance of the
-    state; both are trained. D, one number per channel, exists only if F = H.
+    Initially, λ is uniform on the part of the ring r_min <= |λ| <= r_max whose phase is at most
+    `max_phase`, and γ normalizes the variance of the state; both are trained. D, one number per
+    channel, exists only if F = H. N is `state_size`, or H if that is 0.
 
     Source: A. Orvieto et al., Resurrecting recurrent neural networks for long sequences, arXiv
-    2303.06349, appendix A, with as many complex states as outputs.
+    2303.06349, appendix A.
 
-    Parameters are ν, θ and log γ [H]; initially, the parts of B [F, H] are N(0, 1 / 2F), those of
-    C [H, H] N(0, 1 / H), and D [H] N(0, 1).
+    Parameters are ν, θ and log γ [N]; initially, the parts of B [F, N] are N(0, 1 / 2F), those of
+    C [N, H] N(0, 1 / N), and D [H] N(0, 1).
     """
 
-    r_min, r_max, max_phase = 0.9, 0.999, 2 * jnp.pi
-
-    def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs):
-        f, h = input_size, hidden_size
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        rngs: nnx.Rngs,
+        state_size: Annotated[int, "[0, 65536]"] = 0,
+        r_min: Annotated[float, "[0, 1)"] = 0.9,
+        r_max: Annotated[float, "(0, 1)"] = 0.999,
+        max_phase: Annotated[float, "(0, 6.284)"] = 2 * np.pi,
+    ):
+        f, h, n = input_size, hidden_size, state_size or hidden_size
 
         def uniform():
-            return jax.random.uniform(rngs.params(), (h,))
+            return jax.random.uniform(rngs.params(), (n,))
 
         def normal(variance, *shape):
             return nnx.initializers.normal(variance**0.5)(rngs.params(), shape)
 
-        squares = self.r_min**2 + (self.r_max**2 - self.r_min**2) * uniform()
+        squares = r_min**2 + (r_max**2 - r_min**2) * uniform()
         self.nu_log = RecurrentParam(jnp.log(-0.5 * jnp.log(squares)))
-        self.theta_log = RecurrentParam(jnp.log(self.max_phase * jnp.maximum(uniform(), 1e-7)))
+        self.theta_log = RecurrentParam(jnp.log(max_phase * jnp.maximum(uniform(), 1e-7)))
         self.gamma_log = RecurrentParam(0.5 * jnp.log(1 - squares))
-        self.B_re, self.B_im = (RecurrentParam(normal(1 / (2 * f), f, h)) for _ in range(2))
-        self.C_re, self.C_im = (nnx.Param(normal(1 / h, h, h)) for _ in range(2))
+        self.B_re, self.B_im = (RecurrentParam(normal(1 / (2 * f), f, n)) for _ in range(2))
+        self.C_re, self.C_im = (nnx.Param(normal(1 / n, n, h)) for _ in range(2))
         self.D = nnx.Param(normal(1, h)) if f == h else None
 
     def initial_state(self, batch_size: int) -> jax.Array:
@@ -334,7 +359,7 @@ class LRU(LinearCell):
         return lax.complex(zeros, zeros)
 
     def project(self, x: jax.Array) -> jax.Array:
-        """[..., F] -> z [..., 2·H]: real and imaginary parts of γ x_t B, side by side."""
+        """[..., F] -> z [..., 2·N]: real and imaginary parts of γ x_t B, side by side."""
         gamma = jnp.exp(self.gamma_log[...])[None]
         kernel = jnp.concatenate([self.B_re[...] * gamma, self.B_im[...] * gamma], axis=1)
         return scans.product(x, kernel)

@@ -4,13 +4,15 @@ Shapes: B batch, T time steps, L time steps that are read in one go, F features 
 units, W outputs of a layer (H, or 2 H if it is bidirectional), C classes.
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from seqmnist.config import ModelConfig
+from seqmnist.config import ModelConfig, checked_options
 from seqmnist.errors import UserError, choose
 from seqmnist.networks import scans
 from seqmnist.networks.cells import CELLS, Cell
@@ -145,6 +147,17 @@ class Max(Last):
 READOUTS = {"last": Last, "mean": Mean, "max": Max}
 
 
+def make_cell(config: ModelConfig, options: Mapping[str, Any] | None = None) -> Callable[..., Cell]:
+    """Returns the cell that the configuration names, with its options, or others in their place.
+
+    Raises UserError if there is no such cell or option, or a value is not valid.
+    """
+    cell = choose(CELLS, config.cell, "model.cell")
+    values = {**config.cell_options, **(options or {})}
+    choice = f"model.cell={config.cell}"
+    return functools.partial(cell, **checked_options(cell, values, "model.cell_options", choice))
+
+
 class State(NamedTuple):
     """All that a network remembers of what it has read: arrays with a leading axis B."""
 
@@ -171,9 +184,12 @@ class SequenceClassifier(nnx.Module):
     time steps.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, rngs: nnx.Rngs, cell_options: Mapping[str, Any] | None = None
+    ):
+        """`cell_options`, which may be arrays, are used instead of those of the configuration."""
         self.config = config
-        cell = choose(CELLS, config.cell, "model.cell")
+        cell = make_cell(config, cell_options)
         pool = choose(READOUTS, config.readout, "model.readout")
         num_steps, size = sequence_shape(config)
         if num_steps < 2:

@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 
 from seqmnist import config as config_lib
-from seqmnist.config import LARGEST, SMALLEST, Config
+from seqmnist.config import Config
 from seqmnist.errors import UserError, choose
 
-# What changes no shape and no structure, and the values that it may take.
-SWEEPABLE = {
-    "optimizer.learning_rate": lambda value: value > 0,
-    "optimizer.momentum": lambda value: 0 <= value < 1,
-    "optimizer.weight_decay": lambda value: value >= 0,
-    "optimizer.clip_norm": lambda value: value > 0,
-}
+# What changes no shape and no structure; so do options of a cell or optimizer, if they are floats.
+SWEEPABLE = tuple(
+    f"optimizer.{name}" for name in ("learning_rate", "momentum", "weight_decay", "clip_norm")
+)
 _EXAMPLE = '{"optimizer.learning_rate": [0.001, 0.01]}'
 MOST_MEMBERS = 4096
 
@@ -57,16 +54,17 @@ def settings(config: Config) -> list[dict[str, float]]:
     if not isinstance(sweep, list) or not sweep or not all(isinstance(s, dict) for s in sweep):
         refuse("is neither a grid nor a list of settings")
     for name in sweep[0]:
-        choose(SWEEPABLE, name, "members.sweep")
-        config_lib.check_acts(config, name)
+        if not config_lib.option_group(name):
+            choose(dict.fromkeys(SWEEPABLE), name, "members.sweep")
+            config_lib.check_acts(config, name)
     for setting in sweep:
         if setting.keys() != sweep[0].keys():
             refuse("names other fields in one setting than in another")
         for name, value in setting.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            is_held = is_number and (value == 0 or SMALLEST <= abs(value) <= LARGEST)
-            if not is_held or not SWEEPABLE[name](value):
+            if not isinstance(value, int | float) or isinstance(value, bool):
                 refuse(f"has {value!r}, which {name} cannot be")
+            if not config_lib.option_group(name):
+                config_lib.checked(name, value)
     return [{name: float(value) for name, value in setting.items()} for setting in sweep]
 
 

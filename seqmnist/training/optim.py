@@ -1,17 +1,16 @@
 """Optimizers: configuration -> `optax.GradientTransformation`."""
 
-import dataclasses
 import functools
+from inspect import Parameter, Signature
+from typing import Annotated
 
 import jax
 import optax
 from flax import nnx
 
-from seqmnist.config import OptimizerConfig
+from seqmnist.config import LARGEST, SMALLEST, OptimizerConfig, checked_options, override
 from seqmnist.errors import choose
 from seqmnist.networks.cells import RecurrentParam
-
-_SWEEPABLE = ("learning_rate", "momentum", "weight_decay", "clip_norm")
 
 
 def _mask(condition):
@@ -24,13 +23,36 @@ def _mask(condition):
 _is_recurrent = _mask(lambda variable: isinstance(variable, RecurrentParam))
 _decays = _mask(lambda variable: not isinstance(variable, RecurrentParam) and variable.ndim > 1)
 
-OPTIMIZERS = {
-    # RMSprop as Keras 3 computes it: decay 0.9, and epsilon 1e-7 inside the root.
-    "rmsprop": lambda config, rate: optax.rmsprop(rate, decay=0.9, eps=1e-7, eps_in_sqrt=True),
-    "adam": lambda config, rate: optax.adam(rate),
-    "adamw": lambda config, rate: optax.adamw(rate, weight_decay=config.weight_decay, mask=_decays),
-    "sgd": lambda config, rate: optax.sgd(rate, momentum=config.momentum),
-}
+_Share, _Positive = Annotated[float, "[0, 1)"], Annotated[float, f"[{SMALLEST}, {LARGEST}]"]
+
+
+def rmsprop(config, rate, *, decay: _Share = 0.9, eps: _Positive = 1e-7):
+    """RMSprop as Keras 3 computes it, with epsilon inside the root."""
+    return optax.rmsprop(rate, decay=decay, eps=eps, eps_in_sqrt=True)
+
+
+def adam(config, rate, *, b1: _Share = 0.9, b2: _Share = 0.999, eps: _Positive = 1e-8):
+    """Adam, without weight decay."""
+    return optax.adam(rate, b1, b2, eps)
+
+
+def adamw(config, rate, *, b1: _Share = 0.9, b2: _Share = 0.999, eps: _Positive = 1e-8):
+    """Adam with decoupled weight decay."""
+    return optax.adamw(rate, b1, b2, eps, weight_decay=config.weight_decay, mask=_decays)
+
+
+def sgd(config, rate, *, nesterov: bool = False):
+    """Gradient descent with momentum."""
+    return optax.sgd(rate, momentum=config.momentum, nesterov=nesterov)
+
+
+# (OptimizerConfig, learning rate or schedule, *, options) -> optax.GradientTransformation
+OPTIMIZERS = {"rmsprop": rmsprop, "adam": adam, "adamw": adamw, "sgd": sgd}
+
+
+def hyperparameter(name: str) -> str:
+    """Returns under which name a swept field of `OptimizerConfig` is kept in `hyperparams`."""
+    return name.removeprefix("optimizer.").replace(".", "_")
 
 
 def make_optimizer(
@@ -43,16 +65,20 @@ def make_optimizer(
     member has its own. Raises UserError if there is no optimizer of that name.
     """
     if swept:
+        names = {hyperparameter(name): name.removeprefix("optimizer.") for name in swept}
 
-        def build(learning_rate, momentum, weight_decay, clip_norm):
-            values = (learning_rate, momentum, weight_decay, clip_norm)
-            one = dataclasses.replace(config, **dict(zip(_SWEEPABLE, values, strict=True)))
-            return make_optimizer(one, num_steps)
+        def build(**values):
+            values = {names[name]: value for name, value in values.items()}
+            return make_optimizer(override(config, values), num_steps)
 
-        values = {name: getattr(config, name) for name in _SWEEPABLE} | dict.fromkeys(swept, 1.0)
-        return optax.inject_hyperparams(build, set(_SWEEPABLE) - set(swept))(**values)
+        keywords = [Parameter(name, Parameter.KEYWORD_ONLY) for name in names]
+        build.__signature__ = Signature(keywords)  # by which Optax knows the hyperparameters
+        return optax.inject_hyperparams(build)(**dict.fromkeys(names, 1.0))
     rate = make_schedule(config, num_steps)
-    parts = [choose(OPTIMIZERS, config.name, "optimizer.name")(config, rate)]
+    function = choose(OPTIMIZERS, config.name, "optimizer.name")
+    choice = f"optimizer.name={config.name}"
+    options = checked_options(function, config.options, "optimizer.options", choice)
+    parts = [function(config, rate, **options)]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.recurrent_factor != 1:

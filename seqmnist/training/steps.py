@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
+from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 from jax.flatten_util import ravel_pytree
 
-from seqmnist.config import Config, load_plugins
-from seqmnist.errors import choose
-from seqmnist.networks.model import SequenceClassifier
+from seqmnist.config import Config, load_plugins, option_group, override
+from seqmnist.errors import UserError, choose
+from seqmnist.networks.model import SequenceClassifier, make_cell
 from seqmnist.training import devices, keys, members
 from seqmnist.training.augment import AUGMENTATIONS
 from seqmnist.training.batches import Batch
 from seqmnist.training.metrics import Sums, classification_sums
-from seqmnist.training.optim import make_optimizer
+from seqmnist.training.optim import hyperparameter, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -52,9 +53,13 @@ def make_system(config: Config, num_steps: int | None = None) -> System:
     Raises UserError if the configuration names a view, cell, optimizer… that does not exist.
     """
     load_plugins(config)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: _make_model(config, seed=0)))
-    swept = tuple(name.removeprefix("optimizer.") for name in members.settings(config)[0])
-    optimizer = make_optimizer(config.optimizer, num_steps, swept)
+    settings = members.settings(config)
+    optimizer = make_optimizer(config.optimizer, num_steps, _of("optimizer", settings[0]))
+    graphdef = _make_graphdef(config, _of("model", settings[0]))
+    for setting in settings if any(map(option_group, settings[0])) else ():
+        one = override(config, setting)
+        make_cell(one.model)
+        make_optimizer(one.optimizer)
     augment = choose(AUGMENTATIONS, config.train.augment, "train.augment")
     return System(graphdef, optimizer, augment, config.model.dropout > 0, config.train.truncate)
 
@@ -66,10 +71,11 @@ def init_state(
 
     `settings` of a sweep are float scalars by field, e.g. "optimizer.learning_rate".
     """
-    params = nnx.state(_make_model(config, seed))
-    opt_state = system.optimizer.init(params)
-    if settings:
-        values = {name.removeprefix("optimizer."): value for name, value in settings.items()}
+    settings = settings or members.settings(config)[0]
+    params = nnx.state(_make_model(config, seed, _of("model", settings)))
+    opt_state = system.optimizer.init(nnx.filter_state(params, nnx.Param))
+    if own := _of("optimizer", settings):
+        values = {hyperparameter(name): value for name, value in own.items()}
         opt_state = opt_state._replace(hyperparams={**opt_state.hyperparams, **values})
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.uint32))
 
@@ -95,18 +101,19 @@ def train_step(
     if system.augment:
         images = system.augment(images, draw_keys("augment"))
 
-    def total_loss(params):
-        logits = system.apply(params, images, dropout_keys)
+    def total_loss(trained):
+        logits = system.apply(nnx.merge_state(trained, constants), images, dropout_keys)
         with jax.named_scope("loss"):
             sums = classification_sums(logits, batch.label, batch.mask)
         return sums.loss, sums
 
-    grads, sums = jax.grad(total_loss, has_aux=True)(state.params)
+    trained, constants = nnx.split_state(state.params, nnx.Param, ...)
+    grads, sums = jax.grad(total_loss, has_aux=True)(trained)
     grads, sums = devices.add_up((grads, sums), axis)
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda grad: grad / sums.count.astype(grad.dtype), grads)
-        updates, opt_state = system.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = system.optimizer.update(grads, state.opt_state, trained)
+        params = nnx.merge_state(optax.apply_updates(trained, updates), constants)
     return TrainState(params, opt_state, state.step + 1, state.seed), sums
 
 
@@ -133,5 +140,28 @@ def eval_step(system: System, params: Any, batch: Batch) -> Sums:
     return classification_sums(system.apply(params, batch.image), batch.label, batch.mask)
 
 
-def _make_model(config: Config, seed: jax.Array | int) -> SequenceClassifier:
-    return SequenceClassifier(config.model, rngs=nnx.Rngs(params=keys.key(seed, "params")))
+def _make_model(config: Config, seed: Any, settings: Mapping[str, Any]) -> SequenceClassifier:
+    rngs = nnx.Rngs(params=keys.key(seed, "params"))
+    options = {name.rpartition(".")[2]: value for name, value in settings.items()}
+    return SequenceClassifier(config.model, rngs=rngs, cell_options=options)
+
+
+def _make_graphdef(config, settings):
+    """Returns the structure of a network, which must be the same for all settings."""
+    refused = f"config.members.sweep: {config.model.cell} cannot be built for several values of "
+    refused += f"{', '.join(settings)}; "
+    try:
+        values = {name: jnp.float32(value) for name, value in settings.items()}
+        model = nnx.eval_shape(lambda values: _make_model(config, 0, values), values)
+    except (ConcretizationTypeError, TracerArrayConversionError) as error:
+        raise UserError(f"{refused}its __init__ must use JAX's functions only") from error
+    for _, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, jax.core.Tracer):
+                raise UserError(f"{refused}keep its attribute `{name}` as a cells.Constant")
+    return nnx.graphdef(model)
+
+
+def _of(group, settings):
+    """Returns those of the settings that belong to a group of the configuration."""
+    return {name: value for name, value in settings.items() if name.startswith(f"{group}.")}
