@@ -255,7 +255,7 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
         lambda: [program.compiled.as_text() for program in programs.values()],
     )
     state, sums = task.template()
-    check_memory(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
+    check_memory(task.mesh, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
     with contextlib.ExitStack() as stack:
         stack.enter_context(_explain_memory())
         is_writer = jax.process_index() == 0
@@ -284,7 +284,7 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
             saved = template._replace(state=start.state, sums=start.sums)
         batches.epoch_order(0, 0, len(task.splits["train"]))  # compiles what draws it
         programs |= {name: program.result() for name, program in ahead.items()}
-        check_memory(max(map(_num_bytes, programs.values())))
+        check_memory(task.mesh, max(map(_num_bytes, programs.values())))
         session = Session(task, workdir, display, stop, checkpoints, profile, saved, programs)
         stack.enter_context(profile)
         stop.defer()

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import types
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ from close import assert_close
 
 from seqmnist.config import Config, MeshConfig, ModelConfig, TrainConfig
 from seqmnist.errors import UserError
-from seqmnist.training import batches, devices
+from seqmnist.training import batches, devices, task
 from seqmnist.training.loop import Loop, Resident, Streamed
 from seqmnist.training.steps import init_state, make_system
 
@@ -164,7 +165,28 @@ PLANS = [
 
 @pytest.mark.parametrize(("num_members", "batch_size", "num_devices", "asked", "expected"), PLANS)
 def test_devices_are_shared_out(num_members, batch_size, num_devices, asked, expected):
-    assert devices.plan(MeshConfig(**asked), num_members, batch_size, num_devices) == expected
+    some = jax.devices()[:num_devices]
+    assert devices.plan(MeshConfig(**asked), num_members, batch_size, some) == expected
+
+
+def test_a_batch_is_split_as_its_devices_need():
+    """Whatever devices JAX would take without being asked."""
+    gpus = [types.SimpleNamespace(platform="gpu", process_index=0)] * 8
+    assert devices.plan(MeshConfig(), 1, 128, gpus) == [1, 1]
+    assert devices.plan(MeshConfig(), 1, 512, gpus) == [1, 4]
+    hosts = [types.SimpleNamespace(platform="gpu", process_index=i) for i in range(2)]
+    assert devices.plan(MeshConfig(), 1, 128, hosts) == [1, 2]
+    with pytest.raises(UserError, match="of 2 processes idle"):
+        devices.plan(MeshConfig(data=1), 1, 128, hosts)
+
+
+def test_memory_of_the_machine_limits_only_its_own_processors():
+    def mesh(platform):
+        return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))
+
+    task.check_memory(mesh("gpu"), 1e18)
+    with pytest.raises(UserError, match="GiB of memory"):
+        task.check_memory(mesh("cpu"), 1e18)
 
 
 @pytest.mark.parametrize(
@@ -177,4 +199,4 @@ def test_devices_are_shared_out(num_members, batch_size, num_devices, asked, exp
 )
 def test_impossible_meshes_are_refused(asked, message):
     with pytest.raises(UserError, match=message):
-        devices.plan(MeshConfig(**asked), 4, 128, 8)
+        devices.plan(MeshConfig(**asked), 4, 128, jax.devices())

@@ -39,13 +39,16 @@ def num_useful_cores(num_members: int, batch_size: int) -> int:
     return batch_size // _LEAST_BATCH_OF_CPUS
 
 
-def plan(config: MeshConfig, num_members: int, batch_size: int, num_devices: int) -> list[int]:
+def plan(
+    config: MeshConfig, num_members: int, batch_size: int, devices: Sequence[jax.Device]
+) -> list[int]:
     """Chooses the shape of a mesh: [devices along `member`, devices along `data`].
 
-    Members spread as far as they can, a batch over what they leave. `num_devices` counts those of
-    all processes. Raises UserError if what is asked for does not
-    divide evenly or needs more devices, or if several processes cannot use all their devices.
+    Members spread as far as they can, a batch over what they leave. `devices` are those of all
+    processes. Raises UserError if what is asked for does not divide evenly or needs more devices,
+    or if several processes cannot use all their devices.
     """
+    num_devices, num_processes = len(devices), len({each.process_index for each in devices})
     for name, number, size, what in (
         ("member", config.member, num_members, "members"),
         ("data", config.data, batch_size, "examples of a batch"),
@@ -65,8 +68,8 @@ def plan(config: MeshConfig, num_members: int, batch_size: int, num_devices: int
             f"a mesh of {member} × {data} needs {member * data} devices, and there are "
             f"{num_devices}; make config.mesh.member or config.mesh.data smaller"
         )
-    if jax.process_count() == 1:
-        is_cpu = jax.default_backend() == "cpu"
+    if num_processes == 1:
+        is_cpu = devices[0].platform == "cpu"
         least = _LEAST_BATCH_OF_CPUS if is_cpu else _LEAST_BATCH_OF_ACCELERATORS
         return max([m, d] for m, d in shapes if d == parts[0] or batch_size >= d * least)
     # Several processes must use all their devices.
@@ -75,7 +78,7 @@ def plan(config: MeshConfig, num_members: int, batch_size: int, num_devices: int
         member, data = max(shapes)
         raise UserError(
             f"a mesh of {member} × {data} leaves some of the {num_devices} devices of "
-            f"{jax.process_count()} processes idle; change config.members.num, "
+            f"{num_processes} processes idle; change config.members.num, "
             "config.train.batch_size or the number of processes"
         )
     return max(complete)

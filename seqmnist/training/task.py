@@ -141,7 +141,7 @@ def compose(config: Config, say: Callable[[str], None]) -> Task:
             f"config.data.input_mode='stream' feeds one member, not {len(each)}; use 'resident'"
         )
     batch_size = config.train.batch_size
-    mesh = devices.make_mesh(*devices.plan(config.mesh, len(each), batch_size, len(jax.devices())))
+    mesh = devices.make_mesh(*devices.plan(config.mesh, len(each), batch_size, jax.devices()))
     with devices.together():
         dataset = sources.prepare(
             config.data.name,
@@ -184,12 +184,12 @@ def as_trained(config: Config, results: Mapping[str, Any]) -> Config:
     return config
 
 
-def check_memory(num_bytes: float) -> None:
-    """Raises UserError if CPU devices need more memory than the machine has.
+def check_memory(mesh: jax.sharding.Mesh, num_bytes: float) -> None:
+    """Raises UserError if the CPU devices of a mesh need more memory than the machine has.
 
     Accelerators refuse by themselves; a CPU's operating system would end the process.
     """
-    if jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
+    if mesh.devices.flat[0].platform != "cpu" or not hasattr(os, "sysconf"):
         return
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if num_bytes > there:
