@@ -51,6 +51,13 @@ def test_what_it_does_by_time_step_comes_in_any_number(network, test_set):
     assert network.gradient_norms(images, labels).shape == (1, 28, 5)
 
 
+@pytest.mark.parametrize("label", [10, -1, 0.5])
+def test_a_label_that_is_no_class_has_no_loss(three_members, label):
+    network = trained.load(three_members[0])
+    with pytest.raises(UserError, match="whole numbers 0 to 9"):
+        network.gradient_norms(np.zeros((2, 28, 28), np.uint8), np.array([0, label]))
+
+
 @pytest.fixture
 def three_members(tmp_path, finished_run):
     """A workdir with a checkpoint of three random members, and their parameters."""

@@ -53,6 +53,12 @@ def test_the_permutation_is_the_published_one():
     assert published in views.permutation.__doc__
 
 
+@pytest.mark.parametrize("size", [14, 56])
+def test_only_images_of_28_pixels_are_permuted(size):
+    with pytest.raises(TypeError, match="reshape"):
+        views.VIEWS["permuted_pixels"](jnp.zeros((4, size, size)))
+
+
 @pytest.mark.parametrize("view", ["rows", "patches_7", "permuted_pixels"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_it_knows_when_each_pixel_is_read(view, reverse):

@@ -38,15 +38,25 @@ class Prepared:
 
     def arrays(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns all of "train" or "test": images uint8 [N, 28, 28] and labels int32 [N]."""
-        return self.decoded.load(f"{split}_images"), self.decoded.load(f"{split}_labels")
+        return self.decoded.load(f"{split}_images"), self._labels(split)
 
     def num_examples(self, split: str) -> int:
         """Returns N of "train" or "test"."""
-        return len(self.decoded.load(f"{split}_labels"))
+        return len(self._labels(split))
 
     def mapped(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns what `arrays` does, but leaves the images on disk until they are read."""
-        return self.decoded.load(f"{split}_images", "r"), self.decoded.load(f"{split}_labels")
+        return self.decoded.load(f"{split}_images", "r"), self._labels(split)
+
+    def _labels(self, split):
+        """Returns labels that are known to be 0 to 9: JAX's loss of any other is NaN."""
+        labels = self.decoded.load(f"{split}_labels")
+        if len(others := labels[(labels < 0) | (labels > 9)]):
+            raise UserError(
+                f"{self.directory} holds the label {others[0]} in {split}; labels are 0 to 9; move "
+                "it to another place and run again, which prepares it anew"
+            )
+        return labels
 
 
 def prepare(

@@ -47,7 +47,8 @@ VIEWS = {
     "columns": lambda images: jnp.swapaxes(images, 1, 2),
     # One pixel per time step, row after row or permuted; Q. V. Le et al., arXiv 1504.00941.
     "pixels": _pixels,
-    "permuted_pixels": lambda images: _pixels(images)[:, permutation()],
+    # JAX would take the last pixel of a smaller image for those that it lacks.
+    "permuted_pixels": lambda images: images.reshape(len(images), 784, 1)[:, permutation()],
     "patches": functools.partial(patches, size=4),
     "patches_2": functools.partial(patches, size=2),
     "patches_7": functools.partial(patches, size=7),

@@ -13,6 +13,7 @@ from seqmnist.checkpoints import Checkpoints
 from seqmnist.config import Config
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
+from seqmnist.networks.model import NUM_CLASSES
 from seqmnist.networks.views import sequence_shape
 from seqmnist.study import insight
 from seqmnist.training import batches, members, metrics
@@ -61,7 +62,14 @@ class Trained:
         return self._by_step(_hidden_states, images)
 
     def gradient_norms(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Returns ‖∂loss/∂h_t‖, [D, T, N]; see `insight.gradient_norms`."""
+        """Returns ‖∂loss/∂h_t‖, [D, T, N]; see `insight.gradient_norms`.
+
+        Raises UserError if a label is not one of the classes.
+        """
+        if not np.isin(labels, range(NUM_CLASSES)).all():
+            raise UserError(
+                f"labels hold what is no class; give whole numbers 0 to {NUM_CLASSES - 1}"
+            )
         return self._by_step(_gradient_norms, images, labels, axis=2)
 
     def test_set(self, say=print) -> tuple[np.ndarray, np.ndarray]:

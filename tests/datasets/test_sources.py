@@ -304,6 +304,21 @@ def test_damaged_records_are_one_line(registered, tmp_path, manual_dir):
     assert_holds(prepare("mnist", tmp_path), SPLITS)
 
 
+@pytest.mark.parametrize("label", [10, -1])
+def test_records_of_other_labels_are_one_line(registered, tmp_path, manual_dir, label):
+    """Whether they are decoded now or were long ago."""
+    prepared = prepare("mnist", tmp_path, manual_dir)
+    names = [file.removesuffix(".npy") for file in COPIES if file.endswith(".npy")]
+    arrays = {name: np.load(prepared.directory / f"{name}.npy") for name in names}
+    arrays["test_labels"][3] = label
+    decoded._save(prepared.directory, arrays)
+    for read in (prepared.arrays, prepared.mapped, prepared.num_examples):
+        with pytest.raises(UserError) as caught:
+            read("test")
+        assert_one_line(caught, prepared.directory, f"the label {label} in test", "move it")
+    np.testing.assert_array_equal(prepared.arrays("train")[1], SPLITS.train[1])
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
