@@ -101,11 +101,16 @@ class Display:
             with contextlib.suppress(OSError):  # the terminal is closed
                 bar.stop()
 
-    def epoch_line(self, title: str, num_steps: int, record: Mapping[str, Any]) -> None:
-        """Prints the line of an epoch as Keras does."""
-        seconds = record["seconds"]
+    def epoch_line(
+        self, title: str, num_steps: int, record: Mapping[str, Any], taken: int, seconds: float
+    ) -> None:
+        """Prints the line of an epoch as Keras does.
+
+        `seconds` is how long those of its steps took that this process has `taken`: not all of
+        them if the run was resumed within the epoch.
+        """
         parts = [title, f"{num_steps}/{num_steps}"]
-        parts += [f"{seconds:.1f}s {1000 * seconds / num_steps:.1f}ms/step"]
+        parts += [f"{seconds:.1f}s {1000 * seconds / taken:.1f}ms/step"]
         names = {"train/loss": "loss", "train/accuracy": "accuracy"}
         names |= {"validation/loss": "val_loss", "validation/accuracy": "val_accuracy"}
         scores = [f"{short}: {_text(record[name])}" for name, short in names.items()]

@@ -118,6 +118,7 @@ class Session:
         # When the current epoch would have begun if it had not been interrupted.
         self._epoch_began = time.monotonic() - (saved.seconds - _seconds(saved.history))
         self._update_bar = None
+        self._pace = 0, 0.0  # steps of the current epoch that this process took, and their seconds
 
     def remaining_epochs(self) -> range:
         """Returns the epochs that are not finished, counted from 0."""
@@ -131,7 +132,8 @@ class Session:
         self._stop_if_asked()
         with self._display.epoch(self._title(epoch), task.steps_per_epoch) as self._update_bar:
             progresses = task.loop.train(begin, rows, (*traced, *self._due(first)))
-            yield from self._profile.watch(progresses, first, begin.step)
+            timed = self._timed(progresses, begin.step)
+            yield from self._profile.watch(timed, first, begin.step)
 
     def advance(self, progress: Progress, debug_nans: bool) -> None:
         """Progress: shows it, ends the run if it diverged, saves what is due, stops if asked."""
@@ -172,7 +174,7 @@ class Session:
         sums = task.loop.start(saved.state, saved.sums).sums
         self._saved = saved._replace(sums=sums, history=history, seconds=_seconds(history))
         self._epoch_began = time.monotonic()
-        self._display.epoch_line(self._title(epoch), task.steps_per_epoch, record)
+        self._display.epoch_line(self._title(epoch), task.steps_per_epoch, record, *self._pace)
         if self._is_writer:
             with _explain_writing(self._workdir):
                 self._workdir.add_epoch(record)
@@ -215,6 +217,15 @@ class Session:
 
     def _title(self, epoch):
         return f"Epoch {epoch + 1}/{self._task.config.train.num_epochs}"
+
+    def _timed(self, progresses, first):
+        """Keeps the pace of steps after the first ones, without what is done between them."""
+        seconds, began = 0.0, time.monotonic()
+        for progress in progresses:
+            seconds += time.monotonic() - began
+            self._pace = progress.step - first, seconds
+            yield progress
+            began = time.monotonic()
 
     def _due(self, first):
         """Steps within the epoch, but its last, after which the state is saved."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from seqmnist.display import Display
 from seqmnist.errors import UserError
 from seqmnist.stop import StopRequest
 from seqmnist.study import trained
+from seqmnist.training.loop import Loop
 from seqmnist.workdir import Workdir
 from tools import kill_stress
 
@@ -174,6 +176,42 @@ def test_seconds_of_an_epoch_go_on_after_a_stop(make_config, monkeypatch):
     (record,) = Workdir("a").read_metrics()
     assert record["seconds"] == pytest.approx(before["seconds"], abs=0.01)
     assert results["seconds"]["train"] == pytest.approx(before["seconds"], abs=0.01)
+
+
+def test_the_pace_of_an_epoch_is_that_of_the_steps_of_this_process(
+    make_config, monkeypatch, capsys
+):
+    """By a clock that goes a second a step, and far on whenever something else is done."""
+    config, stop, clock = make_config(1, checkpoint={"every_steps": 12}), StopRequest(), [0.0]
+
+    def late(owner, name):
+        function = getattr(owner, name)
+
+        def wrapped(*arguments, **keywords):
+            clock[0] += 100
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    def train(loop, begin, *arguments):
+        step = begin.step
+        for progress in take_steps(loop, begin, *arguments):
+            clock[0] += progress.step - step
+            step = progress.step
+            yield progress
+
+    take_steps = Loop.train
+    monkeypatch.setattr(Loop, "train", train)
+    late(run.Task, "evaluate")
+    late(run.Session, "_save")
+    late(run.Display, "setup")
+    monkeypatch.setattr(run, "time", types.SimpleNamespace(monotonic=lambda: clock[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(*asks(run.Session, "advance", signal.SIGTERM, stop))  # after 8 steps
+        with pytest.raises(SystemExit):
+            run.train(config, "a", stop=stop)
+    run.train(config, "a")
+    assert "Epoch 1/1 - 25/25 - 17.0s 1000.0ms/step" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_trained_again(make_config, capsys, monkeypatch):
