@@ -1,6 +1,7 @@
 """What a person sees: a bar and colour on a terminal or in a notebook, elsewhere plain lines."""
 
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -33,6 +34,7 @@ class Display:
         self._is_live = self._console.is_terminal or self._console.is_jupyter
         if not self._is_live:
             self._console.width = 120
+        self._failure: OSError | None = None
 
     def say(self, text: str, style: str | None = None) -> None:
         """Prints one line."""
@@ -117,7 +119,10 @@ class Display:
         self._say_parts(parts + scores[: 2 if record["validation/loss"] is None else 4])
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Prints the scores on the test set, and of which dataset it is."""
+        """Prints the scores on the test set, and of which dataset it is.
+
+        Raises OSError if the disk had no room for these or earlier lines.
+        """
         dataset = results["dataset"]
         if dataset.get("notice"):
             self.notice(dataset["notice"])
@@ -129,6 +134,8 @@ class Display:
             test = ensemble["test"]
         scores = (f"test_{name}: {_text(test[name])}" for name in ("loss", "accuracy"))
         self._say_parts([what, *scores], style="bold")
+        if self._failure:
+            raise self._failure
 
     def _settings_table(self, results):
         swept = [name for name in results["members"][0] if name != "seed"]
@@ -183,8 +190,9 @@ class Display:
     def _print(self, what, style=None):
         try:
             self._console.print(what, style=style)
-        except OSError:  # the terminal is closed; the run goes on
+        except OSError as error:  # the terminal is closed or the disk full; the run goes on
             self._console.on_broken_pipe()
+            self._failure = error if error.errno == errno.ENOSPC else None
 
 
 def describe(model: ModelConfig) -> str:

@@ -10,7 +10,6 @@ import difflib
 import json
 import re
 import sys
-import textwrap
 from collections.abc import Sequence
 
 import seqmnist
@@ -20,22 +19,12 @@ from seqmnist.errors import UserError
 from seqmnist.stop import StopRequest
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{textwrap.shorten(message, 300)}; see --help")
-
-
 def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Returns the parser; fields of `Config` that are not given have no value in its result.
 
     Options, such as `--config.model.cell_options.NAME`, are known if they are in `arguments`.
     """
-    parser = _Parser(
-        prog="python -m seqmnist.main",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = process.Parser(prog="python -m seqmnist.main", description=__doc__)
     parser.add_argument("--version", action="version", version=seqmnist.__version__)
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run's files")
     parser.add_argument("--config", metavar="FILE", help="an experiment: a file with get_config()")

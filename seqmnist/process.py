@@ -1,12 +1,15 @@
 """Settings of the whole process. Only command lines use them; library functions change none."""
 
+import argparse
 import codecs
 import contextlib
+import errno
 import logging
 import os
 import pathlib
 import signal
 import sys
+import textwrap
 import threading
 import traceback
 import warnings
@@ -19,6 +22,23 @@ from seqmnist.stop import StopRequest
 # The compilation cache holds programs of a few MB; the least recently used ones go first.
 _CACHE_BYTES = 1 << 30
 _ASCII = {"×": "x", "→": "->", "±": "+/-", "…": "...", "–": "-", "²": "2"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose help is not lost silently on a full disk."""
+
+    def __init__(self, **settings):
+        """Takes the settings of `argparse.ArgumentParser`."""
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=as_written, allow_abbrev=False, **settings)
+
+    def error(self, message):
+        """Raises UserError."""
+        raise UserError(f"{textwrap.shorten(message, 300)}; see --help")
+
+    def print_help(self, file=None):
+        """Prints the help."""
+        print(self.format_help(), end="", file=file)
 
 
 def prepare_output() -> None:
@@ -99,22 +119,28 @@ def exit_code(command: Callable[[], int | None]) -> int:
     after Ctrl-C; 141 if the reader of the output has gone; 1 after any other error's traceback.
     """
     try:
-        prepare_output()
-        code = command() or 0
-        sys.stdout.flush()
+        try:
+            prepare_output()
+            code = command() or 0
+        except SystemExit as error:
+            code = int(error.code or 0)
+        if not code:
+            sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except SystemExit as error:
-        return int(error.code or 0)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 141
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            what = error.filename or "the output"  # `print` names no file
+            print(f"error: {what} cannot be written ({error.strerror}); make room", file=sys.stderr)
+            return 2
         traceback.print_exc()
         return 1
-    return code
 
 
 def leave(code: int) -> None:

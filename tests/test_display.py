@@ -1,5 +1,6 @@
 """What a person sees: on a terminal of 80 columns, in a pipe, and in ASCII."""
 
+import errno
 import json
 import os
 import re
@@ -196,6 +197,16 @@ def test_a_pipe_gets_plain_lines(capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("accuracy: 0.8000 - val_loss: 0.4000 - val_accuracy: 0.9000")
     assert second == "[bold] is no markup"
+
+
+def test_a_full_disk_is_an_error_after_the_results(monkeypatch):
+    results = {"dataset": {"name": "mnist", "test": 9}, "test": {"loss": 0.5, "accuracy": 0.5}}
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        display = Display()
+        display.say("The run goes on")
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            display.results(results)
 
 
 def run_python(code, **keywords):

@@ -1,5 +1,6 @@
 """The tool predict, and what all tools share, as a user's shell sees them."""
 
+import errno
 import json
 import os
 import shutil
@@ -127,22 +128,34 @@ def test_help_shows_an_example():
     assert "use 28 x 28 pixels" in result.stdout
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-def test_a_closed_pipe_ends_quietly(unbuffered):
-    reading, writing = os.pipe()
-    os.close(reading)
+def print_to(stdout, unbuffered, *arguments):
+    """Returns the exit code and the errors of a tool that prints one letter."""
     code = "from tools import cli; cli.run(cli.make_parser('doc'), lambda arguments: print('x'))"
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
-        stdout=writing,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
         check=False,
     )
+    return result.returncode, result.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_closed_pipe_ends_quietly(unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert print_to(writing, unbuffered) == (141, "")
     os.close(writing)
-    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("arguments", [("",), ("1",), ("", "--help"), ("1", "--help")])
+def test_a_full_disk_is_one_line(arguments):
+    line = f"error: the output cannot be written ({os.strerror(errno.ENOSPC)}); make room\n"
+    with open("/dev/full", "w") as full:
+        assert print_to(full, *arguments) == (2, line)
 
 
 def test_an_interrupt_ends_a_tool_even_in_a_callback():

@@ -11,16 +11,9 @@ from seqmnist.datasets import sources
 from seqmnist.errors import UserError, explain_storage
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; see --help")
-
-
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser that shows a module's docstring and accepts --json."""
-    parser = _Parser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = process.Parser(description=doc)
     add_output_argument(parser, "--json", "write all numbers to this file")
     return parser
 

@@ -9,7 +9,6 @@ with the number of their process. If a process fails, the others end as well.
 """
 
 import argparse
-import contextlib
 import math
 import os
 import signal
@@ -69,9 +68,14 @@ def wait(processes: list[subprocess.Popen]) -> int:
 
 
 def _show(number, process):
-    for line in process.stdout:
-        with contextlib.suppress(BrokenPipeError):  # a pipe that is not read blocks the process
+    failure = None
+    for line in process.stdout:  # to its end: a pipe that is not read blocks the process
+        try:
             print(f"[{number}] {line}" if number else line, end="", flush=True)
+        except OSError as error:
+            failure = error
+    if failure:
+        raise failure
 
 
 def _main(arguments):
@@ -87,10 +91,11 @@ def _main(arguments):
         if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, pass_on)
     with futures.ThreadPoolExecutor(len(processes)) as pool:
-        pool.map(_show, range(len(processes)), processes)
+        shown = pool.map(_show, range(len(processes)), processes)
         code = wait(processes)
     if code:
         sys.exit(code)
+    list(shown)  # raises what they raised
     return {"processes": arguments.processes, "exit_code": code}
 
 
