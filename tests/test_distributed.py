@@ -205,6 +205,29 @@ def test_the_launcher_shows_the_lines_of_all_and_fails_as_they_do(tmp_path):
         assert f"\n{number}error: --workdir={file}" in f"\n{output}"
 
 
+PROXY = {"http_proxy": "http://proxy:80"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        (PROXY, "127.0.0.1"),
+        (PROXY | {"no_proxy": ".lan,a"}, ".lan,a,127.0.0.1"),
+        (PROXY | {"no_proxy": ".lan", "no_grpc_proxy": "b"}, "b,127.0.0.1"),
+    ],
+)
+def test_processes_of_one_machine_connect_without_a_proxy(variables, expected, monkeypatch):
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, env, **__: env)
+    for environment in launch_local.launch([[], []]):
+        assert environment.get("no_grpc_proxy") == expected
+        assert environment.get("no_proxy") == variables.get("no_proxy")
+
+
 @pytest.mark.parametrize(("visible", "expected"), [(None, "01"), ("3,5", "35"), ("", ["", ""])])
 def test_each_process_gets_one_gpu(visible, expected, monkeypatch, launch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -33,7 +33,12 @@ def launch(arguments: Sequence[list[str]]) -> list[subprocess.Popen]:
         port = probe.getsockname()[1]
     common = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={len(arguments)}"]
     each = ",".join(map(str, range(len(arguments))))
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", each).split(",")
+    environment = dict(os.environ)
+    gpus = environment.get("CUDA_VISIBLE_DEVICES", each).split(",")
+    # gRPC asks a proxy even for this machine. JAX warns of each such variable, so only if need be.
+    if not {"grpc_proxy", "https_proxy", "http_proxy"}.isdisjoint(environment):
+        direct = environment.get("no_grpc_proxy") or environment.get("no_proxy", "")
+        environment["no_grpc_proxy"] = f"{direct},127.0.0.1".lstrip(",")
     return [
         subprocess.Popen(
             [sys.executable, "-m", "seqmnist.main", *common, f"--process_id={i}", *rest],
@@ -41,7 +46,7 @@ def launch(arguments: Sequence[list[str]]) -> list[subprocess.Popen]:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "".join(gpus[i : i + 1])},
+            env={**environment, "CUDA_VISIBLE_DEVICES": "".join(gpus[i : i + 1])},
             process_group=0,  # Ctrl-C in a terminal reaches it once, through `_main`
         )
         for i, rest in enumerate(arguments)
