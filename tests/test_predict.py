@@ -158,6 +158,13 @@ def test_a_full_disk_is_one_line(arguments):
         assert print_to(full, *arguments) == (2, line)
 
 
+def test_an_interrupt_of_imports_is_quiet(tmp_path):
+    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    (tmp_path / "argparse.py").write_text(interrupt)  # which every tool imports
+    result = tool("predict", environment={"PYTHONPATH": str(tmp_path)})
+    assert (result.returncode, result.stderr) == (130, "")
+
+
 def test_an_interrupt_ends_a_tool_even_in_a_callback():
     code = """
 import gc, os, signal

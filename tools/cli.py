@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -103,4 +104,6 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
         sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = notice
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process.leave(call(parser, main))
