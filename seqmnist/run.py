@@ -51,8 +51,9 @@ def train(
     began = time.monotonic()
     config = config_lib.validated(config)
     workdir, display, stop = Workdir(workdir), Display(), stop or StopRequest()
-    workdir.check_usable()
-    finished = {} if overwrite else _read_finished(config, workdir)
+    with devices.together():
+        workdir.check_usable()
+        finished = {} if overwrite else _read_finished(config, workdir)
     if finished and not _changes_data(config, workdir):
         return _show_finished(display, workdir, finished)
     task = compose(config, display.say)

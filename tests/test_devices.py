@@ -180,6 +180,21 @@ def test_a_batch_is_split_as_its_devices_need():
         devices.plan(MeshConfig(data=1), 1, 128, hosts)
 
 
+def test_processes_of_different_size_are_refused(monkeypatch):
+    uneven = [types.SimpleNamespace(process_index=i) for i in (0, 0, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: uneven)
+    with pytest.raises(UserError, match=r"have \[1, 2\] devices"):
+        devices.agree(0)
+
+
+def test_what_is_refused_elsewhere_is_not_composed(monkeypatch):
+    """As process 0 of a job that is refused: those that went on would be ended by its end."""
+    monkeypatch.setattr(task.sources, "prepare", lambda *_, **__: pytest.fail("went on"))
+    monkeypatch.setattr(devices, "agree", lambda number: 1)
+    with pytest.raises(UserError, match="another process of this job"):
+        task.compose(CONFIG, print)
+
+
 def test_memory_of_the_machine_limits_only_its_own_processors():
     def mesh(platform):
         return types.SimpleNamespace(devices=np.array([types.SimpleNamespace(platform=platform)]))

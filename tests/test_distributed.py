@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -78,6 +79,12 @@ def launcher(*arguments):
         for _ in range(2):
             process.send_signal(signal.SIGHUP)
             time.sleep(0.5)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def find_port(workdir):
@@ -203,6 +210,21 @@ def test_the_launcher_shows_the_lines_of_all_and_fails_as_they_do(tmp_path):
     assert job.returncode == 2
     for number in ("", "[1] "):
         assert f"\n{number}error: --workdir={file}" in f"\n{output}"
+
+
+@pytest.mark.parametrize("process_id", [0, 1])
+def test_a_process_that_waits_in_vain_says_so(process_id):
+    code = f"""
+from seqmnist.training import distributed
+distributed.JOINING = 1
+with distributed.joined(False, "127.0.0.1:{free_port()}", 2, {process_id}):
+    print("joined")
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: not all processes have joined at 127.0.0.1:")
 
 
 PROXY = {"http_proxy": "http://proxy:80"}

@@ -5,6 +5,7 @@ A mesh has two axes: `member`, over which independent runs spread without commun
 the programs that run a job together, each with devices of its own.
 """
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -125,7 +126,16 @@ def gather(tree: Any) -> Any:
 
 
 def collect(number: int) -> list[int]:
-    """Returns the numbers, below 2³¹, that all processes give, in their order."""
+    """Returns the numbers, below 2³¹, that all processes give, in their order.
+
+    Raises UserError if the processes have different numbers of devices, as JAX forbids here.
+    """
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        raise UserError(
+            f"the processes of this job have {sorted(counts.values())} devices; give all of them "
+            "the same configuration and the same number of devices"
+        )
     return multihost_utils.process_allgather(np.int32(number)).tolist()
 
 

@@ -5,6 +5,7 @@ import faulthandler
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -14,6 +15,8 @@ from seqmnist.errors import UserError, one_line
 
 # Seconds without a sign of life after which a process counts as dead.
 PATIENCE = 20
+# Seconds that all processes have to join.
+JOINING = 60
 # What JAX, gloo and the coordination service say when another process is gone.
 _GONE = re.compile(
     r"gloo|heartbeat|coordination (service|agent)|UNAVAILABLE|DEADLINE_EXCEEDED"
@@ -38,13 +41,17 @@ def joined(
         return
     host, _, _ = (coordinator or "").rpartition(":")
     is_local = host in ("127.0.0.1", "localhost", "[::1]")
+    # Before JAX gives up, which it does by aborting this process.
+    alarm = threading.Timer(JOINING, _give_up, [coordinator])
+    alarm.daemon = True
+    alarm.start()
     try:
         jax.distributed.initialize(
             coordinator,
             num_processes,
             process_id,
             coordinator_bind_address=coordinator if is_local else None,
-            initialization_timeout=60,
+            initialization_timeout=JOINING + 60,
             heartbeat_timeout_seconds=PATIENCE,
         )
     except (ValueError, RuntimeError) as error:  # jax.errors.JaxRuntimeError among them
@@ -52,6 +59,8 @@ def joined(
             f"cannot join the other processes ({one_line(error)[:300]}); give "
             "--coordinator=HOST:PORT, --num_processes and --process_id"
         ) from error
+    finally:
+        alarm.cancel()
     faulthandler.disable()  # where JAX itself ends this process, its message is enough
     try:
         yield
@@ -71,3 +80,13 @@ def joined(
         )
         os._exit(1)  # leaving in order would wait for the process that is gone
     jax.distributed.shutdown()
+
+
+def _give_up(coordinator):
+    print(
+        f"error: not all processes have joined at {coordinator or 'the coordinator'} within "
+        f"{JOINING} seconds; see whether one ended with an error, and start all together",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)

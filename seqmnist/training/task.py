@@ -134,14 +134,16 @@ def compose(config: Config, say: Callable[[str], None]) -> Task:
     Raises UserError if the configuration names what does not exist or does not fit, or if the
     data cannot be used.
     """
-    each = members.list_members(config)
-    make_system(config)  # what does not exist is refused before data are fetched
-    if config.data.input_mode == "stream" and len(each) > 1:
-        raise UserError(
-            f"config.data.input_mode='stream' feeds one member, not {len(each)}; use 'resident'"
-        )
     batch_size = config.train.batch_size
-    mesh = devices.make_mesh(*devices.plan(config.mesh, len(each), batch_size, jax.devices()))
+    with devices.together():  # what does not exist is refused before data are fetched
+        each = members.list_members(config)
+        make_system(config)
+        if config.data.input_mode == "stream" and len(each) > 1:
+            raise UserError(
+                f"config.data.input_mode='stream' feeds one member, not {len(each)}; use 'resident'"
+            )
+        shape = devices.plan(config.mesh, len(each), batch_size, jax.devices())
+    mesh = devices.make_mesh(*shape)
     with devices.together():
         dataset = sources.prepare(
             config.data.name,
