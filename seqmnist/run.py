@@ -292,7 +292,7 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
             epoch, step = divmod(saved.step, task.steps_per_epoch)
             display.say(f"Resuming in epoch {epoch + 1}, after {step} of its steps")
         else:
-            start = task.start(state)
+            start = task.start()
             saved = template._replace(state=start.state, sums=start.sums)
         batches.epoch_order(0, 0, len(task.splits["train"]))  # compiles what draws it
         programs |= {name: program.result() for name, program in ahead.items()}

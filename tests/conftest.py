@@ -82,22 +82,24 @@ def shared_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def data_dir(shared_folder):
     """A folder with mnist_5k, prepared; only read it."""
+    from seqmnist.config import DataConfig
     from seqmnist.datasets import sources
 
     folder = shared_folder / "tensorflow_datasets"  # several processes may prepare it together
-    sources.prepare("mnist_5k", data_dir=str(folder), manual_dir=None, verify_checksums=True)
+    sources.prepare(DataConfig("mnist_5k", folder))
     return folder
 
 
 @pytest.fixture(scope="session")
 def full_mnist(shared_folder):
     """A folder with full MNIST, prepared; only read it."""
+    from seqmnist.config import DataConfig
     from seqmnist.datasets import sources
 
     if not MNIST.is_dir():
         pytest.skip("the full MNIST archives are not on this machine")
     folder = shared_folder / "full_mnist"  # several processes may prepare it together
-    sources.prepare("mnist", data_dir=folder, manual_dir=MNIST, verify_checksums=True)
+    sources.prepare(DataConfig("mnist", folder, MNIST))
     return folder
 
 

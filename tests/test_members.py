@@ -167,7 +167,7 @@ def test_a_member_equals_a_separate_run(member, seed, rate, together, make_confi
 def test_a_member_that_diverges_takes_steps_and_then_stays_as_it_is(together, make_config):
     workdir, after_two = together
     task = compose(make_config(1, rates=RATES, num=2), print)
-    *_, progress = task.loop.train(task.start(task.template()[0]), task.epoch_rows(0))
+    *_, progress = task.loop.train(task.start(), task.epoch_rows(0))
     steps = np.asarray(progress.state.step)
     assert (steps[:4] == 25).all()
     assert ((steps[4:] > 1) & (steps[4:] < 25)).all()

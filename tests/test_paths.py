@@ -6,7 +6,7 @@ import pytest
 
 from seqmnist import config as config_lib
 from seqmnist import paths, run
-from seqmnist.config import Config
+from seqmnist.config import Config, DataConfig
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
 from seqmnist.study import trained
@@ -95,9 +95,7 @@ def test_a_name_below_a_bad_folder_is_refused(here, monkeypatch):
 
 
 def prepare(**folders):
-    return sources.prepare(
-        "mnist", **{"data_dir": None, "manual_dir": None, "verify_checksums": True, **folders}
-    )
+    return sources.prepare(DataConfig("mnist", **folders))
 
 
 ENTRANCES = {

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from seqmnist import paths, process, workdir
+from seqmnist.config import DataConfig
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError, explain_storage
 
@@ -54,8 +55,8 @@ def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
 
 def prepare_data(arguments: argparse.Namespace) -> sources.Prepared:
     """Prepares the dataset that the arguments name, and prints its notice."""
-    folders = {"data_dir": arguments.data_dir, "manual_dir": arguments.manual_dir}
-    prepared = sources.prepare(arguments.data_name, **folders, verify_checksums=True, say=print)
+    config = DataConfig(arguments.data_name, arguments.data_dir, arguments.manual_dir)
+    prepared = sources.prepare(config, print)
     if prepared.notice:
         print(f"NOTICE: {prepared.notice}")
     return prepared

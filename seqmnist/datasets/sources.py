@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 
 from seqmnist import errors, paths
+from seqmnist.config import DataConfig
 from seqmnist.datasets import archives
 from seqmnist.datasets.decoded import Decoded
 from seqmnist.errors import UserError
@@ -59,29 +60,18 @@ class Prepared:
         return labels
 
 
-def prepare(
-    name: str,
-    *,
-    data_dir: str | os.PathLike | None,
-    manual_dir: str | os.PathLike | None,
-    verify_checksums: bool,
-    say: Callable[[str], None] = lambda _: None,
-) -> Prepared:
+def prepare(config: DataConfig, say: Callable[[str], None] = lambda _: None) -> Prepared:
     """Prepares a dataset from `data_dir`, else from `manual_dir`, else by download.
 
     Any number of processes may prepare the same dataset at the same time. An incomplete dataset
     is never used. Raises UserError if the dataset is not available, an archive is damaged, or a
     folder cannot be used.
 
-    Args:
-      name: `mnist`, `fashion_mnist`, `kmnist`, `mnist_5k`, or `auto`: mnist, or mnist_5k if
-        mnist is neither prepared nor can be downloaded.
-      data_dir: the folder of prepared datasets; None is TFDS's own.
-      manual_dir: a folder with the four archives, used instead of a download.
-      verify_checksums: refuse archives whose SHA-256 is not the registered one. Without it,
-        such archives become a dataset of another name.
-      say: called with a line about whatever takes time.
+    `auto` is mnist_5k if mnist is neither prepared nor can be downloaded. Archives whose SHA-256 is
+    not the registered one become, unless they are refused, a dataset of another name. `say` is
+    called with a line about whatever takes time.
     """
+    name, data_dir, manual_dir = config.name, config.data_dir, config.manual_dir
     origin = "config.data.data_dir"
     if data_dir is None:
         origin = "TFDS_DATA_DIR"
@@ -91,13 +81,13 @@ def prepare(
     advice = "--config.data.manual_dir=FOLDER takes the four archives from a folder"
     first = "mnist" if name == "auto" else name
     try:
-        prepared = _prepare(first, root, manual, verify_checksums, say)
+        prepared = _prepare(first, root, manual, config.verify_checksums, say)
     except archives.DownloadError as error:
         if name != "auto":
             raise UserError(
                 f"{error}; {advice}, and --config.data.name=mnist_5k needs no download"
             ) from error
-        prepared = _prepare("mnist_5k", root, manual, verify_checksums, say)
+        prepared = _prepare("mnist_5k", root, manual, config.verify_checksums, say)
         notice = "the data is mnist_5k, 5,000 digits of MNIST, because full MNIST was not in "
         prepared = dataclasses.replace(prepared, notice=f"{notice}{root} and {error}; {advice}")
     return dataclasses.replace(prepared, requested=name)

@@ -77,14 +77,7 @@ class Trained:
 
         Raises UserError if they are not available, or others are in their place.
         """
-        source = as_trained(self.config, self.results).data
-        dataset = sources.prepare(
-            source.name,
-            data_dir=source.data_dir,
-            manual_dir=source.manual_dir,
-            verify_checksums=source.verify_checksums,
-            say=say,
-        )
+        dataset = sources.prepare(as_trained(self.config, self.results).data, say)
         if self.fingerprint != dataset.fingerprint:
             raise UserError(
                 f"{dataset.directory} holds other images than those that {self.workdir} was "

@@ -58,12 +58,11 @@ class Task(NamedTuple):
             jax.eval_shape(init),
         )
 
-    def start(self, template: TrainState) -> Progress:
+    def start(self) -> Progress:
         """Returns the beginning of the run."""
-        shardings = jax.tree.map(lambda x: x.sharding, template)
         # It runs once: a third of the time to compile is worth more than how fast it runs.
         options = {"xla_backend_optimization_level": 0}
-        init = jax.jit(self._init, out_shardings=shardings, compiler_options=options)
+        init = jax.jit(self._init, out_shardings=self.loop.placement, compiler_options=options)
         return self.loop.start(init())
 
     def epoch_rows(self, epoch: int) -> np.ndarray:
@@ -145,13 +144,7 @@ def compose(config: Config, say: Callable[[str], None]) -> Task:
         shape = devices.plan(config.mesh, len(each), batch_size, jax.devices())
     mesh = devices.make_mesh(*shape)
     with devices.together():
-        dataset = sources.prepare(
-            config.data.name,
-            data_dir=config.data.data_dir,
-            manual_dir=config.data.manual_dir,
-            verify_checksums=config.data.verify_checksums,
-            say=say,
-        )
+        dataset = sources.prepare(config.data, say)
     if len(set(devices.collect(int(dataset.fingerprint[:7], 16)))) > 1:
         raise UserError(
             f"the processes of this job found different data; this one found {dataset.name} in "

@@ -19,6 +19,7 @@ import tensorflow_datasets as tfds
 from conftest import MNIST, REPOSITORY
 from small_archives import idx, make_splits, write_archives
 
+from seqmnist.config import DataConfig
 from seqmnist.datasets import archives, builder, decoded, sources
 from seqmnist.errors import UserError
 
@@ -64,12 +65,8 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 
 def prepare(name, tmp_path, manual_dir=None, verify_checksums=True):
-    return sources.prepare(
-        name,
-        data_dir=str(tmp_path / "data"),
-        manual_dir=manual_dir and str(manual_dir),
-        verify_checksums=verify_checksums,
-    )
+    data_dir, manual_dir = str(tmp_path / "data"), manual_dir and str(manual_dir)
+    return sources.prepare(DataConfig(name, data_dir, manual_dir, verify_checksums))
 
 
 def assert_holds(prepared, splits):
@@ -123,8 +120,8 @@ def test_what_is_prepared_comes_first(registered, tmp_path, manual_dir):
 def test_a_prepared_dataset_needs_no_tfds(registered, tmp_path, manual_dir):
     prepare("mnist", tmp_path, manual_dir)
     code = (
-        "import sys; from seqmnist.datasets import sources; prepared = sources.prepare('mnist', "
-        "data_dir=sys.argv[1], manual_dir=None, verify_checksums=True); prepared.arrays('train'); "
+        "import sys; from seqmnist.config import DataConfig; from seqmnist.datasets import sources;"
+        "sources.prepare(DataConfig('mnist', sys.argv[1])).arrays('train'); "
         "assert not {'tensorflow_datasets', 'tensorflow', 'jax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "data"], cwd=REPOSITORY, check=True)
@@ -133,8 +130,8 @@ def test_a_prepared_dataset_needs_no_tfds(registered, tmp_path, manual_dir):
 @pytest.mark.slow
 def test_preparing_imports_no_tensorflow(tmp_path):
     code = (
-        "import sys; from seqmnist.datasets import sources; prepared = sources.prepare('mnist_5k', "
-        "data_dir=sys.argv[1], manual_dir=None, verify_checksums=True); "
+        "import sys; from seqmnist.config import DataConfig; from seqmnist.datasets import sources;"
+        "sources.prepare(DataConfig('mnist_5k', sys.argv[1])); "
         "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "data"], cwd=REPOSITORY, check=True)
@@ -142,7 +139,7 @@ def test_preparing_imports_no_tensorflow(tmp_path):
 
 def test_auto_without_a_network_is_the_subset_and_says_so(registered, tmp_path, data_dir):
     began = time.monotonic()
-    prepared = sources.prepare("auto", data_dir=data_dir, manual_dir=None, verify_checksums=True)
+    prepared = sources.prepare(DataConfig("auto", data_dir))
     assert time.monotonic() - began < 10
     assert (prepared.name, prepared.requested) == ("mnist_5k", "auto")
     for words in ("5,000 digits", "127.0.0.1", str(data_dir), "manual_dir"):
@@ -353,12 +350,11 @@ def test_a_full_disk_is_one_line_at_every_stage(tmp_path):
     manual_dir = write_archives(tmp_path / "archives", flat)
     code = """
 import resource, signal, sys
+from seqmnist.config import DataConfig
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
 def prepare():
-    return sources.prepare(
-        "mnist", data_dir=sys.argv[1], manual_dir=sys.argv[2], verify_checksums=False
-    )
+    return sources.prepare(DataConfig("mnist", *sys.argv[1:], verify_checksums=False))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for limit in (0, 10, 10_000, 200_000):  # bytes per file
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
@@ -399,9 +395,7 @@ def test_a_disk_without_any_space_is_one_line(registered, tmp_path, manual_dir, 
 def test_a_data_dir_that_cannot_be_is_refused(registered, tmp_path, manual_dir, folder):
     (tmp_path / "a file").write_text("here")
     with pytest.raises(UserError) as caught:
-        sources.prepare(
-            "mnist", data_dir=tmp_path / folder, manual_dir=manual_dir, verify_checksums=True
-        )
+        sources.prepare(DataConfig("mnist", tmp_path / folder, manual_dir))
     assert_one_line(caught, "config.data.data_dir", os.strerror(errno.ENOTDIR))
 
 
@@ -410,9 +404,7 @@ def test_a_data_dir_that_cannot_be_is_refused(registered, tmp_path, manual_dir, 
 def test_paths_may_be_relative_and_odd(registered, tmp_path, monkeypatch, manual_dir, name, kind):
     monkeypatch.chdir(tmp_path)
     os.rename(manual_dir, f"{name} from [*]")
-    prepared = sources.prepare(
-        "mnist", data_dir=kind(name), manual_dir=kind(f"{name} from [*]"), verify_checksums=True
-    )
+    prepared = sources.prepare(DataConfig("mnist", kind(name), kind(f"{name} from [*]")))
     assert prepared.directory.parents[2] == tmp_path / name
     monkeypatch.chdir("/")
     assert_holds(prepared, SPLITS)
@@ -423,9 +415,7 @@ def test_the_environment_names_the_folder(registered, tmp_path, manual_dir, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     for folder, expected in (("~/there", "there"), ("", "tensorflow_datasets")):
         monkeypatch.setenv("TFDS_DATA_DIR", folder)
-        prepared = sources.prepare(
-            "mnist", data_dir=None, manual_dir=manual_dir, verify_checksums=True
-        )
+        prepared = sources.prepare(DataConfig("mnist", manual_dir=manual_dir))
         assert prepared.directory.parents[2] == tmp_path / expected
 
 
@@ -434,12 +424,12 @@ def test_a_folder_that_libraries_mistake_is_refused(tmp_path, monkeypatch, manua
     monkeypatch.chdir(tmp_path)
     before = files(tmp_path)
     with pytest.raises(UserError) as caught:
-        sources.prepare("mnist", data_dir=name, manual_dir=manual_dir, verify_checksums=False)
+        sources.prepare(DataConfig("mnist", name, manual_dir, verify_checksums=False))
     assert_one_line(caught, "config.data.data_dir")
     if name:
         monkeypatch.setenv("TFDS_DATA_DIR", name)
         with pytest.raises(UserError) as caught:
-            sources.prepare("mnist", data_dir=None, manual_dir=manual_dir, verify_checksums=False)
+            sources.prepare(DataConfig("mnist", None, manual_dir, verify_checksums=False))
         assert_one_line(caught, "TFDS_DATA_DIR")
     assert files(tmp_path) == before
 
@@ -488,9 +478,8 @@ def test_processes_may_prepare_together(tmp_path):
 
 
 def test_the_subset_is_stratified_and_does_not_change(tmp_path, data_dir):
-    prepared = sources.prepare(
-        "mnist_5k", data_dir=data_dir, manual_dir=tmp_path / "nowhere", verify_checksums=False
-    )
+    config = DataConfig("mnist_5k", data_dir, tmp_path / "nowhere", verify_checksums=False)
+    prepared = sources.prepare(config)
     for split, size in (("train", 4000), ("test", 1000)):
         images, labels = prepared.arrays(split)
         assert images.shape == (size, 28, 28)
@@ -516,7 +505,7 @@ def test_addresses_and_checksums_are_those_of_tfds():
 
 @pytest.mark.slow
 def test_full_mnist_holds_what_its_archives_do(full_mnist):
-    prepared = sources.prepare("mnist", data_dir=full_mnist, manual_dir=None, verify_checksums=True)
+    prepared = sources.prepare(DataConfig("mnist", full_mnist))
     assert [prepared.num_examples(split) for split in ("train", "test")] == [60000, 10000]
     whole = archives.parse(archives.read_folder(MNIST), MNIST)
     for split, arrays in whole._asdict().items():
