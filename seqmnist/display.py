@@ -119,10 +119,7 @@ class Display:
         self._say_parts(parts + scores[: 2 if record["validation/loss"] is None else 4])
 
     def results(self, results: Mapping[str, Any]) -> None:
-        """Prints the scores on the test set, and of which dataset it is.
-
-        Raises OSError if the disk had no room for these or earlier lines.
-        """
+        """Prints the scores on the test set; raises OSError if the disk has no room for output."""
         dataset = results["dataset"]
         if dataset.get("notice"):
             self.notice(dataset["notice"])

@@ -1,6 +1,8 @@
 """Several processes that run one job: the same numbers, and an end when one of them fails."""
 
 import contextlib
+import errno
+import io
 import json
 import os
 import pathlib
@@ -10,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -225,6 +228,16 @@ with distributed.joined(False, "127.0.0.1:{free_port()}", 2, {process_id}):
     assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: not all processes have joined at 127.0.0.1:")
+
+
+def test_a_process_whose_lines_cannot_be_shown_is_read_to_its_end(monkeypatch):
+    process = types.SimpleNamespace(stdout=io.StringIO("one\ntwo\n"))
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            launch_local._show(0, process)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # it can be closed
+    assert process.stdout.read() == ""
 
 
 PROXY = {"http_proxy": "http://proxy:80"}

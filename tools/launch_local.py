@@ -73,14 +73,11 @@ def wait(processes: list[subprocess.Popen]) -> int:
 
 
 def _show(number, process):
-    failure = None
-    for line in process.stdout:  # to its end: a pipe that is not read blocks the process
-        try:
+    try:
+        for line in process.stdout:
             print(f"[{number}] {line}" if number else line, end="", flush=True)
-        except OSError as error:
-            failure = error
-    if failure:
-        raise failure
+    finally:
+        process.stdout.read()  # a pipe that is not read blocks the process
 
 
 def _main(arguments):
