@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,6 +33,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the caches of the
         sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# A shell lets what it starts in the background ignore interrupts, and processes inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Fixtures that train: what needs one of them is slow.

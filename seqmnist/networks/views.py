@@ -48,7 +48,7 @@ VIEWS = {
     # One pixel per time step, row after row or permuted; Q. V. Le et al., arXiv 1504.00941.
     "pixels": _pixels,
     # JAX would take the last pixel of a smaller image for those that it lacks.
-    "permuted_pixels": lambda images: images.reshape(len(images), 784, 1)[:, permutation()],
+    "permuted_pixels": lambda images: images.reshape(images.shape[0], 784, 1)[:, permutation()],
     "patches": functools.partial(patches, size=4),
     "patches_2": functools.partial(patches, size=2),
     "patches_7": functools.partial(patches, size=7),
