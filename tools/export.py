@@ -5,8 +5,9 @@ Example:
   python -m tools.predict --artifact=runs/notebook/export/classifier.jax_export digit.png
 
 The exported classifier maps images uint8 [B, 28, 28], for any B, to logits [B, 10], on CPU, GPU and
-TPU, without this package. Another process, which has only JAX, first checks that it computes the
-same logits as the network.
+TPU, without this package; so does step.jax_export, (state, time step) -> (state, logits), unless
+the network reads in both directions. Another process, which has only JAX, first checks that both
+compute the same logits as the network.
 """
 
 from tools import cli
@@ -17,16 +18,19 @@ def _main(arguments):
 
     network = trained.load(arguments.workdir, arguments.member)
     workdir, facts = network.workdir.path, (network.config, network.results, network.member)
-    text = card.model_card(workdir.name, *facts, export.USAGE)
+    streaming = None if network.config.model.bidirectional else network.streaming()
+    usage = export.USAGE + (export.STEP_USAGE.format(size=streaming.size) if streaming else "")
+    text = card.model_card(workdir.name, *facts, usage)
 
     def classify(images):
         return network.system.apply(network.params, images)
 
-    figures = export.write(workdir, classify, network.params, text)
+    figures = export.write(workdir, classify, network.params, text, streaming)
     for name, size in figures["files"].items():
         print(f"{workdir / export.DIRECTORY / name}: {size:,} bytes")
-    for size, difference in figures["largest_difference"].items():
-        print(f"Largest difference in another process, batch of {size}: {difference:.1e}")
+    for name, difference in figures["largest_difference"].items():
+        what = f"{export.NUM_STEPS} steps" if name == "step" else f"batch of {name}"
+        print(f"Largest difference in another process, {what}: {difference:.1e}")
     return figures
 
 

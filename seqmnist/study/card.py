@@ -96,6 +96,7 @@ def model_card(
     """
     values = config_lib.to_dict(config)
     values["data"] |= {"data_dir": None, "manual_dir": None}
+    values["plugins"] = ",".join(path.rpartition("/")[2] for path in config.plugins.split(","))
     rows = [f"| {key} | {value} |" for key, value in facts(config, results, member).items()]
     if notice := results.get("dataset", {}).get("notice"):
         rows.append(f"| notice | {notice} |")

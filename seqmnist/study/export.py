@@ -1,7 +1,8 @@
 """Exports a trained network to files that need no code of this package.
 
-`write` makes DIR/export: the classifier as StableHLO, its parameters as safetensors, and a model
-card. Nothing here depends on the model, so that reading an artifact does not either.
+`write` makes DIR/export: the classifier as StableHLO, also step by step, its parameters as
+safetensors, and a model card. Nothing here depends on the model, so that reading an artifact does
+not either.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -26,8 +27,10 @@ from seqmnist.training import batches, metrics
 DIRECTORY, ARTIFACT, PARAMETERS, CARD = (
     "export", "classifier.jax_export", "parameters.safetensors", "README.md"
 )  # fmt: skip
+STEP, INITIAL_STATE = "step.jax_export", "initial_state.npz"
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH_SIZES = (1, 7, 128)  # for which the artifact is compared with the network
+NUM_STEPS = 8  # after which the state is compared
 TOLERANCE = 1e-6  # of logits, relative to the largest logit if that exceeds 1
 USAGE = f"""\
 ## Use
@@ -43,6 +46,17 @@ logits = classify(np.zeros((1, 28, 28), np.uint8))  # [1, 10]
 ```
 
 `{PARAMETERS}` holds the parameters by name."""
+STEP_USAGE = f"""
+
+`{STEP}` reads one time step of B sequences, float32 [B, {{size}}], pixels / 255, and gives the
+logits of what has been read so far. `{INITIAL_STATE}` holds the state of one sequence before the
+first step, a list of arrays.
+
+```python
+step = jax.export.deserialize(open("{STEP}", "rb").read()).call
+state = list(np.load("{INITIAL_STATE}").values())  # of B sequences: np.repeat(each, B, axis=0)
+state, logits = step(state, np.zeros((1, {{size}}), np.float32))  # [1, 10]
+```"""
 _SEAL = b"seqmnist sha256:"  # and 32 bytes, after the artifact; jax.export ignores both
 _SEAL_SIZE = len(_SEAL) + 32
 
@@ -83,8 +97,20 @@ def load(path: str | pathlib.Path) -> Artifact:
     return Artifact(jax_export.deserialize(bytearray(program)))
 
 
+class Streaming(NamedTuple):
+    """A network that reads step by step; a state is a list of arrays [B, …]."""
+
+    initial_state: list[np.ndarray]  # of one sequence
+    step: Callable[[list[jax.Array], jax.Array], tuple[list[jax.Array], jax.Array]]
+    size: int  # F: (state, x [B, F]) -> (state, logits [B, C])
+
+
 def write(
-    workdir: pathlib.Path, classify: Callable[[jax.Array], jax.Array], params: Any, card: str
+    workdir: pathlib.Path,
+    classify: Callable[[jax.Array], jax.Array],
+    params: Any,
+    card: str,
+    streaming: Streaming | None = None,
 ) -> dict[str, Any]:
     """Writes DIR/export, after a process without the model got the same logits from it.
 
@@ -93,24 +119,37 @@ def write(
       classify: images uint8 [B, 28, 28] -> logits [B, C], for any B.
       params: the parameters of `classify`, to be written by name.
       card: the model card, Markdown.
+      streaming: the same network step by step, if it can read so.
 
     Returns:
-      {"files": {name: bytes}, "largest_difference": {batch size: of logits}, "logits_scale": …}.
+      {"files": {name: bytes}, "largest_difference": {batch size or "step": of logits},
+      "logits_scale": …}.
 
     Raises UserError if the workdir cannot be written, and RuntimeError if the logits differ, which
     is a fault of this program.
     """
     from safetensors.numpy import save
 
-    jitted = jax.jit(classify)
-    content = bytes(_export(jitted).serialize())
+    sizes = jax_export.symbolic_shape("b, 28, 28")
+    programs = {ARTIFACT: (jax.jit(classify), (jax.ShapeDtypeStruct(sizes, np.uint8),))}
+    if streaming:
+        before = [
+            jax.ShapeDtypeStruct(sizes[:1] + each.shape[1:], each.dtype)
+            for each in streaming.initial_state
+        ]
+        x = jax.ShapeDtypeStruct((sizes[0], streaming.size), np.float32)
+        programs[STEP] = (jax.jit(streaming.step), (before, x))
+    contents = {name: bytes(_export(*program).serialize()) for name, program in programs.items()}
     final = workdir / DIRECTORY
     remedy = "make room or make it writable, then run the same command again"
     with explain_storage(str(final), remedy), replacing(final) as folder:
-        (folder / ARTIFACT).write_bytes(content + _seal(content))
+        for name, content in contents.items():
+            (folder / name).write_bytes(content + _seal(content))
+        if streaming:
+            np.savez(folder / INITIAL_STATE, *streaming.initial_state)
         (folder / PARAMETERS).write_bytes(save(_by_name(params), metadata={"format": "np"}))
         (folder / CARD).write_text(card, encoding="utf-8")
-        comparison = _check(folder / ARTIFACT, jitted)
+        comparison = _check(folder, programs, streaming)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return {"files": files, **comparison}
 
@@ -149,38 +188,51 @@ def _seal(content):
     return _SEAL + hashlib.sha256(content).digest()
 
 
-def _export(jitted):
-    images = jax.ShapeDtypeStruct(jax_export.symbolic_shape("b, 28, 28"), np.uint8)
+def _export(jitted, arguments):
     # Paths of this machine are private. JAX has no public context manager for this option, and
     # it changes nothing but the names of source files in what is traced meanwhile.
     before = jax.config.jax_hlo_source_file_canonicalization_regex
     try:
         jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*")
-        return jax_export.export(jitted, platforms=PLATFORMS)(images)
+        return jax_export.export(jitted, platforms=PLATFORMS)(*arguments)
     finally:
         jax.config.update("jax_hlo_source_file_canonicalization_regex", before)
 
 
-_READ_BACK = """
-import io, sys, numpy as np, jax.export
-classify = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read())).call
-images = np.load(io.BytesIO(sys.stdin.buffer.read()))
-np.savez(answers := io.BytesIO(), **{name: classify(images[name]) for name in images})
-sys.stdout.buffer.write(answers.getvalue())
+_READ_BACK = f"""
+import io, pathlib, sys, numpy as np, jax.export
+folder, sent = pathlib.Path(sys.argv[1]), np.load(io.BytesIO(sys.stdin.buffer.read()))
+load = lambda name: jax.export.deserialize(bytearray((folder / name).read_bytes())).call
+classify = load("{ARTIFACT}")
+answers = {{name: classify(sent[name]) for name in sent if name != "step"}}
+if "step" in sent:
+    step, x = load("{STEP}"), sent["step"]
+    initial = np.load(folder / "{INITIAL_STATE}").values()
+    state = [np.repeat(each, x.shape[1], axis=0) for each in initial]
+    for x_t in x:
+        state, answers["step"] = step(state, x_t)
+np.savez(answer := io.BytesIO(), **answers)
+sys.stdout.buffer.write(answer.getvalue())
 """
 
 
-def _check(artifact, classify):
-    """Compares an artifact, in a process without this package, with the network it came from."""
-    rng = np.random.default_rng(0)
-    images = {str(size): rng.integers(0, 256, (size, 28, 28), np.uint8) for size in BATCH_SIZES}
-    np.savez(sent := io.BytesIO(), **images)
-    command = [sys.executable, "-c", _READ_BACK, str(artifact)]
-    result = subprocess.run(command, input=sent.getvalue(), capture_output=True, check=False)
+def _check(folder, programs, streaming):
+    """Compares what was written, in a process without this package, with the network."""
+    rng, (classify, _) = np.random.default_rng(0), programs[ARTIFACT]
+    sent = {str(size): rng.integers(0, 256, (size, 28, 28), np.uint8) for size in BATCH_SIZES}
+    logits = {name: np.asarray(classify(images)) for name, images in sent.items()}
+    if streaming:
+        step, _ = programs[STEP]
+        sent["step"] = rng.random((NUM_STEPS, 7, streaming.size), np.float32)
+        state = [np.repeat(each, 7, axis=0) for each in streaming.initial_state]
+        for x in sent["step"]:
+            state, logits["step"] = step(state, x)
+    np.savez(content := io.BytesIO(), **sent)
+    command = [sys.executable, "-c", _READ_BACK, str(folder)]
+    result = subprocess.run(command, input=content.getvalue(), capture_output=True, check=False)
     if result.returncode:
         raise RuntimeError(f"the artifact cannot be used:\n{result.stderr.decode()}")
     answers = np.load(io.BytesIO(result.stdout))
-    logits = {name: np.asarray(classify(array)) for name, array in images.items()}
     scale = max(1.0, *(float(np.abs(array).max()) for array in logits.values()))
     differences = {name: float(np.abs(answers[name] - logits[name]).max()) for name in logits}
     if not max(differences.values()) <= TOLERANCE * scale:

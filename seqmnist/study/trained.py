@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from seqmnist.checkpoints import Checkpoints
 from seqmnist.config import Config
@@ -16,6 +17,7 @@ from seqmnist.errors import UserError
 from seqmnist.networks.model import NUM_CLASSES
 from seqmnist.networks.views import sequence_shape
 from seqmnist.study import insight
+from seqmnist.study.export import Streaming
 from seqmnist.training import batches, members, metrics
 from seqmnist.training.steps import System, init_state, make_system
 from seqmnist.training.task import as_trained
@@ -71,6 +73,20 @@ class Trained:
                 f"labels hold what is no class; give whole numbers 0 to {NUM_CLASSES - 1}"
             )
         return self._by_step(_gradient_norms, images, labels, axis=2)
+
+    def streaming(self) -> Streaming:
+        """Returns the network as one that reads step by step.
+
+        Raises UserError if it is bidirectional: that reads whole sequences only.
+        """
+        network = nnx.merge(self.system.graphdef, self.params)
+        initial, structure = jax.tree.flatten(network.initial_state(1))
+
+        def step(state, x):
+            after = network.read(jax.tree.unflatten(structure, state), x[None])
+            return jax.tree.leaves(after), network.answer(after)
+
+        return Streaming(list(map(np.asarray, initial)), step, self.sequence_shape[1])
 
     def test_set(self, say=print) -> tuple[np.ndarray, np.ndarray]:
         """Returns the images uint8 [N, 28, 28] and labels int32 [N] that the run was tested on.
