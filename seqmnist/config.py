@@ -329,9 +329,10 @@ def override(config: T, values: Mapping[str, Any]) -> T:
     for name, value in values.items():
         group, _, last = name.rpartition(".")
         holder = get(config, group) if group else config
-        holder.__setitem__(last, value) if isinstance(holder, dict) else setattr(
-            holder, last, value
-        )
+        if isinstance(holder, dict):
+            holder[last] = value
+        else:
+            setattr(holder, last, value)
     return config
 
 
