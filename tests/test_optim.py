@@ -107,6 +107,29 @@ def test_every_optimizer_goes_downhill(name):
     assert jnp.all(params < 1)
 
 
+@jax.numpy_dtype_promotion("standard")  # Optax's Adam is not strict
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("rmsprop", {"decay": 0.5, "eps": 0.1}, optax.rmsprop(1e-3, 0.5, 0.1, eps_in_sqrt=True)),
+        ("adam", {"b1": 0.5, "b2": 0.6, "eps": 0.1}, optax.adam(1e-3, 0.5, 0.6, 0.1)),
+        (
+            "adamw",
+            {"b1": 0.5, "b2": 0.6, "eps": 0.1},
+            optax.adamw(1e-3, 0.5, 0.6, 0.1, weight_decay=1e-4),
+        ),
+        ("sgd", {"nesterov": True}, optax.sgd(1e-3, 0.9, nesterov=True)),
+    ],
+)
+def test_every_option_reaches_optax(name, options, expected):
+    optimizer, params = make_optimizer(OptimizerConfig(name, options)), jnp.ones((3, 4))
+    state, other = optimizer.init(params), expected.init(params)
+    for gradient in np.random.default_rng(0).normal(size=(3, 3, 4)):
+        updates, state = optimizer.update(jnp.float32(gradient), state, params)
+        wanted, other = expected.update(jnp.float32(gradient), other, params)
+        assert_close(updates, wanted)
+
+
 @jax.numpy_dtype_promotion("standard")  # Optax's Adam and its schedules are not strict
 @pytest.mark.parametrize(
     ("field", "value", "config"),
