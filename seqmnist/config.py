@@ -149,7 +149,7 @@ class MembersConfig(_Group):
     sweep: str = _field(
         "{}",
         'settings as JSON: {"optimizer.learning_rate": [0.001, 0.01]} is a grid, a list of objects '
-        "a list of settings; of members.SWEEPABLE, and options that are numbers",
+        "a list of settings; fields of members.SWEEPABLE, and options that are floats",
     )
 
 
