@@ -19,6 +19,7 @@ import numpy as np
 
 from seqmnist.config import CheckpointConfig
 from seqmnist.errors import UserError, explain_storage, one_line, storage_reason
+from seqmnist.spec import MNIST
 from seqmnist.training import devices
 from seqmnist.training.metrics import Sums
 from seqmnist.training.steps import TrainState
@@ -42,6 +43,7 @@ class Saved(NamedTuple):
       history: a record for each finished epoch, as in `metrics.jsonl`.
       fingerprint: of the dataset.
       seconds: spent on training so far.
+      images: what the dataset's images are, `ImageSpec.to_dict()`.
     """
 
     state: TrainState
@@ -50,6 +52,12 @@ class Saved(NamedTuple):
     history: list[dict[str, Any]]
     fingerprint: str
     seconds: float
+    images: dict[str, Any]
+
+
+# What `facts` hold; earlier versions, which read MNIST and its like only, did not say so.
+_FACTS = {"step", "history", "fingerprint", "seconds"}
+_DEFAULTS = {"images": MNIST.to_dict()}
 
 
 class _DamagedError(Exception):
@@ -118,11 +126,14 @@ class Checkpoints:
             force=True,
         )
 
-    def restore(self, template: Saved, notice: Callable[[str], None]) -> Saved | None:
+    def restore(
+        self, expect: Callable[[dict[str, Any]], Any], notice: Callable[[str], None]
+    ) -> Saved | None:
         """Restores the newest checkpoint that is whole; sets damaged ones aside.
 
         Args:
-          template: its state and sums are shapes, dtypes and shardings of what is expected.
+          expect: returns shapes, dtypes and shardings of the state and sums that belong to a
+            checkpoint's facts, a dict of the other fields of `Saved`; it may refuse them.
           notice: is told of each damaged checkpoint.
 
         Returns None if nothing has been saved yet. Raises UserError if one cannot be read or is of
@@ -133,7 +144,7 @@ class Checkpoints:
         for step in reversed(steps):
             reason, leaves, facts = self._try_read(step)
             if not reason:
-                return Saved(*_fitted(step, leaves, (template.state, template.sums)), **facts)
+                return Saved(*_fitted(step, leaves, expect(facts)), **facts)
             aside = _unused(self._workdir / DAMAGED / str(step))
             notice(f"checkpoints/{step} is damaged ({reason}); moved to {DAMAGED}/{aside.name}")
             if jax.process_index() == 0:
@@ -148,21 +159,19 @@ class Checkpoints:
         return None
 
     def restore_params(
-        self, template: Any, notice: Callable[[str], None]
+        self, expect: Callable[[dict[str, Any]], Any], notice: Callable[[str], None]
     ) -> tuple[Any, dict[str, Any]]:
         """Restores the parameters of the newest checkpoint that is whole; writes nothing.
 
-        Args:
-          template: shapes and dtypes of the parameters.
-          notice: is told of each damaged checkpoint.
+        `expect` returns shapes and dtypes of the parameters; arguments are those of `restore`.
 
-        Returns the parameters, and {"step", "history", "fingerprint", "seconds"} as in `Saved`.
-        Raises UserError if there is none, or it cannot be read, or is of another network.
+        Returns the parameters and the facts. Raises UserError if there is no checkpoint, or it
+        cannot be read, or is of another network.
         """
         for step in reversed(self.steps()):
             reason, leaves, facts = self._try_read(step)
             if not reason:
-                return _fitted(step, leaves, template, "0.params."), facts
+                return _fitted(step, leaves, expect(facts), "0.params."), facts
             notice(f"{self.directory / str(step)} is damaged ({reason}); an older one is used")
         raise UserError(f"{self.directory} holds no usable checkpoint; train with this workdir")
 
@@ -199,7 +208,9 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             content = checkpointer.restore(folder, args=restore)
         leaves, facts = _by_name(content.arrays), dict(content.facts)
         is_whole = facts.pop("sha256") == _digest(leaves, facts)
-        facts = {name: facts[name] for name in ("step", "history", "fingerprint", "seconds")}
+        facts = {name: facts[name] for name in _FACTS} | {
+            name: facts.get(name, default) for name, default in _DEFAULTS.items()
+        }
     except _UNDECODABLE as error:
         _check_readable(folder)
         if str(error).startswith(_NOT_DAMAGE):

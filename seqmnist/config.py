@@ -79,9 +79,14 @@ class DataConfig(_Group):
 class ModelConfig(_Group):
     """How an image becomes a sequence, and what reads it."""
 
-    view: str = _field("rows", "how an image is read, a name in views.VIEWS")
+    view: str = _field(
+        "rows",
+        "how an image is read: rows, columns, pixels, patches_k where k divides both sides, "
+        "permuted_pixels (the order of arXiv 1707.09520), bit_reversed_pixels (that of S4 and S5), "
+        "hilbert_pixels, or another name in views.VIEWS",
+    )
     reverse: bool = _field(False, "read the sequence from its end")
-    subsample: int = _field(1, "read every n-th time step", within="[1, 784]")
+    subsample: int = _field(1, "read every n-th time step", within="[1, 1000000]")
     cell: str = _field("simple_rnn", "the recurrent layer, a name in cells.CELLS")
     cell_options: dict = _field(dict, "options of the cell, keywords of its class: .NAME=VALUE")
     hidden_size: int = _field(64, "units per layer and direction", within="[1, 65536]")

@@ -86,8 +86,8 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
         raise UserError(f"{checkpoints.directory} holds no checkpoint; train with this workdir")
     task = compose(as_trained(config, results), display.say)
     state, _ = task.template()
-    params, facts = checkpoints.restore_params(state.params, display.notice)
-    _check_data(task, workdir, facts["fingerprint"])
+    expect = _expect(task, workdir, state.params)
+    params, facts = checkpoints.restore_params(expect, display.notice)
     test = task.evaluate(params, "test", _diverged(facts["history"]))
     dataset = task.describe_data()
     if results:
@@ -265,6 +265,7 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
         workdir.path / PROFILE,
         task.num_steps,
         lambda: [program.compiled.as_text() for program in programs.values()],
+        task.dataset.spec,
     )
     state, sums = task.template()
     check_memory(task.mesh, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)))
@@ -282,18 +283,19 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
         pool = futures.ThreadPoolExecutor(max_workers=1)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         ahead = task.compile_ahead(pool, state, sums)
-        template, saved = Saved(state, sums, 0, [], task.dataset.fingerprint, 0.0), None
+        saved = None
         if not overwrite:
-            saved = checkpoints.restore(template, display.notice)
-        if saved:
-            _check_data(task, workdir, saved.fingerprint)
+            expect = _expect(task, workdir, (state, sums))
+            saved = checkpoints.restore(expect, display.notice)
         display.setup(task, state.params)
         if saved:
             epoch, step = divmod(saved.step, task.steps_per_epoch)
             display.say(f"Resuming in epoch {epoch + 1}, after {step} of its steps")
         else:
             start = task.start()
-            saved = template._replace(state=start.state, sums=start.sums)
+            dataset = task.dataset
+            images = dataset.spec.to_dict()
+            saved = Saved(start.state, start.sums, 0, [], dataset.fingerprint, 0.0, images)
         batches.epoch_order(0, 0, len(task.splits["train"]))  # compiles what draws it
         programs |= {name: program.result() for name, program in ahead.items()}
         check_memory(task.mesh, max(map(_num_bytes, programs.values())))
@@ -358,6 +360,16 @@ def _check_data(task, workdir, fingerprint):
             f"{task.dataset.directory}; name its dataset with config.data.name, or choose another "
             "--workdir"
         )
+
+
+def _expect(task, workdir, template):
+    """Returns what tells a template to a checkpoint, once its data are known to be the task's."""
+
+    def expect(facts):
+        _check_data(task, workdir, facts["fingerprint"])
+        return template
+
+    return expect
 
 
 def _show_finished(display, workdir, results):

@@ -14,6 +14,7 @@ from seqmnist.networks import cells
 from seqmnist.networks.cells import CELLS
 from seqmnist.networks.model import READOUTS, Bidirectional, SequenceClassifier
 from seqmnist.networks.views import VIEWS, sequence_shape
+from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.training.batches import Batch
 from seqmnist.training.steps import init_state, make_system, train_step
 
@@ -108,7 +109,7 @@ def test_reversal_and_subsampling_act_on_the_sequence(digits):
     plain, backwards = make(), make(reverse=True)
     assert_close(backwards(images), plain(images[:, ::-1]))
     third = make(subsample=3, reverse=True)
-    assert sequence_shape(third.config) == (10, 28)
+    assert sequence_shape(third.config, MNIST) == (10, 28)
     h = third.layers[0].initial_state(4)
     for t in range(27, -1, -3):
         h = third.layers[0].step(h, third.layers[0].project(images[:, t] / 255))
@@ -163,15 +164,22 @@ def test_dropout_is_random_in_training_and_absent_otherwise(digits):
     assert_close(part, model(images, keys[0])[3:5])
 
 
+SMALL = ImageSpec(8, 8, 1, tuple("0123456789"))
+COLORED = ImageSpec(32, 32, 3, tuple(f"class {i}" for i in range(47)))
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("spec", [SMALL, COLORED], ids=["small", "colored"])
 @pytest.mark.parametrize(
     ("cell", "view"), [*((cell, "rows") for cell in CELLS), *(("gru", view) for view in VIEWS)]
 )
-def test_every_parameter_of_every_cell_learns_from_every_view(cell, view, digits):
-    images, labels = digits
+def test_every_parameter_of_every_cell_learns_from_every_view(cell, view, spec):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, *spec.shape), dtype=np.uint8)
+    labels = rng.choice(spec.num_classes, 4, replace=False).astype(np.int32)
     config = Config(model=ModelConfig(cell=cell, view=view, hidden_size=8))
-    system = make_system(config)
-    batch = Batch(jnp.array(images[:4]), jnp.array(labels[:4]), jnp.ones(4, bool))
+    system = make_system(config, spec=spec)
+    batch = Batch(jnp.array(images), jnp.array(labels), jnp.ones(4, bool))
     quickly = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
     @functools.partial(jax.jit, compiler_options=quickly)

@@ -11,6 +11,7 @@ from seqmnist import workdir as workdir_lib
 from seqmnist.checkpoints import Checkpoints, Saved
 from seqmnist.config import Config, MembersConfig, ModelConfig
 from seqmnist.errors import UserError
+from seqmnist.spec import MNIST
 from seqmnist.study import trained
 from seqmnist.training.metrics import Sums
 from seqmnist.training.steps import init_state, make_system
@@ -66,7 +67,9 @@ def three_members(tmp_path, finished_run):
     shapes = jax.eval_shape(lambda: init_state(config, system, 0))
     state = jax.tree.map(lambda leaf: rng.normal(size=(3, *leaf.shape)).astype(leaf.dtype), shapes)
     checkpoints = Checkpoints(tmp_path, config.checkpoint)
-    checkpoints.save(Saved(state, Sums.zeros(shape=(3,)), 5, [], "of no data", 1.0))
+    checkpoints.save(
+        Saved(state, Sums.zeros(shape=(3,)), 5, [], "of no data", 1.0, MNIST.to_dict())
+    )
     checkpoints.close()
     workdir_lib.write_json(tmp_path / "config.json", config_lib.to_dict(config))
     results = workdir_lib.Workdir(finished_run).read_results()

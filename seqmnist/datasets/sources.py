@@ -22,6 +22,7 @@ from seqmnist.config import DataConfig
 from seqmnist.datasets import archives
 from seqmnist.datasets.decoded import Decoded
 from seqmnist.errors import UserError
+from seqmnist.spec import MNIST, ImageSpec
 
 # Datasets that need no archives: functions that return their `archives.Splits`. What they return is
 # prepared once under this name, so other content needs another name.
@@ -40,6 +41,11 @@ class Prepared:
     directory: pathlib.Path  # of its TFDS records
     fingerprint: str  # SHA-256 of all images and labels
     decoded: Decoded = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def spec(self) -> ImageSpec:
+        """What the images are."""
+        return MNIST
 
     def arrays(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns all of "train" or "test": images uint8 [N, 28, 28] and labels int32 [N]."""

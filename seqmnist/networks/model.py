@@ -17,8 +17,7 @@ from seqmnist.errors import UserError, choose
 from seqmnist.networks import scans
 from seqmnist.networks.cells import CELLS, Cell
 from seqmnist.networks.views import sequence, sequence_shape
-
-NUM_CLASSES = 10
+from seqmnist.spec import MNIST, ImageSpec
 
 _glorot = nnx.initializers.glorot_uniform()
 
@@ -185,17 +184,22 @@ class SequenceClassifier(nnx.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, *, rngs: nnx.Rngs, cell_options: Mapping[str, Any] | None = None
+        self,
+        config: ModelConfig,
+        spec: ImageSpec = MNIST,
+        *,
+        rngs: nnx.Rngs,
+        cell_options: Mapping[str, Any] | None = None,
     ):
         """`cell_options`, which may be arrays, are used instead of those of the configuration."""
         self.config = config
         cell = make_cell(config, cell_options)
         pool = choose(READOUTS, config.readout, "model.readout")
-        num_steps, size = sequence_shape(config)
+        num_steps, size = sequence_shape(config, spec)
         if num_steps < 2:
             raise UserError(
-                f"config.model.subsample={config.subsample} leaves {num_steps} time step of "
-                f"config.model.view={config.view}; choose a smaller subsample"
+                f"config.model.view={config.view} with config.model.subsample={config.subsample} "
+                f"gives {num_steps} time step; choose a smaller subsample, or another view"
             )
         width = config.hidden_size * (2 if config.bidirectional else 1)
         encoder = None
@@ -212,13 +216,13 @@ class SequenceClassifier(nnx.Module):
                 layer = ResidualBlock(layer, width, rngs=rngs)
             self.layers.append(layer)
             size = width
-        self.readout = nnx.Linear(width, NUM_CLASSES, kernel_init=_glorot, rngs=rngs)
+        self.readout = nnx.Linear(width, spec.num_classes, kernel_init=_glorot, rngs=rngs)
         self.pool = pool(width, rngs=rngs)
 
     def __call__(
         self, images: jax.Array, dropout_keys: jax.Array | None = None, truncate: int = 0
     ) -> jax.Array:
-        """Classifies images: uint8 [B, 28, 28] -> logits [B, C].
+        """Classifies images: uint8 [B, H, W, …] -> logits [B, C].
 
         `dropout_keys` [B], one per image, are given in training; without them, no dropout. If
         `truncate` is not 0, gradients stop after every `truncate` time steps.
@@ -226,7 +230,7 @@ class SequenceClassifier(nnx.Module):
         return self.classify(self.sequence(images), None, dropout_keys, truncate)
 
     def sequence(self, images: jax.Array) -> jax.Array:
-        """Returns the input of the layers, time first: uint8 [B, 28, 28] -> [T, B, F]."""
+        """Returns the input of the layers, time first: uint8 [B, H, W, …] -> [T, B, F]."""
         with jax.named_scope("view"):
             return jnp.swapaxes(sequence(self.config, images, self.readout.kernel.dtype), 0, 1)
 

@@ -1,28 +1,71 @@
 """Views: how an image becomes a sequence.
 
-A view is a pure function: normalized images [B, 28, 28] -> a sequence [B, T, F]. It runs on the
-device, inside the compiled step, so images are transferred as bytes.
+A view is a pure function: normalized images [B, H, W], or [B, H, W, channels] in color -> a
+sequence [B, T, F]. It runs on the device, inside the compiled step, so images are transferred as
+bytes.
 """
 
 import functools
 import hashlib
+import math
+import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from seqmnist.config import ModelConfig
-from seqmnist.errors import choose
+from seqmnist.errors import UserError, choose
+from seqmnist.spec import ImageSpec
 
 
-def permutation() -> np.ndarray:
-    """Returns the order of view `permuted_pixels`, int64 [784].
+def permutation(height: int, width: int) -> np.ndarray:
+    """Returns the order of `permuted_pixels`, int64 [H·W]: drawn once, for all.
 
-    It is NumPy's `RandomState(92916).permutation(784)`, which is the same in all versions of NumPy
-    and begins 319, 576, 323. Its `permutation_sha256` is
+    It is NumPy's `RandomState(92916).permutation(H·W)`, which is the same in all versions of NumPy.
+    For 28 × 28 pixels it begins 319, 576, 323, and its `permutation_sha256` is
     96240fe27409981c3ed3e92c20d995f7103a94c2282307bc776923030113be74.
+
+    Source: the code of K. Helfrich et al., arXiv 1707.09520, and others of its kind.
     """
-    return np.random.RandomState(92916).permutation(784)
+    return np.random.RandomState(92916).permutation(height * width)
+
+
+def bit_reversal(height: int, width: int) -> np.ndarray:
+    """Returns the order of `bit_reversed_pixels`, int64 [H·W].
+
+    Pixel numbers with their bits in reverse, counted up to a power of two; those that are no
+    pixels are left out. For 28 × 28 pixels it begins 0, 512, 256, and its `permutation_sha256` is
+    30d91dc29f161321971bfea6ba16c735e4b5fe678d607efb470896d9de75ef44.
+
+    Source: the code of A. Gu et al., arXiv 2111.00396, and of J. T. H. Smith et al., arXiv
+    2208.04933.
+    """
+    size = height * width
+    bits = (size - 1).bit_length()
+    order = np.array([int(f"{i:0{bits}b}"[::-1], 2) for i in range(1 << bits)])
+    return order[order < size]
+
+
+def hilbert(height: int, width: int) -> np.ndarray:
+    """Returns the order of `hilbert_pixels`, int64 [H·W]: neighbors in time are so in the image.
+
+    It follows a Hilbert curve through the smallest square of 2^n pixels that holds the image, and
+    leaves out what is outside of it.
+
+    Source: D. Hilbert, Über die stetige Abbildung einer Linie auf ein Flächenstück (1891).
+    """
+    last = (1 << (max(height, width) - 1).bit_length()) - 1
+    y, x = np.indices((height, width)).reshape(2, -1)
+    place, half = np.zeros(height * width, np.int64), (last + 1) // 2
+    while half:  # in which quarter of the square, and then within it, turned as the curve is there
+        right, below = (x & half) > 0, (y & half) > 0
+        place += half**2 * np.where(right, 3 - below, below)
+        x, y = (np.where(right & ~below, last - axis, axis) for axis in (x, y))
+        x, y = np.where(below, x, y), np.where(below, y, x)
+        half //= 2
+    return np.argsort(place)
 
 
 def permutation_sha256(order: np.ndarray) -> str:
@@ -30,50 +73,88 @@ def permutation_sha256(order: np.ndarray) -> str:
     return hashlib.sha256(np.asarray(order).astype("<i8").tobytes()).hexdigest()
 
 
+def rows(images: jax.Array) -> jax.Array:
+    """One row per time step, from top to bottom: -> [B, H, W·channels]."""
+    return images.reshape(*images.shape[:2], -1)
+
+
+def columns(images: jax.Array) -> jax.Array:
+    """One column per time step, from left to right: -> [B, W, H·channels]."""
+    return rows(jnp.swapaxes(images, 1, 2))
+
+
+def pixels(images: jax.Array, order: Callable[[int, int], np.ndarray] | None = None) -> jax.Array:
+    """One pixel per time step, row after row or in an order: -> [B, H·W, channels].
+
+    Source: Q. V. Le et al., arXiv 1504.00941.
+    """
+    batch_size, height, width = images.shape[:3]
+    sequences = images.reshape(batch_size, height * width, -1)
+    return sequences if order is None else sequences[:, order(height, width)]
+
+
 def patches(images: jax.Array, size: int) -> jax.Array:
-    """Reads an image in squares of `size` pixels, a divisor of 28: -> [B, (28 / size)², size²]."""
-    n = 28 // size
-    blocks = images.reshape(-1, n, size, n, size)
-    return jnp.swapaxes(blocks, 2, 3).reshape(-1, n * n, size * size)
+    """One square of `size` pixels per time step, row after row.
+
+    -> [B, H·W / size², size²·channels]. Raises UserError if `size` does not divide both sides of
+    the image.
+    """
+    batch_size, height, width = images.shape[:3]
+    if size < 1 or height % size or width % size:
+        side = math.gcd(height, width)
+        sizes = ", ".join(f"patches_{k}" for k in range(1, side + 1) if side % k == 0)
+        raise UserError(
+            f"config.model.view=patches_{size} does not divide images of {height} × {width} "
+            f"pixels; choose one of: {sizes}"
+        )
+    blocks = images.reshape(batch_size, height // size, size, width // size, size, -1)
+    return jnp.swapaxes(blocks, 2, 3).reshape(batch_size, -1, size * size * blocks.shape[-1])
 
 
-def _pixels(images):
-    return images.reshape(images.shape[0], -1, 1)
-
-
+ORDERS = {
+    "permuted_pixels": permutation, "bit_reversed_pixels": bit_reversal, "hilbert_pixels": hilbert
+}  # fmt: skip
 VIEWS = {
-    # One row per time step, from top to bottom, or one column, from left to right.
-    "rows": lambda images: images,
-    "columns": lambda images: jnp.swapaxes(images, 1, 2),
-    # One pixel per time step, row after row or permuted; Q. V. Le et al., arXiv 1504.00941.
-    "pixels": _pixels,
-    # JAX would take the last pixel of a smaller image for those that it lacks.
-    "permuted_pixels": lambda images: images.reshape(images.shape[0], 784, 1)[:, permutation()],
+    "rows": rows,
+    "columns": columns,
+    "pixels": pixels,
+    **{name: functools.partial(pixels, order=order) for name, order in ORDERS.items()},
     "patches": functools.partial(patches, size=4),
-    "patches_2": functools.partial(patches, size=2),
-    "patches_7": functools.partial(patches, size=7),
-    "patches_14": functools.partial(patches, size=14),
 }
 
 
-def sequence(config: ModelConfig, images: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """Returns what the configured network reads: uint8 [B, 28, 28] -> `dtype` [B, T, F].
+def find(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Returns a view of `VIEWS`, or patches_k for any k; raises UserError if there is none."""
+    if size := re.fullmatch(r"patches_(\d{1,6})", name):
+        return functools.partial(patches, size=int(size[1]))
+    return choose(VIEWS, name, "model.view")
 
-    Bytes are scaled to [0, 1], as the notebook does. Raises UserError if the view does not exist.
+
+def sequence(config: ModelConfig, images: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """Returns what the configured network reads: uint8 [B, H, W, …] -> [B, T, F].
+
+    Bytes are scaled to [0, 1], as the notebook does. Raises UserError if the view does not exist
+    or does not fit.
     """
-    view = choose(VIEWS, config.view, "model.view")
-    x = view(images.astype(dtype) / 255)[:, :: config.subsample]
+    x = find(config.view)(images.astype(dtype) / 255)[:, :: config.subsample]
     return x[:, ::-1] if config.reverse else x
 
 
-def sequence_shape(config: ModelConfig) -> tuple[int, int]:
+def sequence_shape(config: ModelConfig, spec: ImageSpec) -> tuple[int, int]:
     """Returns (T, F) of what `sequence` returns."""
-    images = jax.ShapeDtypeStruct((1, 28, 28), jnp.uint8)
+    images = jax.ShapeDtypeStruct((1, *spec.shape), jnp.uint8)
     return jax.eval_shape(lambda images: sequence(config, images), images).shape[1:]
 
 
-def read_at(config: ModelConfig) -> np.ndarray:
-    """Returns the time step at which each pixel is read, float64 [28, 28]; NaN if it never is."""
-    lit = 255 * np.eye(784, dtype=np.uint8).reshape(784, 28, 28)  # one pixel in each image
-    reads = np.asarray(sequence(config, lit)).sum(-1)
-    return np.where(reads.any(1), reads.argmax(1), np.nan).reshape(28, 28)
+def read_at(config: ModelConfig, spec: ImageSpec) -> np.ndarray:
+    """Returns the time step at which each pixel is read, float64 [H, W]; NaN if it never is.
+
+    The views here read all channels of a pixel at once.
+    """
+    numbers = np.arange(spec.height * spec.width)
+    times = []
+    for some in np.array_split(numbers, -(-len(numbers) // 512)):  # one lit pixel in each image
+        lit = np.repeat(255 * (some.reshape(-1, 1) == numbers).astype(np.uint8), spec.channels, -1)
+        reads = np.asarray(sequence(config, lit.reshape(-1, *spec.shape))).sum(-1)
+        times.append(np.where(reads.any(1), reads.argmax(1), np.nan))
+    return np.concatenate(times).reshape(spec.height, spec.width)

@@ -24,8 +24,8 @@ def beliefs(system: System, params: Any, images: jax.Array) -> jax.Array:
     One pass if the network reads forwards. A bidirectional layer also reads from the end, which
     is different for every time step: T passes.
 
-    `images` are uint8 [B, 28, 28]. Returns probabilities [T, B, C]; the last are those of the whole
-    image.
+    `images` are uint8 [B, *spec.shape]. Returns probabilities [T, B, C]; the last are those of the
+    whole image.
     """
     network = nnx.merge(system.graphdef, params)
     x = network.sequence(images)

@@ -8,8 +8,8 @@ import numpy as np
 
 from seqmnist.config import ModelConfig
 from seqmnist.errors import UserError
-from seqmnist.networks.model import NUM_CLASSES
 from seqmnist.networks.views import sequence_shape
+from seqmnist.spec import MNIST
 
 if TYPE_CHECKING:
     import keras
@@ -36,14 +36,14 @@ def build_keras(config: ModelConfig) -> "keras.Sequential":
         import keras
     except ImportError:
         raise UserError("Keras is not installed; pip install 'keras>=3.9'") from None
-    layers = [keras.Input(sequence_shape(config))]
+    layers = [keras.Input(sequence_shape(config, MNIST))]
     for i in range(config.num_layers):
         is_last = i == config.num_layers - 1
         layer = getattr(keras.layers, layer_name)(
             config.hidden_size, return_sequences=not is_last, **options
         )
         layers.append(keras.layers.Bidirectional(layer) if config.bidirectional else layer)
-    return keras.Sequential([*layers, keras.layers.Dense(NUM_CLASSES)])
+    return keras.Sequential([*layers, keras.layers.Dense(MNIST.num_classes)])
 
 
 def to_keras(config: ModelConfig, params: Any) -> list[np.ndarray]:

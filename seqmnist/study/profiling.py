@@ -19,6 +19,7 @@ from jax.extend import core
 
 from seqmnist.config import Config
 from seqmnist.errors import UserError, explain_storage
+from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.training import batches
 from seqmnist.training.loop import Progress
 from seqmnist.training.steps import init_state, make_system, train_step
@@ -48,13 +49,15 @@ class Profile(contextlib.AbstractContextManager):
         directory: pathlib.Path,
         num_steps: int,
         modules: Callable[[], list[str]],
+        spec: ImageSpec = MNIST,
     ):
         """Traces a run of `num_steps` into a folder.
 
         `modules` returns the texts of the optimized HLO modules that the run executes. Raises
         UserError if the run has no such steps.
         """
-        self._config, self._directory, self._modules = config, directory, modules
+        self._config, self._spec = config, spec
+        self._directory, self._modules = directory, modules
         self._is_tracing = False
         self.breaks: tuple[int, ...] = ()
         if config.profile.steps is not None:
@@ -102,7 +105,8 @@ class Profile(contextlib.AbstractContextManager):
     def _stop(self):
         with self._explain():
             self.__exit__()
-            summary = {"steps": list(self.breaks), **step_cost(self._config), **rates()}
+            cost = step_cost(self._config, self._spec)
+            summary = {"steps": list(self.breaks), **cost, **rates()}
             summary["scopes"] = scopes(self._modules())
             write_json(self._directory / SUMMARY, summary)
 
@@ -129,7 +133,7 @@ def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
     return result
 
 
-def step_cost(config: Config) -> dict[str, float]:
+def step_cost(config: Config, spec: ImageSpec = MNIST) -> dict[str, float]:
     """Counts what one training step of one batch does, from shapes alone.
 
     XLA's own count of bytes takes some updates of slices for updates of whole arrays, so bytes are
@@ -138,11 +142,11 @@ def step_cost(config: Config) -> dict[str, float]:
     Returns flops of the matrix products; bytes, if arguments are read once, results written once,
     and temporaries both; temporary_bytes, the largest sum of arrays that live at once.
     """
-    system = make_system(config, num_steps=1)
+    system = make_system(config, 1, spec)
     state = jax.eval_shape(lambda: init_state(config, system, config.seed))
     size, array = config.train.batch_size, jax.ShapeDtypeStruct
     batch = batches.Batch(
-        array((size, 28, 28), np.uint8), array((size,), np.int32), array((size,), np.bool_)
+        array((size, *spec.shape), np.uint8), array((size,), np.int32), array((size,), np.bool_)
     )
     traced = jax.jit(functools.partial(train_step, system)).trace(state, batch)
     memory = program_cost(traced.lower().compile())

@@ -14,8 +14,8 @@ from seqmnist.checkpoints import Checkpoints
 from seqmnist.config import Config
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
-from seqmnist.networks.model import NUM_CLASSES
 from seqmnist.networks.views import sequence_shape
+from seqmnist.spec import ImageSpec
 from seqmnist.study import insight
 from seqmnist.study.export import Streaming
 from seqmnist.training import batches, members, metrics
@@ -43,16 +43,21 @@ class Trained:
     member: int | None = None
 
     @property
+    def spec(self) -> ImageSpec:
+        """What the images are that it reads."""
+        return self.system.spec
+
+    @property
     def sequence_shape(self) -> tuple[int, int]:
         """(T, F): time steps, and features per step."""
-        return sequence_shape(self.config.model)
+        return sequence_shape(self.config.model, self.spec)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Classifies images uint8 [N, 28, 28]: logits [N, C]."""
+        """Classifies images uint8 [N, *spec.shape]: logits [N, C]."""
         return batches.in_chunks(functools.partial(_logits, self.system, self.params), images)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Classifies images uint8 [N, 28, 28]: probabilities [N, C]."""
+        """Classifies images uint8 [N, *spec.shape]: probabilities [N, C]."""
         return metrics.softmax(self.logits(images))
 
     def beliefs(self, images: np.ndarray) -> np.ndarray:
@@ -68,9 +73,9 @@ class Trained:
 
         Raises UserError if a label is not one of the classes.
         """
-        if not np.isin(labels, range(NUM_CLASSES)).all():
+        if not np.isin(labels, range(self.spec.num_classes)).all():
             raise UserError(
-                f"labels hold what is no class; give whole numbers 0 to {NUM_CLASSES - 1}"
+                f"labels hold what is no class; give whole numbers 0 to {self.spec.num_classes - 1}"
             )
         return self._by_step(_gradient_norms, images, labels, axis=2)
 
@@ -89,7 +94,7 @@ class Trained:
         return Streaming(list(map(np.asarray, initial)), step, self.sequence_shape[1])
 
     def test_set(self, say=print) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the images uint8 [N, 28, 28] and labels int32 [N] that the run was tested on.
+        """Returns the images uint8 [N, …] and labels int32 [N] that the run was tested on.
 
         Raises UserError if they are not available, or others are in their place.
         """
@@ -102,7 +107,7 @@ class Trained:
         return dataset.arrays("test")
 
     def _by_step(self, function, *arrays, axis=1):
-        at_once = min(batches.CHUNK, _MOST_AT_ONCE // self.sequence_shape[0])  # T is at most 784
+        at_once = min(batches.CHUNK, max(1, _MOST_AT_ONCE // self.sequence_shape[0]))
         function = functools.partial(function, self.system, self.params)
         return batches.in_chunks(function, *arrays, most=at_once, axis=axis)
 
@@ -116,7 +121,6 @@ def load(workdir: str | os.PathLike, member: int | None = None, say=print) -> Tr
     """
     workdir = Workdir(workdir)
     config, results = workdir.read_config(), workdir.read_results()
-    system = make_system(config)
     count = len(members.list_members(config))
     if count == 1 and member is not None:
         raise UserError(f"{workdir} holds one network; omit --member")
@@ -125,10 +129,17 @@ def load(workdir: str | os.PathLike, member: int | None = None, say=print) -> Tr
         member = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
     if count > 1 and member not in range(count):
         raise UserError(f"{workdir} holds members 0 to {count - 1}, not {member}")
-    init = functools.partial(init_state, config, system)
-    each = init if count == 1 else jax.vmap(init)
-    shapes = jax.eval_shape(each, jnp.zeros(() if count == 1 else count, jnp.uint32))
-    params, facts = Checkpoints(workdir.path).restore_params(shapes.params, say)
+    system = None
+
+    def expect(facts):
+        nonlocal system
+        system = make_system(config, spec=ImageSpec.from_dict(facts["images"]))
+        init = functools.partial(init_state, config, system)
+        each = init if count == 1 else jax.vmap(init)
+        seeds = jnp.zeros(() if count == 1 else count, jnp.uint32)
+        return jax.eval_shape(each, seeds).params
+
+    params, facts = Checkpoints(workdir.path).restore_params(expect, say)
     if results and facts["step"] != results["steps"]:
         say(f"NOTICE: this is step {facts['step']} of {results['steps']} of the finished run")
     if member is not None:

@@ -26,7 +26,7 @@ WINDOW = 32  # batches that a stream brings at once; one by one, their dispatch 
 class Batch(NamedTuple):
     """Examples on their way through a step."""
 
-    image: jax.Array  # uint8 [B, 28, 28]
+    image: jax.Array  # uint8 [B, H, W], or [B, H, W, channels]
     label: jax.Array  # int32 [B]
     mask: jax.Array  # bool [B]; False marks padding
 
@@ -97,7 +97,7 @@ def batch_rows(order: Sequence[int], batch_size: int, steps: int | None = None) 
 
 
 def take(images: jax.Array, labels: jax.Array, row: jax.Array) -> Batch:
-    """Gathers the batch of a row int32 [B] from images uint8 [N, 28, 28] and labels int32 [N]."""
+    """Gathers the batch of a row int32 [B] from images uint8 [N, …] and labels int32 [N]."""
     mask = row != PADDING
     numbers = jnp.maximum(row, 0)
     return Batch(images[numbers], labels[numbers], mask)
@@ -123,7 +123,7 @@ def in_chunks(
 class Records(NamedTuple):
     """All examples in the numbering of this module, for a streaming reader.
 
-    An archive is images uint8 [N, 28, 28], which may be memory-mapped, and labels int32 [N].
+    An archive is images uint8 [N, …], which may be memory-mapped, and labels int32 [N].
     """
 
     train: tuple[np.ndarray, np.ndarray]
@@ -132,7 +132,8 @@ class Records(NamedTuple):
     def read(self, row: np.ndarray) -> Batch:
         """Reads batches: int32 […, B] example numbers -> Batch of NumPy arrays […, B, …]."""
         numbers, mask = np.maximum(row, 0), row != PADDING
-        images, labels = np.empty((*row.shape, 28, 28), np.uint8), np.empty(row.shape, np.int32)
+        shape = self.train[0].shape[1:]
+        images, labels = np.empty((*row.shape, *shape), np.uint8), np.empty(row.shape, np.int32)
         first = 0
         for part_images, part_labels in self:
             here = (numbers >= first) & (numbers < first + len(part_labels))

@@ -38,7 +38,7 @@ class Progress(NamedTuple):
 
 
 class Resident(NamedTuple):
-    """A feed from a dataset in device memory: images uint8 [N, 28, 28] and labels int32 [N]."""
+    """A feed from a dataset in device memory: images uint8 [N, …] and labels int32 [N]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -77,7 +77,8 @@ class Streamed(NamedTuple):
 
     def window_shapes(self, rows, place):
         shape = (batches.WINDOW, rows[-1])
-        fields = [((*shape, 28, 28), np.uint8), (shape, np.int32), (shape, np.bool_)]
+        image = self.records.train[0].shape[1:]
+        fields = [((*shape, *image), np.uint8), (shape, np.int32), (shape, np.bool_)]
         return batches.Batch(*(jax.ShapeDtypeStruct(*field, sharding=place) for field in fields))
 
     def batch(self, element, arrays):

@@ -13,7 +13,9 @@ from jax.flatten_util import ravel_pytree
 
 from seqmnist.config import Config, load_plugins, option_group, override
 from seqmnist.errors import UserError, choose
-from seqmnist.networks.model import SequenceClassifier, make_cell
+from seqmnist.networks import views
+from seqmnist.networks.model import READOUTS, SequenceClassifier, make_cell
+from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.training import devices, keys, members
 from seqmnist.training.augment import AUGMENTATIONS
 from seqmnist.training.batches import Batch
@@ -33,6 +35,7 @@ class TrainState(NamedTuple):
 class System(NamedTuple):
     """All that stays: the structure of the network and the rule of its updates."""
 
+    spec: ImageSpec  # of the images that it reads
     graphdef: nnx.GraphDef  # the model without its parameters
     optimizer: optax.GradientTransformation
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None  # (images, a key for each)
@@ -42,26 +45,41 @@ class System(NamedTuple):
     def apply(
         self, params: Any, images: jax.Array, dropout_keys: jax.Array | None = None
     ) -> jax.Array:
-        """Returns logits [B, C] for images uint8 [B, 28, 28]; without keys [B], no dropout."""
+        """Returns logits [B, C] for images uint8 [B, *spec.shape]; without keys [B], no dropout."""
         return nnx.merge(self.graphdef, params)(images, dropout_keys, self.truncate)
 
 
-def make_system(config: Config, num_steps: int | None = None) -> System:
+def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = MNIST) -> System:
     """Builds the fixed half of a run; allocates nothing.
 
     `num_steps` is the length of the run, for schedules; without it the learning rate is constant.
-    Raises UserError if the configuration names a view, cell, optimizer… that does not exist.
+    Raises UserError if the configuration names a view, cell, optimizer… that does not exist, or
+    that does not fit the images.
+    """
+    check_names(config)
+    swept = members.settings(config)[0]
+    optimizer = make_optimizer(config.optimizer, num_steps, _of("optimizer", swept))
+    graphdef = _make_graphdef(config, spec, _of("model", swept))
+    augment = AUGMENTATIONS[config.train.augment]
+    return System(
+        spec, graphdef, optimizer, augment, config.model.dropout > 0, config.train.truncate
+    )
+
+
+def check_names(config: Config) -> None:
+    """Imports the plugins; raises UserError if a name or an option does not exist.
+
+    It needs to know nothing of the images.
     """
     load_plugins(config)
+    views.find(config.model.view)
+    choose(READOUTS, config.model.readout, "model.readout")
+    choose(AUGMENTATIONS, config.train.augment, "train.augment")
     settings = members.settings(config)
-    optimizer = make_optimizer(config.optimizer, num_steps, _of("optimizer", settings[0]))
-    graphdef = _make_graphdef(config, _of("model", settings[0]))
-    for setting in settings if any(map(option_group, settings[0])) else ():
+    for setting in settings if any(map(option_group, settings[0])) else settings[:1]:
         one = override(config, setting)
         make_cell(one.model)
         make_optimizer(one.optimizer)
-    augment = choose(AUGMENTATIONS, config.train.augment, "train.augment")
-    return System(graphdef, optimizer, augment, config.model.dropout > 0, config.train.truncate)
 
 
 def init_state(
@@ -72,7 +90,7 @@ def init_state(
     `settings` of a sweep are float scalars by field, e.g. "optimizer.learning_rate".
     """
     settings = settings or members.settings(config)[0]
-    params = nnx.state(_make_model(config, seed, _of("model", settings)))
+    params = nnx.state(_make_model(config, system.spec, seed, _of("model", settings)))
     opt_state = system.optimizer.init(nnx.filter_state(params, nnx.Param))
     if own := _of("optimizer", settings):
         values = {hyperparameter(name): value for name, value in own.items()}
@@ -140,19 +158,19 @@ def eval_step(system: System, params: Any, batch: Batch) -> Sums:
     return classification_sums(system.apply(params, batch.image), batch.label, batch.mask)
 
 
-def _make_model(config: Config, seed: Any, settings: Mapping[str, Any]) -> SequenceClassifier:
+def _make_model(config, spec, seed, settings) -> SequenceClassifier:
     rngs = nnx.Rngs(params=keys.key(seed, "params"))
     options = {name.rpartition(".")[2]: value for name, value in settings.items()}
-    return SequenceClassifier(config.model, rngs=rngs, cell_options=options)
+    return SequenceClassifier(config.model, spec, rngs=rngs, cell_options=options)
 
 
-def _make_graphdef(config, settings):
+def _make_graphdef(config, spec, settings):
     """Returns the structure of a network, which must be the same for all settings."""
     refused = f"config.members.sweep: {config.model.cell} cannot be built for several values of "
     refused += f"{', '.join(settings)}; "
     try:
         values = {name: jnp.float32(value) for name, value in settings.items()}
-        model = nnx.eval_shape(lambda values: _make_model(config, 0, values), values)
+        model = nnx.eval_shape(lambda values: _make_model(config, spec, 0, values), values)
     except (ConcretizationTypeError, TracerArrayConversionError) as error:
         raise UserError(f"{refused}its __init__ must use JAX's functions only") from error
     for _, module in nnx.iter_modules(model):

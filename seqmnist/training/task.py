@@ -14,11 +14,11 @@ from seqmnist import config as config_lib
 from seqmnist.config import Config
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
-from seqmnist.networks.views import permutation, permutation_sha256, sequence_shape
+from seqmnist.networks import views
 from seqmnist.training import batches, devices, members
 from seqmnist.training.loop import Loop, Progress, Resident, Streamed
 from seqmnist.training.metrics import Sums
-from seqmnist.training.steps import System, TrainState, init_state, make_system
+from seqmnist.training.steps import System, TrainState, check_names, init_state, make_system
 
 
 class Program(NamedTuple):
@@ -106,15 +106,17 @@ class Task(NamedTuple):
         """Returns what `results.json` says of the dataset."""
         facts = ("name", "requested", "notice", "fingerprint")
         counts = {name: len(split) for name, split in self.splits.items()}
-        return {fact: getattr(self.dataset, fact) for fact in facts} | counts
+        named = {fact: getattr(self.dataset, fact) for fact in facts}
+        return named | {"images": self.dataset.spec.to_dict()} | counts
 
     def describe_sequence(self) -> dict[str, Any]:
         """Returns what `results.json` says of what the network reads."""
-        model = self.config.model
-        num_steps, num_features = sequence_shape(model)
-        description = {"view": model.view, "time_steps": num_steps, "features": num_features}
-        if model.view == "permuted_pixels":
-            description["permutation_sha256"] = permutation_sha256(permutation())
+        view, spec = self.config.model.view, self.dataset.spec
+        num_steps, num_features = views.sequence_shape(self.config.model, spec)
+        description = {"view": view, "time_steps": num_steps, "features": num_features}
+        if view in views.ORDERS:
+            order = views.ORDERS[view](spec.height, spec.width)
+            description["permutation_sha256"] = views.permutation_sha256(order)
         return description
 
     def _init(self):
@@ -136,7 +138,7 @@ def compose(config: Config, say: Callable[[str], None]) -> Task:
     batch_size = config.train.batch_size
     with devices.together():  # what does not exist is refused before data are fetched
         each = members.list_members(config)
-        make_system(config)
+        check_names(config)
         if config.data.input_mode == "stream" and len(each) > 1:
             raise UserError(
                 f"config.data.input_mode='stream' feeds one member, not {len(each)}; use 'resident'"
@@ -153,7 +155,8 @@ def compose(config: Config, say: Callable[[str], None]) -> Task:
     sizes = [dataset.num_examples(split) for split in ("train", "test")]
     splits = batches.make_splits(*sizes, config.data.validation_fraction)
     steps_per_epoch = batches.num_batches(len(splits["train"]), batch_size)
-    system = make_system(config, config.train.num_epochs * steps_per_epoch)
+    num_steps = config.train.num_epochs * steps_per_epoch
+    system = make_system(config, num_steps, dataset.spec)
     if config.data.input_mode == "stream":
         feed = Streamed(batches.Records(dataset.mapped("train"), dataset.mapped("test")))
     else:
