@@ -54,7 +54,10 @@ class Display:
         if task.dataset.notice:
             self.notice(task.dataset.notice)
         counts = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
+        spec = task.dataset.spec
         self.say(f"Data: {task.dataset.name}: {counts} examples, from {task.dataset.directory}")
+        shape = " × ".join(map(str, spec.shape))
+        self.say(f"Images: {shape}, in {spec.num_classes} classes")
         devices = ", ".join(f"{each} ({each.device_kind})" for each in task.mesh.devices.flat)
         if task.mesh.devices.size > 1:
             devices += "; {} for members × {} for each batch".format(*task.mesh.devices.shape)
@@ -196,17 +199,12 @@ def describe(model: ModelConfig) -> str:
     """Returns a network in one line, e.g. "rows → 1 × simple_rnn(64) → last → logits"."""
     parts = [model.view]
     parts += ["reversed"] if model.reverse else []
-    parts += [f"every {_ordinal(model.subsample)} time step"] if model.subsample > 1 else []
+    parts += [f"1 of {model.subsample} time steps"] if model.subsample > 1 else []
     sides = "bidirectional " if model.bidirectional else ""
     block = f"{model.block} " if model.block != "plain" else ""
     options = "".join(f", {name}={value}" for name, value in model.cell_options.items())
     layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size}{options})"
     return f"{', '.join(parts)} → {layers} → {model.readout} → logits"
-
-
-def _ordinal(n):
-    suffixes = {} if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}
-    return f"{n}{suffixes.get(n % 10, 'th')}"
 
 
 def _text(value):

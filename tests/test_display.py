@@ -15,6 +15,7 @@ from conftest import REPOSITORY, seqmnist
 
 from seqmnist.config import Config, MembersConfig, ModelConfig, OptimizerConfig
 from seqmnist.display import Display, describe
+from seqmnist.spec import MNIST
 from seqmnist.training import members
 from seqmnist.training.steps import init_state, make_system
 
@@ -159,7 +160,9 @@ def test_the_table_of_parameters_fits(terminal, capsys):
     config = Config(model=model)
     system = make_system(config)
     task = types.SimpleNamespace(
-        dataset=types.SimpleNamespace(name="mnist", notice="look [here]", directory="/data"),
+        dataset=types.SimpleNamespace(
+            name="mnist", notice="look [here]", directory="/data", spec=MNIST
+        ),
         splits={"train": range(48000), "test": range(10000)},
         mesh=jax.make_mesh((1, 1), ("member", "data"), devices=jax.devices()[:1]),
         config=config,
@@ -170,21 +173,19 @@ def test_the_table_of_parameters_fits(terminal, capsys):
     shown = lines_of(capsys)
     assert "NOTICE: look [here]" in shown
     assert "Data: mnist: 48,000 train, 10,000 test examples, from /data" in shown
+    assert "Images: 28 × 28, in 10 classes" in shown
     counts = [leaf.size for leaf in jax.tree.leaves(params)]
     cells = " ".join(shown).split()
     for count in (*counts, sum(counts)):
         assert f"{count:,}" in cells
 
 
-@pytest.mark.parametrize(
-    ("subsample", "ordinal"), [(2, "2nd"), (3, "3rd"), (4, "4th"), (12, "12th"), (21, "21st")]
-)
-def test_a_network_in_one_line(subsample, ordinal):
+def test_a_network_in_one_line():
     assert describe(ModelConfig()) == "rows → 1 × simple_rnn(64) → last → logits"
     model = ModelConfig(
-        view="pixels", subsample=subsample, reverse=True, bidirectional=True, block="residual"
+        view="pixels", subsample=3, reverse=True, bidirectional=True, block="residual"
     )
-    steps = f"pixels, reversed, every {ordinal} time step"
+    steps = "pixels, reversed, 1 of 3 time steps"
     lru = ModelConfig(cell="lru", cell_options={"r_min": 0.5})
     assert describe(lru) == "rows → 1 × lru(64, r_min=0.5) → last → logits"
     assert describe(model) == f"{steps} → 1 × bidirectional residual simple_rnn(64) → last → logits"
