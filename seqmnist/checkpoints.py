@@ -60,6 +60,26 @@ _FACTS = {"step", "history", "fingerprint", "seconds"}
 _DEFAULTS = {"images": MNIST.to_dict()}
 
 
+def validation_losses(history: list[dict[str, Any]]) -> dict[int, float]:
+    """Returns the validation loss by step, of the epochs that have one.
+
+    The best state of a run is that with the lowest. Of members, it is the mean of those that have
+    not diverged.
+    """
+    losses = {}
+    for record in history:
+        values = np.array(record["validation/loss"], float)
+        if len(finite := values[np.isfinite(values)].ravel()):
+            losses[record["step"]] = float(finite.mean())
+    return losses
+
+
+def best_step(history: list[dict[str, Any]]) -> int | None:
+    """Returns the step with the lowest validation loss, the first of equals; None without any."""
+    losses = validation_losses(history)
+    return min(losses, key=losses.get, default=None)
+
+
 class _DamagedError(Exception):
     """Content is missing, undecodable or differs from its digest."""
 
@@ -70,6 +90,7 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
         """Takes the workdir's path, and for saving when and what is kept; touches nothing yet."""
         self._workdir, self._config = workdir, config
+        self._best: int | None = None
 
     @property
     def directory(self) -> pathlib.Path:
@@ -92,26 +113,27 @@ class Checkpoints:
         import orbax.checkpoint as ocp  # here, not above: it takes long to import
         from orbax.checkpoint import checkpoint_managers as policies
 
-        keep = [policies.LatestN(self._config.keep)]
-        if self._config.keep_best:
-            best = policies.BestN(
-                get_metric_fn=lambda metrics: metrics["accuracy"],
-                n=1,
-                keep_checkpoints_without_metrics=False,
-            )
-            keep.append(best)
+        checkpoints = self
+
+        class Kept(policies.PreservationPolicy):
+            """The newest and the best; Orbax's own policy forgets losses when a run resumes."""
+
+            def should_preserve(self, infos, *, context):
+                steps = sorted(info.step for info in infos)
+                kept = {*steps[-checkpoints._config.keep :], checkpoints._best}
+                return [info.step in kept for info in infos]
+
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+            preservation_policy=Kept(), cleanup_tmp_directories=True
         )
         return ocp.CheckpointManager(self.directory, options=options)
 
-    def save(self, saved: Saved, accuracy: float | None = None) -> None:
-        """Saves a step that has not been saved yet, in the background.
-
-        The best checkpoint is chosen by `accuracy`, on the validation set, of this very state.
-        """
+    def save(self, saved: Saved) -> None:
+        """Saves a step that has not been saved yet, in the background."""
         import orbax.checkpoint as ocp
 
+        if self._config.keep_best:
+            self._best = best_step(saved.history)
         # Copies on the host: the state is donated to the next step while Orbax writes.
         arrays = jax.tree.map(np.array, devices.gather((saved.state, saved.sums)))
         facts = saved._asdict()
@@ -122,7 +144,6 @@ class Checkpoints:
             args=ocp.args.Composite(
                 arrays=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts)
             ),
-            metrics=None if accuracy is None else {"accuracy": accuracy},
             force=True,
         )
 
@@ -159,21 +180,54 @@ class Checkpoints:
         return None
 
     def restore_params(
-        self, expect: Callable[[dict[str, Any]], Any], notice: Callable[[str], None]
+        self,
+        expect: Callable[[dict[str, Any]], Any],
+        notice: Callable[[str], None],
+        which: str = "newest",
     ) -> tuple[Any, dict[str, Any]]:
-        """Restores the parameters of the newest checkpoint that is whole; writes nothing.
+        """Restores the parameters of a checkpoint; writes nothing.
 
         `expect` returns shapes and dtypes of the parameters; arguments are those of `restore`.
+        `which` is "newest", "best" (see `validation_losses`) or the number of a step. If the newest
+        or the best is damaged, the next one is used.
 
-        Returns the parameters and the facts. Raises UserError if there is no checkpoint, or it
-        cannot be read, or is of another network.
+        Returns the parameters and the facts. Raises UserError if there is no such checkpoint, or
+        it cannot be read, or is of another network.
         """
-        for step in reversed(self.steps()):
+        steps = self.steps()[::-1]
+        if which == "best":
+            steps = self._by_loss(notice)
+        elif which != "newest":
+            if not which.isdecimal() or int(which) not in steps:
+                there = ", ".join(map(str, steps[::-1]))
+                raise UserError(
+                    f"--checkpoint={which} does not exist; choose newest, best or one of: {there}"
+                )
+            steps = [int(which)]
+        for step in steps:
             reason, leaves, facts = self._try_read(step)
             if not reason:
                 return _fitted(step, leaves, expect(facts), "0.params."), facts
-            notice(f"{self.directory / str(step)} is damaged ({reason}); an older one is used")
+            damaged = f"{self.directory / str(step)} is damaged ({reason})"
+            if which not in ("newest", "best"):
+                raise UserError(f"{damaged}; choose another with --checkpoint")
+            notice(f"{damaged}; another one is used")
         raise UserError(f"{self.directory} holds no usable checkpoint; train with this workdir")
+
+    def _by_loss(self, notice):
+        """Returns the steps that are kept and validated, the best one first."""
+        contents = (self._try_read(step)[2] for step in self.steps()[::-1])
+        newest = next(filter(None, contents), {"history": []})
+        losses = validation_losses(newest["history"])
+        if not losses:
+            raise UserError(f"{self.directory} holds no validated epoch; use --checkpoint=newest")
+        best, kept = best_step(newest["history"]), set(self.steps())
+        if best not in kept:
+            notice(
+                f"the best state, of step {best}, was not kept; this is the best of those that "
+                "were; config.checkpoint.keep_best=true keeps it"
+            )
+        return sorted(kept & losses.keys(), key=losses.get)
 
     def close(self) -> None:
         """Waits until all is written."""

@@ -177,7 +177,7 @@ class CheckpointConfig(_Group):
     every_epochs: int = _field(1, "save after every n epochs; 0 never", within=_COUNT)
     every_steps: int = _field(0, "save after every n steps of the run; 0 never", within=_COUNT)
     keep: int = _field(3, "how many of the newest checkpoints are kept", within="[1, 1000000]")
-    keep_best: bool = _field(False, "also keep the one with the highest validation accuracy")
+    keep_best: bool = _field(False, "also keep the one with the lowest validation loss")
 
 
 @dataclasses.dataclass

@@ -34,6 +34,11 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         default="train",
         help="train, or score the network in --workdir on its test set (%(default)s)",
     )
+    parser.add_argument(
+        "--checkpoint",
+        metavar="WHICH",
+        help="with --mode=evaluate: newest, best by validation loss, or the number of a step",
+    )
     switch = {"nargs": "?", "const": True, "default": False, "type": _boolean, "metavar": "BOOL"}
     parser.add_argument("--overwrite", **switch, help="replace the run in --workdir by a new one")
     parser.add_argument(
@@ -106,6 +111,8 @@ def _parse(arguments):
         _refuse(unknown[0], [*vars(flags), *(f"config.{name}" for name in config_lib.fields())])
     if not flags.workdir:
         raise UserError("--workdir is missing; name a folder for the run's files, --workdir=DIR")
+    if flags.checkpoint and flags.mode == "train":
+        raise UserError("--checkpoint goes with --mode=evaluate; a run resumes from the newest")
     _check_distributed(flags)
     return flags
 
@@ -172,7 +179,7 @@ def _run(arguments, stop):
                 config, workdir, overwrite=flags.overwrite, debug_nans=flags.debug_nans, stop=stop
             )
         else:
-            run.evaluate(config, workdir)
+            run.evaluate(config, workdir, flags.checkpoint or "newest")
     return 128 + stop.number if stop.number else 0
 
 

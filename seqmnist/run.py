@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from seqmnist import config as config_lib
-from seqmnist.checkpoints import DIRECTORY, Checkpoints, Saved
+from seqmnist.checkpoints import DIRECTORY, Checkpoints, Saved, best_step
 from seqmnist.config import Config
 from seqmnist.display import Display
 from seqmnist.errors import UserError, explain_storage
@@ -70,10 +70,13 @@ def train(
     return results
 
 
-def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
-    """Scores the newest parameters in a workdir on the test set; writes nothing.
+def evaluate(
+    config: Config, workdir: str | os.PathLike, checkpoint: str = "newest"
+) -> dict[str, Any]:
+    """Scores the parameters of a checkpoint in a workdir on the test set; writes nothing.
 
-    Returns {"loss", "accuracy"}, lists of S values when there are several members.
+    `checkpoint` is "newest", "best" by validation loss, or the number of a step. Returns {"loss",
+    "accuracy"}, lists of S values when there are several members.
 
     Raises:
       UserError: there is no usable checkpoint, or the data are not those of the run.
@@ -87,7 +90,8 @@ def evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     task = compose(as_trained(config, results), display.say)
     state, _ = task.template()
     expect = _expect(task, workdir, state.params)
-    params, facts = checkpoints.restore_params(expect, display.notice)
+    params, facts = checkpoints.restore_params(expect, display.notice, checkpoint)
+    display.say(f"Checkpoint: step {facts['step']}")
     test = task.evaluate(params, "test", _diverged(facts["history"]))
     dataset = task.describe_data()
     if results:
@@ -181,9 +185,10 @@ class Session:
                 self._workdir.add_epoch(record)
                 self._events.add(record)
         is_last = epoch + 1 == task.config.train.num_epochs
+        is_best = settings.keep_best and best_step(history) == saved.step
         counts = ((epoch + 1, settings.every_epochs), (saved.step, settings.every_steps))
-        if is_last or any(every and count % every == 0 for count, every in counts):
-            self._save(_mean(validation["accuracy"]))
+        if is_last or is_best or any(every and count % every == 0 for count, every in counts):
+            self._save()
         self._stop_if_asked()
 
     def finish(self, began: float) -> dict[str, Any]:
@@ -234,10 +239,10 @@ class Session:
         steps = range(1, self._task.steps_per_epoch)
         return [step for step in steps if (first + step) % every == 0] if every else []
 
-    def _save(self, accuracy=None):
+    def _save(self):
         if self._saved.step != self._saved_step:
             with _explain_writing(self._workdir):
-                self._checkpoints.save(self._saved, accuracy)
+                self._checkpoints.save(self._saved)
             self._saved_step = self._saved.step
 
     def _close(self):
@@ -409,14 +414,6 @@ def _diverged(history):
 
 def _means(sums):
     return devices.gather(sums).means()
-
-
-def _mean(accuracy):
-    """The validation accuracy by which checkpoints are compared."""
-    if accuracy is None:
-        return None
-    values = np.array(accuracy, float)
-    return float(values[np.isfinite(values)].mean())
 
 
 def _seconds(history):

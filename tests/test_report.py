@@ -99,7 +99,7 @@ def untrained(monkeypatch, digits, tmp_path):
             lambda leaf: rng.normal(-0.1, 0.3, leaf.shape).astype(leaf.dtype), shapes
         )
         workdir = workdir_lib.Workdir(tmp_path)
-        network = trained.Trained(workdir, config, system, params, results, "", member)
+        network = trained.Trained(workdir, config, system, params, results, 0, "", member)
         monkeypatch.setattr(trained, "load", lambda workdir, member: network)
         monkeypatch.setattr(trained.Trained, "test_set", lambda self: [a[:60] for a in digits])
         monkeypatch.setattr(sections, "DPI", 50)  # faster

@@ -375,19 +375,53 @@ def test_a_configuration_of_another_network_moves_nothing(groups, word, make_con
             trained.load("a")
 
 
-def test_the_best_is_kept_though_it_is_not_the_newest(make_config, monkeypatch):
-    """Accuracies come from a list: by default, the last epoch is often the best."""
-    accuracies, evaluate = iter([0.3, 0.9, 0.5, 0.4, 0.6]), run.Task.evaluate
+@pytest.mark.parametrize("seed", range(6))
+def test_the_best_is_kept_and_found(seed, make_config, monkeypatch, capsys):
+    """Losses are drawn: by themselves, the last epoch is often the best."""
+    rng = np.random.default_rng(seed)
+    losses, evaluate = rng.permutation(4) / 10, run.Task.evaluate
+    drawn = iter(losses.tolist())
 
     def listed(task, params, split, diverged=False):
         means = evaluate(task, params, split, diverged)
-        return means if split == "test" else {**means, "accuracy": next(accuracies)}
+        return means if split == "test" else {**means, "loss": next(drawn)}
 
     monkeypatch.setattr(run.Task, "evaluate", listed)
-    settings = {"keep": 1, "keep_best": True, "every_steps": 20}
-    run.train(make_config(5, checkpoint=settings), "a")
+    every = {"every_epochs": int(rng.integers(0, 4)), "every_steps": int(rng.choice([0, 10, 25]))}
+    run.train(make_config(2, checkpoint={"keep": 1, "keep_best": True, **every}), "a")
+    config = make_config(4, checkpoint={"keep": 1, "keep_best": True, **every})
+    run.train(config, "a")  # resumes
+    best = 25 * (1 + int(losses.argmin()))
     steps = {int(path.name) for path in pathlib.Path("a/checkpoints").iterdir()}
-    assert steps == {50, 125}
+    assert steps == {best, 100}
+    assert trained.load("a", checkpoint="best").step == best
+    assert trained.load("a", checkpoint=str(best)).step == best
+    assert trained.load("a").step == 100
+    capsys.readouterr()
+    assert run.evaluate(config, "a", "best") == run.evaluate(config, "a", str(best))
+    assert capsys.readouterr().out.count(f"Checkpoint: step {best}") == 2
+
+
+def test_a_checkpoint_that_does_not_exist_is_refused(make_config, capsys):
+    config = make_config(2, data={"validation_fraction": 0.0})
+    run.train(config, "a")
+    with pytest.raises(UserError, match="choose newest, best or one of: 32, 64"):
+        run.evaluate(config, "a", "33")
+    with pytest.raises(UserError, match="no validated epoch"):
+        run.evaluate(config, "a", "best")
+
+
+def test_the_best_that_was_not_kept_is_told(make_config, monkeypatch):
+    drawn, evaluate = iter([0.2, 0.1, 0.4, 0.3]), run.Task.evaluate
+    monkeypatch.setattr(
+        run.Task,
+        "evaluate",
+        lambda task, *args: {**evaluate(task, *args), "loss": next(drawn, 0.5)},
+    )
+    run.train(make_config(4, checkpoint={"keep": 2}), "a")
+    said = []
+    assert trained.load("a", say=said.append, checkpoint="best").step == 100
+    assert "step 50, was not kept" in said[0]
 
 
 def test_other_settings_are_refused_by_name(make_config):

@@ -30,8 +30,9 @@ _MOST_AT_ONCE = 1 << 15  # time steps × examples, where something is kept of ea
 class Trained:
     """A network of a run: its fixed half and its parameters.
 
-    `results` is what `results.json` holds, empty if the run has not finished; `fingerprint` is that
-    of the data it was trained on; `member` is None if the run trained one network.
+    `results` is what `results.json` holds, empty if the run has not finished; `step` is that of the
+    checkpoint; `fingerprint` is that of the data it was trained on; `member` is None if the run
+    trained one network.
     """
 
     workdir: Workdir
@@ -39,6 +40,7 @@ class Trained:
     system: System
     params: Any
     results: dict[str, Any]
+    step: int
     fingerprint: str
     member: int | None = None
 
@@ -112,12 +114,15 @@ class Trained:
         return batches.in_chunks(function, *arrays, most=at_once, axis=axis)
 
 
-def load(workdir: str | os.PathLike, member: int | None = None, say=print) -> Trained:
+def load(
+    workdir: str | os.PathLike, member: int | None = None, say=print, checkpoint: str = "newest"
+) -> Trained:
     """Loads the network in a workdir, or one of its members.
 
     Without `member`, it is the best by validation loss, or the first if the run has not finished.
-    `say` is told, in one line, if the newest checkpoint is not used. Raises UserError if there is
-    no configuration, no usable checkpoint or no such member.
+    `checkpoint` is "newest", "best" by validation loss, or the number of a step. `say` is told, in
+    one line, if another one is used, or if it is not the end of the run. Raises UserError if there
+    is no configuration, no usable checkpoint or no such member.
     """
     workdir = Workdir(workdir)
     config, results = workdir.read_config(), workdir.read_results()
@@ -139,12 +144,13 @@ def load(workdir: str | os.PathLike, member: int | None = None, say=print) -> Tr
         seeds = jnp.zeros(() if count == 1 else count, jnp.uint32)
         return jax.eval_shape(each, seeds).params
 
-    params, facts = Checkpoints(workdir.path).restore_params(expect, say)
+    params, facts = Checkpoints(workdir.path).restore_params(expect, say, checkpoint)
     if results and facts["step"] != results["steps"]:
         say(f"NOTICE: this is step {facts['step']} of {results['steps']} of the finished run")
     if member is not None:
         params = jax.tree.map(lambda leaf: leaf[member], params)
-    return Trained(workdir, config, system, params, results, facts["fingerprint"], member)
+    step, fingerprint = facts["step"], facts["fingerprint"]
+    return Trained(workdir, config, system, params, results, step, fingerprint, member)
 
 
 _logits, _beliefs, _hidden_states, _gradient_norms = (

@@ -94,7 +94,8 @@ def summarize(
     """Sums up members by setting, and names the best by validation, never by test.
 
     Scores are {"loss", "accuracy"}, lists of S; without validation, None. A member that diverged
-    has scores of NaN. It counts for no mean, and a setting with fewer such members is better.
+    has scores of NaN. It counts for no mean, and a setting with fewer such members is better; among
+    these, that with the lowest mean validation loss.
 
     Returns:
       {"settings": [{field: value, "diverged": count, "validation": s, "test": s}], "best": an
@@ -110,9 +111,10 @@ def summarize(
         result.append(entry)
 
     def rank(i):
-        return -result[i]["diverged"], result[i]["validation"]["accuracy"]["mean"] or 0.0
+        loss = result[i]["validation"]["loss"]["mean"]
+        return result[i]["diverged"], math.inf if loss is None else loss
 
-    best = None if validation is None else max(range(len(result)), key=rank)
+    best = None if validation is None else min(range(len(result)), key=rank)
     return {"settings": result, "best": best}
 
 
