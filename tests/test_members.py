@@ -81,11 +81,11 @@ def test_too_many_members_are_refused():
 def test_the_best_setting_is_that_of_validation():
     config = config_of(3, {"optimizer.learning_rate": [1, 2]})
     accuracy = [0.7, 0.8, 0.9, 0.91, 0.92, 0.93]
-    validation = {"loss": accuracy, "accuracy": accuracy}
-    test = {"loss": accuracy[::-1], "accuracy": accuracy[::-1]}
+    validation = {"loss": accuracy[::-1], "accuracy": [0.5] * 6}
+    test = {"loss": accuracy, "accuracy": accuracy}
     summary = members.summarize(config, validation, test)
     assert summary["best"] == 1
-    spread = summary["settings"][0]["validation"]["accuracy"]
+    spread = summary["settings"][0]["test"]["accuracy"]
     interval = stats.t.interval(0.95, 2, np.mean(accuracy[:3]), stats.sem(accuracy[:3]))
     np.testing.assert_allclose(spread["interval"], interval)
     assert spread["mean"] == pytest.approx(0.8)
