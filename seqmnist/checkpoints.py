@@ -44,6 +44,7 @@ class Saved(NamedTuple):
       fingerprint: of the dataset.
       seconds: spent on training so far.
       images: what the dataset's images are, `ImageSpec.to_dict()`.
+      best: the parameters of the lowest validation loss; None without early stopping.
     """
 
     state: TrainState
@@ -53,6 +54,7 @@ class Saved(NamedTuple):
     fingerprint: str
     seconds: float
     images: dict[str, Any]
+    best: Any = None
 
 
 # What `facts` hold; earlier versions, which read MNIST and its like only, did not say so.
@@ -135,9 +137,9 @@ class Checkpoints:
         if self._config.keep_best:
             self._best = best_step(saved.history)
         # Copies on the host: the state is donated to the next step while Orbax writes.
-        arrays = jax.tree.map(np.array, devices.gather((saved.state, saved.sums)))
         facts = saved._asdict()
-        del facts["state"], facts["sums"]
+        arrays = (facts.pop("state"), facts.pop("sums"), facts.pop("best"))
+        arrays = jax.tree.map(np.array, devices.gather(arrays))
         facts["sha256"] = _digest(_by_name(arrays), facts)
         self._manager.save(
             saved.step,
@@ -153,7 +155,7 @@ class Checkpoints:
         """Restores the newest checkpoint that is whole; sets damaged ones aside.
 
         Args:
-          expect: returns shapes, dtypes and shardings of the state and sums that belong to a
+          expect: returns shapes, dtypes and shardings of (state, sums, best) that belong to a
             checkpoint's facts, a dict of the other fields of `Saved`; it may refuse them.
           notice: is told of each damaged checkpoint.
 
@@ -165,7 +167,8 @@ class Checkpoints:
         for step in reversed(steps):
             reason, leaves, facts = self._try_read(step)
             if not reason:
-                return Saved(*_fitted(step, leaves, expect(facts)), **facts)
+                state, sums, best = _fitted(step, leaves, expect(facts))
+                return Saved(state, sums, **facts, best=best)
             aside = _unused(self._workdir / DAMAGED / str(step))
             notice(f"checkpoints/{step} is damaged ({reason}); moved to {DAMAGED}/{aside.name}")
             if jax.process_index() == 0:
@@ -330,10 +333,10 @@ def _digest(leaves: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> str:
     """Returns the SHA-256 of facts and arrays; the order of the arrays follows from their names."""
 
     def order(name):
-        index, field, *rest = name.split(".")
-        fields = (TrainState, Sums)[int(index)]._fields
+        index, *rest = name.split(".")
+        fields = (TrainState._fields, Sums._fields, ())[int(index)]
+        place = fields.index(rest.pop(0)) if rest[0] in fields else len(fields)
         keys = [(0, int(x), "") if x.isdecimal() else (1, 0, x) for x in rest]
-        place = fields.index(field) if field in fields else len(fields)
         return int(index), place, keys
 
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())

@@ -110,8 +110,15 @@ class OptimizerConfig(_Group):
     learning_rate: float = _field(1e-3, "peak learning rate", within=f"[{SMALLEST}, {LARGEST}]")
     schedule: str = _field(
         "constant",
-        "constant, or cosine: half a cosine down to zero",
-        choices=("constant", "cosine"),
+        "constant; cosine: half a cosine down to zero; plateau: smaller when the training loss of "
+        "an epoch stays as it is",
+        choices=("constant", "cosine", "plateau"),
+    )
+    plateau_factor: float = _field(
+        0.1, "share of the learning rate that plateau leaves", within="(0, 1)"
+    )
+    plateau_patience: int = _field(
+        10, "epochs without a lower training loss, for plateau", within="[1, 1000000]"
     )
     warmup_fraction: float = _field(
         0.0, "share of the run in which the learning rate rises from zero", within="[0, 1)"
@@ -141,6 +148,12 @@ class TrainConfig(_Group):
     batch_size: int = _field(128, "examples per step", within="[1, 65536]")
     num_epochs: int = _field(5, "passes over the training set", within="[1, 1000000]")
     truncate: int = _field(0, "gradients stop after every n time steps; 0 never", within=_COUNT)
+    early_stopping: int = _field(
+        0,
+        "stop after n epochs in a row without a lower validation loss; the parameters of the "
+        "lowest are taken back; 0 never",
+        within=_COUNT,
+    )
     augment: str = _field("none", "distortion of training images, in augment.AUGMENTATIONS")
 
 
@@ -220,6 +233,8 @@ _ACTS_WITH = {
     "optimizer.momentum": ("optimizer.name", ("sgd",)),
     "optimizer.weight_decay": ("optimizer.name", ("adamw",)),
     "optimizer.recurrent_factor": ("model.cell", ("lru",)),
+    "optimizer.plateau_factor": ("optimizer.schedule", ("plateau",)),
+    "optimizer.plateau_patience": ("optimizer.schedule", ("plateau",)),
 }
 
 
@@ -265,10 +280,11 @@ def validated(config: Config) -> Config:
     for name in _ACTS_WITH:
         if get(config, name) != fields()[name].default:
             check_acts(config, name)
-    if config.checkpoint.keep_best and not config.data.validation_fraction:
-        raise UserError(
-            "config.checkpoint.keep_best does nothing with data.validation_fraction=0; leave it out"
-        )
+    for name in ("checkpoint.keep_best", "train.early_stopping"):
+        if get(config, name) and not config.data.validation_fraction:
+            raise UserError(
+                f"config.{name} does nothing with data.validation_fraction=0; leave it out"
+            )
     return config
 
 
@@ -397,7 +413,8 @@ def check_resumable(before: Config, after: Config) -> None:
     """Raises UserError if the two differ in more than what a resumed run may change."""
     changed = {k: v for k, v in changes(before, after).items() if k not in NEUTRAL}
     fixed_rate = after.optimizer.schedule == "constant" and not after.optimizer.warmup_fraction
-    if before.train.num_epochs < after.train.num_epochs and fixed_rate:
+    may_grow = fixed_rate and not after.train.early_stopping
+    if before.train.num_epochs < after.train.num_epochs and may_grow:
         del changed["train.num_epochs"]
     if changed:
         hint = "" if fixed_rate else "; the learning-rate schedule fixes the number of epochs"

@@ -13,6 +13,7 @@ from concurrent import futures
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -23,7 +24,7 @@ from seqmnist.display import Display
 from seqmnist.errors import UserError, explain_storage
 from seqmnist.stop import StopRequest
 from seqmnist.study import profiling
-from seqmnist.training import batches, devices, divergence, members
+from seqmnist.training import batches, devices, divergence, members, stopping
 from seqmnist.training.loop import Progress
 from seqmnist.training.task import Program, Task, as_trained, check_memory, compose
 from seqmnist.workdir import PROFILE, Events, Workdir, versions
@@ -125,9 +126,10 @@ class Session:
         self._update_bar = None
         self._pace = 0, 0.0  # steps of the current epoch that this process took, and their seconds
 
-    def remaining_epochs(self) -> range:
-        """Returns the epochs that are not finished, counted from 0."""
-        return range(len(self._saved.history), self._task.config.train.num_epochs)
+    def remaining_epochs(self) -> Iterator[int]:
+        """Yields the epochs that are left, counted from 0, until all that trains has stopped."""
+        while not self._is_over():
+            yield len(self._saved.history)
 
     def train_epoch(self, epoch: int) -> Iterator[Progress]:
         """Epoch begun: trains what is left of it, and reports its progress."""
@@ -151,7 +153,7 @@ class Session:
         )
         means = _means(progress.sums)
         self._update_bar(progress.step, means)
-        if not np.isfinite(means["loss"]).any():
+        if np.isnan(means["loss"]).all():
             self._close()
             steps = self._checkpoints.steps()
             newest = f"{DIRECTORY}/{steps[-1]}" if steps else "none"
@@ -165,7 +167,7 @@ class Session:
         """Epoch ended: validates, records, saves if due, stops if asked."""
         task, saved, settings = self._task, self._saved, self._task.config.checkpoint
         train_means = _means(saved.sums)
-        diverged = ~np.isfinite(train_means["loss"])
+        diverged = np.isnan(train_means["loss"])
         validation = task.evaluate(saved.state.params, "validation", diverged)
         seconds = time.monotonic() - self._epoch_began
         record = {
@@ -184,10 +186,12 @@ class Session:
             with _explain_writing(self._workdir):
                 self._workdir.add_epoch(record)
                 self._events.add(record)
-        is_last = epoch + 1 == task.config.train.num_epochs
+        if task.config.train.early_stopping:
+            self._take_back_best()
         is_best = settings.keep_best and best_step(history) == saved.step
         counts = ((epoch + 1, settings.every_epochs), (saved.step, settings.every_steps))
-        if is_last or is_best or any(every and count % every == 0 for count, every in counts):
+        is_due = any(every and count % every == 0 for count, every in counts)
+        if is_due or is_best or self._is_over():
             self._save()
         self._stop_if_asked()
 
@@ -220,6 +224,31 @@ class Session:
                 self._events.close()
                 self._workdir.finish(results)
         return results
+
+    def _is_over(self):
+        history, train = self._saved.history, self._task.config.train
+        if not history or not train.early_stopping:
+            return len(history) == train.num_epochs
+        ended = stopping.has_stopped(history, train.early_stopping) | _diverged(history)
+        return len(history) == train.num_epochs or ended.all()
+
+    def _take_back_best(self):
+        """Keeps the best parameters, and gives them back to what stops, or to all at the end."""
+        saved, patience = self._saved, self._task.config.train.early_stopping
+        best_epochs = stopping.best_epochs(saved.history)
+        is_best = best_epochs == len(saved.history) - 1
+        stopped = stopping.has_stopped(saved.history, patience)
+        if stopped.all():
+            epochs = ", ".join(sorted({str(epoch + 1) for epoch in best_epochs.ravel()}, key=int))
+            self._display.say(f"Stopped early; taken back: the parameters of epoch {epochs}")
+        stops = (stopped | self._is_over()) & ~_diverged(saved.history)
+        best = stopping.choose(is_best, saved.state.params, saved.best)
+        params = stopping.choose(stops, best, saved.state.params)
+        sums = devices.gather(saved.sums)
+        sums = sums._replace(loss=np.where(stops, np.inf, sums.loss).astype(sums.loss.dtype))
+        state = saved.state._replace(params=params)
+        state, sums, _ = self._task.loop.start(state, sums)
+        self._saved = saved._replace(state=state, sums=sums, best=best)
 
     def _title(self, epoch):
         return f"Epoch {epoch + 1}/{self._task.config.train.num_epochs}"
@@ -290,7 +319,8 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
         ahead = task.compile_ahead(pool, state, sums)
         saved = None
         if not overwrite:
-            expect = _expect(task, workdir, (state, sums))
+            best = state.params if task.config.train.early_stopping else None
+            expect = _expect(task, workdir, (state, sums, best))
             saved = checkpoints.restore(expect, display.notice)
         display.setup(task, state.params)
         if saved:
@@ -301,6 +331,8 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
             dataset = task.dataset
             images = dataset.spec.to_dict()
             saved = Saved(start.state, start.sums, 0, [], dataset.fingerprint, 0.0, images)
+            if task.config.train.early_stopping:
+                saved = saved._replace(best=jax.tree.map(jnp.copy, saved.state.params))
         batches.epoch_order(0, 0, len(task.splits["train"]))  # compiles what draws it
         programs |= {name: program.result() for name, program in ahead.items()}
         check_memory(task.mesh, max(map(_num_bytes, programs.values())))
@@ -349,7 +381,8 @@ def _read_finished(config, workdir) -> dict[str, Any]:
         return {}
     config_lib.check_resumable(workdir.read_config(), config)
     results = workdir.read_results()
-    return results if results.get("epochs") == config.train.num_epochs else {}
+    is_over = results.get("epochs") == config.train.num_epochs or "early_stopping" in results
+    return results if is_over else {}
 
 
 def _changes_data(config, workdir):
@@ -385,11 +418,20 @@ def _show_finished(display, workdir, results):
 
 def _score(task, saved):
     """Validation and test scores, and of members their summary and their ensemble's."""
+    diverged, patience = _diverged(saved.history), task.config.train.early_stopping
     last = saved.history[-1]
     validation = {key: last[f"validation/{key}"] for key in ("loss", "accuracy")}
-    diverged = _diverged(saved.history)
+    if patience:  # of the parameters that were taken back
+        best = stopping.best_epochs(saved.history)
+        for key in validation:
+            values = np.array([record[f"validation/{key}"] for record in saved.history], float)
+            values = np.take_along_axis(values, best[None], axis=0)[0]
+            validation[key] = np.where(diverged, np.nan, values).tolist()
     test = task.evaluate(saved.state.params, "test", diverged)
     scores = {"validation": validation, "test": test}
+    if patience:
+        stopped = stopping.has_stopped(saved.history, patience)
+        scores["early_stopping"] = {"best_epochs": (best + 1).tolist(), "stopped": stopped.tolist()}
     if len(task.members) == 1:
         return scores
     held_out = validation if task.splits["validation"] else None
@@ -409,7 +451,7 @@ def _score(task, saved):
 
 def _diverged(history):
     """Which members, or whether the single network, diverged in the finished epochs."""
-    return ~np.isfinite(np.array(history[-1]["train/loss"], float)) if history else False
+    return np.isnan(np.array(history[-1]["train/loss"], float)) if history else False
 
 
 def _means(sums):

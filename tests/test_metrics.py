@@ -50,10 +50,10 @@ def test_sums_add_field_by_field_and_divide_once():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_sums_restart_at_zero_but_divergence_stays_marked(dtype):
+def test_sums_restart_at_zero_but_what_has_ended_stays_marked(dtype):
     losses = jnp.array([3.0, jnp.nan, jnp.inf, 0.0], dtype)
     sums = Sums(losses, jnp.arange(4, dtype=jnp.int32), jnp.full(4, 9, jnp.int32))
-    expected = Sums.zeros(dtype, (4,))._replace(loss=jnp.array([0, jnp.nan, jnp.nan, 0], dtype))
+    expected = Sums.zeros(dtype, (4,))._replace(loss=jnp.array([0, jnp.nan, jnp.inf, 0], dtype))
     chex.assert_trees_all_equal(sums.restart(), expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(sums.restart(), sums)
     next_epoch = sums.restart() + sums

@@ -24,13 +24,13 @@ class Sums(NamedTuple):
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
     def restart(self) -> "Sums":
-        """Returns zeros for the next epoch, but a loss of NaN where it is not finite now.
+        """Returns zeros for the next epoch, but the loss where it is not finite now.
 
-        A member that has diverged stays marked, and `steps.guarded_step` leaves its state alone.
+        A member that has diverged (NaN) or stopped early (infinity) stays marked, and
+        `steps.guarded_step` leaves its state alone.
         """
         zeros = Sums(*map(np.zeros_like, self))
-        nans = np.full_like(zeros.loss, np.nan)
-        return zeros._replace(loss=np.where(np.isfinite(self.loss), zeros.loss, nans))
+        return zeros._replace(loss=np.where(np.isfinite(self.loss), zeros.loss, self.loss))
 
     def means(self) -> dict[str, float | list[float]]:
         """Returns {"loss", "accuracy"} per example: floats, or lists of S values."""

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import jax
 import optax
+import optax.contrib
 from flax import nnx
 
 from seqmnist.config import LARGEST, SMALLEST, OptimizerConfig, checked_options, override
@@ -56,11 +57,15 @@ def hyperparameter(name: str) -> str:
 
 
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int | None = None, swept: tuple[str, ...] = ()
+    config: OptimizerConfig,
+    num_steps: int | None = None,
+    swept: tuple[str, ...] = (),
+    steps_per_epoch: int = 1,
 ) -> optax.GradientTransformation:
     """Builds the optimizer that the configuration names, for an `nnx.State` of parameters.
 
     `num_steps` is the length of the run, for schedules; without it the learning rate is constant.
+    Updates take the loss of the batch as `value`, which schedule plateau averages over an epoch.
     Values of the `swept` fields live in the optimizer's state, under `hyperparams`, so that each
     member has its own. Raises UserError if there is no optimizer of that name.
     """
@@ -69,7 +74,7 @@ def make_optimizer(
 
         def build(**values):
             values = {names[name]: value for name, value in values.items()}
-            return make_optimizer(override(config, values), num_steps)
+            return make_optimizer(override(config, values), num_steps, (), steps_per_epoch)
 
         keywords = [Parameter(name, Parameter.KEYWORD_ONLY) for name in names]
         build.__signature__ = Signature(keywords)  # by which Optax knows the hyperparameters
@@ -83,13 +88,19 @@ def make_optimizer(
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.recurrent_factor != 1:
         parts.append(optax.masked(optax.scale(config.recurrent_factor), _is_recurrent))
-    return optax.chain(*parts) if parts[1:] else parts[0]
+    if config.schedule == "plateau":
+        factor, patience = config.plateau_factor, config.plateau_patience
+        parts.append(
+            optax.contrib.reduce_on_plateau(factor, patience, accumulation_size=steps_per_epoch)
+        )
+    optimizer = optax.chain(*parts) if parts[1:] else parts[0]
+    return optax.with_extra_args_support(optimizer)
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int | None) -> optax.ScalarOrSchedule:
     """Returns the learning rate as a function of the step, or a number where it is constant."""
     peak = config.learning_rate
-    is_constant = config.schedule == "constant" and not config.warmup_fraction
+    is_constant = config.schedule != "cosine" and not config.warmup_fraction
     if is_constant or num_steps is None:
         return peak
     warmup = round(config.warmup_fraction * num_steps)

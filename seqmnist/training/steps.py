@@ -11,7 +11,7 @@ from jax import lax
 from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 from jax.flatten_util import ravel_pytree
 
-from seqmnist.config import Config, load_plugins, option_group, override
+from seqmnist.config import LARGEST, Config, load_plugins, option_group, override
 from seqmnist.errors import UserError, choose
 from seqmnist.networks import views
 from seqmnist.networks.model import READOUTS, SequenceClassifier, make_cell
@@ -58,7 +58,10 @@ def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = 
     """
     check_names(config)
     swept = members.settings(config)[0]
-    optimizer = make_optimizer(config.optimizer, num_steps, _of("optimizer", swept))
+    steps_per_epoch = (num_steps or 1) // config.train.num_epochs
+    optimizer = make_optimizer(
+        config.optimizer, num_steps, _of("optimizer", swept), max(1, steps_per_epoch)
+    )
     graphdef = _make_graphdef(config, spec, _of("model", swept))
     augment = AUGMENTATIONS[config.train.augment]
     return System(
@@ -92,6 +95,8 @@ def init_state(
     settings = settings or members.settings(config)[0]
     params = nnx.state(_make_model(config, system.spec, seed, _of("model", settings)))
     opt_state = system.optimizer.init(nnx.filter_state(params, nnx.Param))
+    if config.optimizer.schedule == "plateau":  # Optax begins with inf, which is no good state
+        opt_state = optax.tree.set(opt_state, best_value=jnp.float32(LARGEST))
     if own := _of("optimizer", settings):
         values = {hyperparameter(name): value for name, value in own.items()}
         opt_state = opt_state._replace(hyperparams={**opt_state.hyperparams, **values})
@@ -130,7 +135,8 @@ def train_step(
     grads, sums = devices.add_up((grads, sums), axis)
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda grad: grad / sums.count.astype(grad.dtype), grads)
-        updates, opt_state = system.optimizer.update(grads, state.opt_state, trained)
+        loss = sums.loss / sums.count.astype(sums.loss.dtype)
+        updates, opt_state = system.optimizer.update(grads, state.opt_state, trained, value=loss)
         params = nnx.merge_state(optax.apply_updates(trained, updates), constants)
     return TrainState(params, opt_state, state.step + 1, state.seed), sums
 
@@ -143,14 +149,16 @@ def guarded_step(
     From such a step on, the state stays as it was before it, and the summed loss is NaN: where
     a run went wrong can be told at any later time, and nothing good is lost. The optimizer's
     state counts too: with an infinite second moment, parameters stay finite and never move again.
+    A summed loss of infinity, which marks a network that has stopped early, stays.
     """
     after, batch_sums = train_step(system, state, batch, axis)
-    sums = sums + batch_sums
+    before, sums = sums.loss, sums + batch_sums
     leaves = jax.tree.leaves((sums.loss, after.params, after.opt_state))
     floats = [leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     is_finite = jnp.isfinite(ravel_pytree(floats)[0]).all()
     state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
-    return state, sums._replace(loss=jnp.where(is_finite, sums.loss, jnp.nan))
+    loss = jnp.where(is_finite | jnp.isinf(before), sums.loss, jnp.nan)
+    return state, sums._replace(loss=loss)
 
 
 def eval_step(system: System, params: Any, batch: Batch) -> Sums:

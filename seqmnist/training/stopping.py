@@ -1,0 +1,32 @@
+"""Early stopping: what follows from the validation losses of the finished epochs.
+
+Members stop one by one. All is computed from the records of epochs, so that a run that resumes
+decides as one that was never interrupted. Shapes: S members; of a single network, [].
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def best_epochs(history: list[dict[str, Any]]) -> np.ndarray:
+    """Returns the epoch with the lowest validation loss, the first of equals, from 0: int [S]."""
+    losses = np.array([record["validation/loss"] for record in history], float)
+    return np.nan_to_num(losses, nan=np.inf).argmin(0)
+
+
+def has_stopped(history: list[dict[str, Any]], patience: int) -> np.ndarray:
+    """Returns what has seen `patience` epochs in a row without a lower loss: bool [S]."""
+    return len(history) - 1 - best_epochs(history) >= patience
+
+
+@jax.jit
+def choose(mask: jax.Array, one: Any, other: Any) -> Any:
+    """Chooses between two trees of arrays, by member: bool [S]."""
+
+    def select(a, b):
+        return jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b)
+
+    return jax.tree.map(select, one, other)
