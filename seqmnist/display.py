@@ -132,7 +132,9 @@ class Display:
             ensemble = results["ensemble"]
             what += f", mean prediction of {len(ensemble['members'])} members"
             test = ensemble["test"]
-        scores = (f"test_{name}: {_text(test[name])}" for name in ("loss", "accuracy"))
+        scores = [f"test_{name}: {_text(test[name])}" for name in ("loss", "accuracy")]
+        if test["loss"] is None:
+            scores = ["not scored: validation has not chosen a setting"]
         self._say_parts([what, *scores], style="bold")
         if self._failure:
             raise self._failure
@@ -167,12 +169,13 @@ class Display:
 
     def _settings_row(self, setting, swept):
         validation, test = setting["validation"], setting["test"]
+        is_scored = setting["diverged"] or test["loss"]["mean"] is not None
         interval = test["accuracy"]["interval"]
         return {
             **{name.rpartition(".")[2]: f"{setting[name]:g}" for name in swept},
             "val_accuracy": _summary(validation["accuracy"]) if validation else "",
-            "test_loss": _summary(test["loss"]),
-            "test_accuracy": _summary(test["accuracy"]),
+            "test_loss": _summary(test["loss"]) if is_scored else "",
+            "test_accuracy": _summary(test["accuracy"]) if is_scored else "",
             "95 % interval": f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
         }
 

@@ -37,6 +37,8 @@ def train(
     overwrite: bool = False,
     debug_nans: bool = False,
     stop: StopRequest | None = None,
+    display: Display | None = None,
+    withhold_test: bool = False,
 ) -> dict[str, Any]:
     """Trains a network, or resumes the run in the workdir; returns what `results.json` holds.
 
@@ -44,6 +46,9 @@ def train(
       overwrite: replace the run in the workdir.
       debug_nans: name the operation that gives the first non-finite number.
       stop: ends the run early, with its state saved.
+      display: shows the run; by default, on standard output.
+      withhold_test: leave the test set alone; its scores are None. Of a sweep, only the setting
+        that validation chooses is ever scored.
 
     Raises:
       UserError: the configuration, the data or the workdir cannot be used, or the run diverged.
@@ -51,7 +56,7 @@ def train(
     """
     began = time.monotonic()
     config = config_lib.validated(config)
-    workdir, display, stop = Workdir(workdir), Display(), stop or StopRequest()
+    workdir, display, stop = Workdir(workdir), display or Display(), stop or StopRequest()
     with devices.together():
         workdir.check_usable()
         finished = {} if overwrite else _read_finished(config, workdir)
@@ -66,7 +71,7 @@ def train(
             for progress in run.train_epoch(epoch):
                 run.advance(progress, debug_nans)
             run.end_epoch(epoch)
-        results = run.finish(began)
+        results = run.finish(began, withhold_test)
     display.results(results)
     return results
 
@@ -93,7 +98,16 @@ def evaluate(
     expect = _expect(task, workdir, state.params)
     params, facts = checkpoints.restore_params(expect, display.notice, checkpoint)
     display.say(f"Checkpoint: step {facts['step']}")
-    test = task.evaluate(params, "test", _diverged(facts["history"]))
+    unseen = _diverged(facts["history"])
+    if len(task.members) > config.members.num:
+        chosen = (results.get("ensemble") or {}).get("members")
+        if not chosen:
+            raise UserError(
+                f"{workdir} holds a sweep in which validation has not chosen a setting; only the "
+                "chosen one is scored on the test set"
+            )
+        unseen = ~np.isin(np.arange(len(task.members)), chosen)
+    test = task.evaluate(params, "test", unseen)
     dataset = task.describe_data()
     if results:
         dataset["notice"] = results["dataset"].get("notice")
@@ -195,7 +209,7 @@ class Session:
             self._save()
         self._stop_if_asked()
 
-    def finish(self, began: float) -> dict[str, Any]:
+    def finish(self, began: float, withhold_test: bool) -> dict[str, Any]:
         """Finished: completes the last checkpoint, scores the network, writes the results."""
         task, saved = self._task, self._saved
         self._close()
@@ -206,7 +220,7 @@ class Session:
             "parameters": _num_parameters(saved.state.params) // len(task.members),
             "epochs": len(saved.history),
             "steps": saved.step,
-            **_score(task, saved),
+            **_score(task, saved, withhold_test),
             "seconds": {
                 "train": round(saved.seconds, 3), "total": round(time.monotonic() - began, 3)
             },
@@ -416,7 +430,7 @@ def _show_finished(display, workdir, results):
     return results
 
 
-def _score(task, saved):
+def _score(task, saved, withhold_test):
     """Validation and test scores, and of members their summary and their ensemble's."""
     diverged, patience = _diverged(saved.history), task.config.train.early_stopping
     last = saved.history[-1]
@@ -427,26 +441,37 @@ def _score(task, saved):
             values = np.array([record[f"validation/{key}"] for record in saved.history], float)
             values = np.take_along_axis(values, best[None], axis=0)[0]
             validation[key] = np.where(diverged, np.nan, values).tolist()
-    test = task.evaluate(saved.state.params, "test", diverged)
+    held_out = validation if task.splits["validation"] else None
+    chosen = _chosen(task, held_out and held_out["loss"], diverged, withhold_test)
+    test = task.evaluate(saved.state.params, "test", ~chosen)
     scores = {"validation": validation, "test": test}
     if patience:
         stopped = stopping.has_stopped(saved.history, patience)
         scores["early_stopping"] = {"best_epochs": (best + 1).tolist(), "stopped": stopped.tolist()}
     if len(task.members) == 1:
         return scores
-    held_out = validation if task.splits["validation"] else None
-    summary = members.summarize(task.config, held_out, test)
-    num, best = task.config.members.num, summary["best"]
-    chosen = range(len(task.members)) if best is None else range(best * num, (best + 1) * num)
-    chosen = [member for member in chosen if not diverged[member]]
-    weights = np.isin(np.arange(len(task.members)), chosen) / np.float32(max(1, len(chosen)))
-    ensemble = task.loop.evaluate_ensemble(saved.state.params, task.rows["test"], weights)
+    ensemble = {"loss": None, "accuracy": None}
+    if chosen.any():
+        weights = chosen / np.float32(chosen.sum())
+        ensemble = _means(
+            task.loop.evaluate_ensemble(saved.state.params, task.rows["test"], weights)
+        )
     return {
         **scores,
         "members": task.members,
-        **summary,
-        "ensemble": {"members": chosen, "test": _means(ensemble)},
+        "settings": members.summarize(task.config, diverged, held_out, test),
+        "best": members.best_setting(task.config, held_out and held_out["loss"], diverged),
+        "ensemble": {"members": np.flatnonzero(chosen).tolist(), "test": ensemble},
     }
+
+
+def _chosen(task, losses, diverged, withhold_test):
+    """Returns whose test scores may be seen: of a sweep, those of the chosen setting only."""
+    num, chosen = task.config.members.num, ~np.asarray(diverged)
+    if len(task.members) > num:
+        best = members.best_setting(task.config, losses, diverged)
+        chosen &= np.arange(len(task.members)) // num == (-1 if best is None else best)
+    return chosen & (not withhold_test)
 
 
 def _diverged(history):

@@ -119,7 +119,8 @@ def results_of(sweep, scores):
         "dataset": {"name": "mnist_5k", "test": 1000, "notice": None},
         "test": both,
         "members": members.list_members(config),
-        **members.summarize(config, both, both),
+        "settings": members.summarize(config, np.isnan(scores), both, both),
+        "best": members.best_setting(config, -np.array(scores), np.isnan(scores)),
         "ensemble": {"members": [0, 1, 2], "test": {"loss": 0.1234, "accuracy": 0.9876}},
     }
 

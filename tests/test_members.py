@@ -81,27 +81,30 @@ def test_too_many_members_are_refused():
 def test_the_best_setting_is_that_of_validation():
     config = config_of(3, {"optimizer.learning_rate": [1, 2]})
     accuracy = [0.7, 0.8, 0.9, 0.91, 0.92, 0.93]
-    validation = {"loss": accuracy[::-1], "accuracy": [0.5] * 6}
+    fine = np.zeros(6, bool)
+    assert members.best_setting(config, np.array(accuracy[::-1]), fine) == 1
+    assert members.best_setting(config, np.array(accuracy), fine) == 0
+    assert members.best_setting(config, None, fine) is None
     test = {"loss": accuracy, "accuracy": accuracy}
-    summary = members.summarize(config, validation, test)
-    assert summary["best"] == 1
-    spread = summary["settings"][0]["test"]["accuracy"]
+    settings = members.summarize(config, fine, None, test)
+    assert settings[0]["validation"] is None
+    spread = settings[0]["test"]["accuracy"]
     interval = stats.t.interval(0.95, 2, np.mean(accuracy[:3]), stats.sem(accuracy[:3]))
     np.testing.assert_allclose(spread["interval"], interval)
     assert spread["mean"] == pytest.approx(0.8)
     assert spread["sd"] == pytest.approx(0.1)
-    assert members.summarize(config, None, test)["best"] is None
 
 
 def test_a_member_that_diverged_counts_for_nothing():
     config = config_of(3, {"optimizer.learning_rate": [1, 2, 3]})
     nan = float("nan")
-    accuracy = [0.1, 0.2, 0.3, nan, 0.8, 0.9, nan, nan, nan]  # the second would be the best
-    scores = {"loss": accuracy, "accuracy": accuracy}
-    summary = members.summarize(config, scores, scores)
-    assert [setting["diverged"] for setting in summary["settings"]] == [0, 1, 3]
-    assert summary["best"] == 0
-    one, none = (summary["settings"][i]["test"]["accuracy"] for i in (1, 2))
+    accuracy = [0.9, 0.8, 0.7, nan, 0.8, 0.9, nan, nan, nan]
+    losses = np.array([0.9, 0.8, 0.7, nan, 0.2, 0.1, nan, nan, nan])  # the second would be the best
+    scores = {"loss": losses.tolist(), "accuracy": accuracy}
+    settings = members.summarize(config, np.isnan(losses), scores, scores)
+    assert [setting["diverged"] for setting in settings] == [0, 1, 3]
+    assert members.best_setting(config, losses, np.isnan(losses)) == 0
+    one, none = (settings[i]["test"]["accuracy"] for i in (1, 2))
     assert one["mean"] == pytest.approx(0.85)
     assert one["sd"] == pytest.approx(np.std([0.8, 0.9], ddof=1))
     assert np.isfinite(one["interval"]).all()
@@ -156,10 +159,12 @@ def test_a_member_equals_a_separate_run(member, seed, rate, together, make_confi
     alone = run.train(make_config(3, seed=seed, rate=rate), tmp_path / "alone")
     assert_close(params_of(together[0], member), params_of(tmp_path / "alone", None), 1e-3)
     for split in ("validation", "test"):
-        assert results[split]["loss"][member] == pytest.approx(alone[split]["loss"], rel=1e-4)
-        assert results[split]["accuracy"][member] == pytest.approx(
-            alone[split]["accuracy"], abs=0.003
-        )
+        loss, accuracy = (results[split][key][member] for key in ("loss", "accuracy"))
+        if split == "test" and member // 2 != results["best"]:
+            assert loss is None
+            continue
+        assert loss == pytest.approx(alone[split]["loss"], rel=1e-4)
+        assert accuracy == pytest.approx(alone[split]["accuracy"], abs=0.003)
     assert results["parameters"] == alone["parameters"]
 
 
@@ -184,9 +189,17 @@ def test_the_scores_of_a_member_that_diverged_are_null(together):
     for line in lines:
         for name in ("train/loss", "validation/loss", "validation/accuracy"):
             assert [value is None for value in line[name]] == 4 * [False] + 2 * [True]
-    for split in ("validation", "test"):
-        for values in results[split].values():
-            assert [value is None for value in values] == 4 * [False] + 2 * [True]
+    for values in results["validation"].values():
+        assert [value is None for value in values] == 4 * [False] + 2 * [True]
+
+
+def test_only_the_chosen_setting_is_scored_on_the_test_set(together):
+    results = Workdir(together[0]).read_results()
+    losses = np.array(results["validation"]["loss"][:4]).reshape(2, 2).mean(1)
+    assert results["best"] == losses.argmin()
+    for values in results["test"].values():
+        seen = {i for i, value in enumerate(values) if value is not None}
+        assert seen == {2 * results["best"], 2 * results["best"] + 1}
 
 
 def test_a_member_that_diverged_is_in_no_summary(together):
@@ -194,12 +207,12 @@ def test_a_member_that_diverged_is_in_no_summary(together):
     assert [setting["diverged"] for setting in results["settings"]] == [0, 0, 2]
     empty = {"mean": None, "sd": None, "interval": None}
     assert results["settings"][2]["test"] == {"loss": empty, "accuracy": empty}
-    for i, setting in enumerate(results["settings"][:2]):
-        of_seeds = results["test"]["accuracy"][2 * i : 2 * i + 2]
-        assert setting["test"]["accuracy"]["mean"] == pytest.approx(np.mean(of_seeds))
-        assert setting["test"]["accuracy"]["sd"] == pytest.approx(np.std(of_seeds, ddof=1))
     best = results["best"]
-    assert best in (0, 1)
+    assert results["settings"][1 - best]["test"] == {"loss": empty, "accuracy": empty}
+    spread = results["settings"][best]["test"]["accuracy"]
+    of_seeds = results["test"]["accuracy"][2 * best : 2 * best + 2]
+    assert spread["mean"] == pytest.approx(np.mean(of_seeds))
+    assert spread["sd"] == pytest.approx(np.std(of_seeds, ddof=1))
     ensemble = results["ensemble"]
     assert ensemble["members"] == [2 * best, 2 * best + 1]
     mean_loss = results["settings"][best]["test"]["loss"]["mean"]
@@ -213,20 +226,33 @@ def test_the_same_command_shows_and_evaluates_what_diverged(together, make_confi
     shown = capsys.readouterr().out
     assert "2 of 6 members diverged" in shown
     assert f"test_accuracy: {results['ensemble']['test']['accuracy']:.4f}" in shown
-    scores = run.evaluate(config, together[0])
-    assert scores["accuracy"][:4] == results["test"]["accuracy"][:4]
-    assert np.isnan(scores["accuracy"][4:]).all()
+    scores, expected = run.evaluate(config, together[0]), results["test"]["accuracy"]
+    np.testing.assert_array_equal(scores["accuracy"], np.array(expected, float))
 
 
 @pytest.mark.slow
-def test_without_validation_the_ensemble_is_all_that_did_not_diverge(make_config, tmp_path):
+def test_without_validation_no_setting_is_chosen_or_scored(make_config, tmp_path, capsys):
     config = make_config(1, rates=[0.001, DIVERGES])
     config.data.validation_fraction = 0.0
     results = run.train(config, tmp_path / "run")
     assert results["best"] is None
-    assert results["ensemble"]["members"] == [0]
-    for key, of_all in results["test"].items():
-        assert results["ensemble"]["test"][key] == pytest.approx(of_all[0], rel=1e-5)
+    assert results["ensemble"] == {"members": [], "test": {"loss": None, "accuracy": None}}
+    assert Workdir(tmp_path / "run").read_results()["test"] == {
+        "loss": 2 * [None],
+        "accuracy": 2 * [None],
+    }
+    assert "not scored" in capsys.readouterr().out
+    with pytest.raises(UserError, match="validation has not chosen"):
+        run.evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_test_set_is_left_alone_if_asked(make_config, tmp_path):
+    for num in (1, 2):
+        workdir = tmp_path / str(num)
+        run.train(make_config(1, num=num), workdir, withhold_test=True)
+        scores = Workdir(workdir).read_results()["test"]
+        assert scores["loss"] == (None if num == 1 else [None, None])
 
 
 @pytest.mark.slow

@@ -88,34 +88,43 @@ def list_members(config: Config) -> list[dict[str, float]]:
     return [{"seed": seed, **setting} for setting in each for seed in seeds]
 
 
+def best_setting(config: Config, losses: np.ndarray | None, diverged: np.ndarray) -> int | None:
+    """Returns the number of the setting that validation chooses; None without validation.
+
+    It is, among those with the fewest members that diverged, bool [S], that with the lowest mean of
+    the others' validation losses, [S].
+    """
+    if losses is None:
+        return None
+    shape = (-1, config.members.num)
+    bad, losses = np.reshape(diverged, shape), np.reshape(losses, shape)
+    means = np.where(bad, 0, losses).sum(1) / np.maximum(1, (~bad).sum(1))
+    return int(np.lexsort((means, bad.sum(1)))[0])
+
+
 def summarize(
-    config: Config, validation: dict[str, list[float]] | None, test: dict[str, list[float]]
-) -> dict[str, Any]:
-    """Sums up members by setting, and names the best by validation, never by test.
+    config: Config,
+    diverged: np.ndarray,
+    validation: dict[str, list[float]] | None,
+    test: dict[str, list[float]],
+) -> list[dict[str, Any]]:
+    """Sums up members by setting.
 
-    Scores are {"loss", "accuracy"}, lists of S; without validation, None. A member that diverged
-    has scores of NaN. It counts for no mean, and a setting with fewer such members is better; among
-    these, that with the lowest mean validation loss.
+    Scores are {"loss", "accuracy"}, lists of S; without validation, None. What is NaN, as of
+    members that `diverged`, bool [S], counts for no mean.
 
-    Returns:
-      {"settings": [{field: value, "diverged": count, "validation": s, "test": s}], "best": an
-      index, or None}, where s is {"loss", "accuracy"} → {"mean", "sd", "interval"}; the interval is
-      the 95 % confidence interval of the mean over seeds (Student's t).
+    Returns [{field: value, "diverged": count, "validation": s, "test": s}], where s is {"loss",
+    "accuracy"} → {"mean", "sd", "interval"}; the interval is the 95 % confidence interval of the
+    mean over seeds (Student's t).
     """
     count, result = config.members.num, []
     for i, setting in enumerate(settings(config)):
         own = slice(i * count, (i + 1) * count)
-        entry = {**setting, "diverged": int(np.isnan(np.array(test["loss"][own], float)).sum())}
+        entry = {**setting, "diverged": int(diverged[own].sum())}
         for name, scores in (("validation", validation), ("test", test)):
             entry[name] = scores and {key: _spread(scores[key][own]) for key in scores}
         result.append(entry)
-
-    def rank(i):
-        loss = result[i]["validation"]["loss"]["mean"]
-        return result[i]["diverged"], math.inf if loss is None else loss
-
-    best = None if validation is None else min(range(len(result)), key=rank)
-    return {"settings": result, "best": best}
+    return result
 
 
 def _spread(values):
