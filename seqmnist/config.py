@@ -311,7 +311,7 @@ def load_experiment(path: str) -> Config:
             )
         return config
 
-    return _from_file(path, "--config", get_config)
+    return from_file(path, "--config", get_config)
 
 
 def load_plugins(config: Config) -> None:
@@ -322,10 +322,10 @@ def load_plugins(config: Config) -> None:
 
 @functools.cache
 def _load_plugin(path):
-    _from_file(path, "config.plugins", lambda content: None)
+    from_file(path, "config.plugins", lambda content: None)
 
 
-def _from_file(path, name, use):
+def from_file(path, name, use):
     """Runs a Python file and returns what `use` makes of its content, a dict."""
     file = paths.resolve(path, name)
     if not file.is_file():

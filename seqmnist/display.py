@@ -5,7 +5,7 @@ import errno
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -196,6 +196,32 @@ class Display:
         except OSError as error:  # the terminal is closed or the disk full; the run goes on
             self._console.on_broken_pipe()
             self._failure = error if error.errno == errno.ENOSPC else None
+
+
+class Quiet(Display):
+    """Shows notices only, and tells `advance` how many epochs of the run are done, a float."""
+
+    def __init__(self, advance: Callable[[float], None]):
+        super().__init__()
+        self._advance, self.num_epochs = advance, 0  # of this process
+
+    def say(self, text: str, style: str | None = None) -> None:
+        if style:
+            super().say(text, style)
+
+    def setup(self, task: Any, params: Any) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def epoch(self, title: str, num_steps: int) -> Iterator[Any]:
+        before = int(title.split()[1].partition("/")[0]) - 1
+        yield lambda step, means: self._advance(before + step / num_steps)
+
+    def epoch_line(self, *_: Any) -> None:
+        self.num_epochs += 1
+
+    def results(self, results: Mapping[str, Any]) -> None:
+        pass
 
 
 def describe(model: ModelConfig) -> str:

@@ -171,7 +171,8 @@ class Session:
             self._close()
             steps = self._checkpoints.steps()
             newest = f"{DIRECTORY}/{steps[-1]}" if steps else "none"
-            raise UserError(divergence.explain(self._task, progress.state, newest, debug_nans))
+            reason = divergence.explain(self._task, progress.state, newest, debug_nans)
+            raise divergence.DivergedError(reason)
         if progress.step < steps_per_epoch:  # else the epoch's end follows, and saves more
             if progress.step in self._due(len(history) * steps_per_epoch):
                 self._save()

@@ -8,10 +8,15 @@ import jax
 import numpy as np
 
 from seqmnist.config import override
+from seqmnist.errors import UserError
 from seqmnist.training import batches, devices
 from seqmnist.training.optim import make_schedule
 from seqmnist.training.steps import TrainState, train_step
 from seqmnist.training.task import Task
+
+
+class DivergedError(UserError):
+    """Nothing that trains is finite any more."""
 
 
 def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) -> str:

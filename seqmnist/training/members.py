@@ -7,6 +7,7 @@ second; see `list_members`.
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -122,12 +123,13 @@ def summarize(
         own = slice(i * count, (i + 1) * count)
         entry = {**setting, "diverged": int(diverged[own].sum())}
         for name, scores in (("validation", validation), ("test", test)):
-            entry[name] = scores and {key: _spread(scores[key][own]) for key in scores}
+            entry[name] = scores and {key: spread(scores[key][own]) for key in scores}
         result.append(entry)
     return result
 
 
-def _spread(values):
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """Returns {"mean", "sd", "interval": 95 %, Student's t}; what is NaN or None counts not."""
     from scipy import stats  # here, not above: it takes long to import, and one run needs none
 
     finite = np.array(values, float)

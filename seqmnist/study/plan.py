@@ -1,0 +1,267 @@
+"""A study: a fair comparison of networks, planned in a Python file.
+
+Each entry is a configuration. Its settings are chosen by validation from a grid; the chosen one is
+trained again from fresh seeds, and only then scored on the test set.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from seqmnist import config as config_lib
+from seqmnist.config import Config
+from seqmnist.display import describe as describe_network
+from seqmnist.errors import UserError
+from seqmnist.networks.model import SequenceClassifier
+from seqmnist.spec import ImageSpec
+from seqmnist.study import compare, profiling
+from seqmnist.training import members
+from seqmnist.training.steps import init_state, make_system
+
+_MOST_UNITS = 65536  # as config.model.hidden_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What is compared, and how.
+
+    Attributes:
+      entries: a configuration for each name.
+      seeds: one after the other, such as range(100, 110); what is compared is trained from these.
+      select: a grid {field: values}, for each entry; the setting with the lowest mean validation
+        loss is chosen.
+      selection_seeds: from which the settings are trained; others than `seeds`.
+      budget: the number of parameters that a network may not exceed, for all or by name; hidden
+        sizes are the largest within it. None leaves them as they are.
+    """
+
+    entries: Mapping[str, Config]
+    seeds: range
+    select: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    selection_seeds: range = range(1)
+    budget: int | Mapping[str, int] | None = None
+
+    def __post_init__(self):
+        """Raises UserError if it would not be a fair comparison."""
+        for name in ("seeds", "selection_seeds"):
+            seeds = getattr(self, name)
+            if not isinstance(seeds, range) or seeds.step != 1 or not seeds:
+                raise UserError(f"{name}={seeds} must be a range of numbers, one after the other")
+        if self.select and set(self.seeds) & set(self.selection_seeds):
+            raise UserError(
+                f"seeds={self.seeds} and selection_seeds={self.selection_seeds} overlap; scores of "
+                "seeds that settings were chosen by are too good"
+            )
+        if not self.entries:
+            raise UserError("entries={} is no study; name at least one network")
+        for name, config in self.entries.items():
+            if not name or set(name) & {"/", "\\", "\0"} or name.startswith("."):
+                raise UserError(f"{name!r} cannot be the name of a folder; choose another")
+            for field in ("members.num", "members.sweep", "seed"):
+                if config_lib.get(config, field) != config_lib.fields()[field].default:
+                    raise UserError(f"{name}: config.{field} is the study's; leave it out")
+            if self.select and not config.data.validation_fraction:
+                raise UserError(
+                    f"{name}: settings are chosen by validation, never by test; set "
+                    "config.data.validation_fraction above 0"
+                )
+        for field, values in self.select.items():
+            if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+                raise UserError(f"select: {field} needs a list of values; got {values!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values, ready for JSON."""
+        return {
+            "entries": {name: config_lib.to_dict(each) for name, each in self.entries.items()},
+            "seeds": [self.seeds.start, self.seeds.stop],
+            "select": {field: list(values) for field, values in self.select.items()},
+            "selection_seeds": [self.selection_seeds.start, self.selection_seeds.stop],
+            "budget": dict(self.budget) if isinstance(self.budget, Mapping) else self.budget,
+        }
+
+
+def load(path: str | os.PathLike) -> Study:
+    """Returns what `get_study()` of a Python file returns; raises UserError unless a `Study`."""
+
+    def get_study(content):
+        function = content.get("get_study")
+        study = function() if callable(function) else None
+        if not isinstance(study, Study):
+            raise UserError("it needs a get_study() that returns seqmnist.study.plan.Study")
+        return study
+
+    return config_lib.from_file(path, "STUDY", get_study)
+
+
+def num_parameters(config: Config, spec: ImageSpec) -> int:
+    """Counts the parameters of a network from their shapes."""
+    model = nnx.eval_shape(lambda: SequenceClassifier(config.model, spec, rngs=nnx.Rngs(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def fit(config: Config, spec: ImageSpec, budget: int | None) -> Config:
+    """Returns a configuration with the largest hidden size that stays within a budget.
+
+    Raises UserError if a single unit exceeds it.
+    """
+    if budget is None:
+        return config
+
+    def of(units):
+        return config_lib.override(config, {"model.hidden_size": units})
+
+    low, high = 0, 1  # it fits; it does not
+    while high <= _MOST_UNITS and num_parameters(of(high), spec) <= budget:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = middle <= _MOST_UNITS and num_parameters(of(middle), spec) <= budget
+        low, high = (middle, high) if fits else (low, middle)
+    if not low:
+        raise UserError(
+            f"{num_parameters(of(1), spec):,} parameters of a single unit of {config.model.cell} "
+            f"exceed the budget of {budget:,}; raise it, or leave the entry out"
+        )
+    return of(low)
+
+
+def selection(study: Study, name: str, spec: ImageSpec) -> list[tuple[dict[str, Any], Config]]:
+    """Returns the runs that try an entry's grid: (the fields that a run fixes, configuration).
+
+    What can be swept is trained in one program, as members.
+    """
+    swept, fixed = {}, {}
+    for field, values in study.select.items():
+        is_option = config_lib.option_group(field) and all(isinstance(x, float) for x in values)
+        can_be_swept = field in members.SWEEPABLE or is_option
+        (swept if can_be_swept else fixed)[field] = list(values)
+    runs = []
+    for values in itertools.product(*fixed.values()):
+        setting = dict(zip(fixed, values, strict=True))
+        runs.append((setting, _run(study, name, setting, study.selection_seeds, spec, swept)))
+    return runs
+
+
+def final(study: Study, name: str, setting: Mapping[str, Any], spec: ImageSpec) -> Config:
+    """Returns the run that is compared: an entry in its chosen setting, from fresh seeds."""
+    return _run(study, name, setting, study.seeds, spec)
+
+
+def _run(study, name, setting, seeds, spec, swept=None):
+    config = config_lib.override(study.entries[name], dict(setting))
+    budget = study.budget.get(name) if isinstance(study.budget, Mapping) else study.budget
+    config = fit(config, spec, budget)
+    config.seed, config.members.num = seeds.start, len(seeds)
+    if swept:
+        config.members.sweep = json.dumps(swept)
+    return config
+
+
+def choose(study: Study, tried: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict:
+    """Chooses a setting: pairs of what a run fixed and its `results.json` -> {field: value}.
+
+    It is the one with the fewest seeds that diverged, and among these with the lowest mean
+    validation loss; test is not looked at. The results of a run that diverged as a whole are {}.
+    """
+    ranked = []
+    for fixed, results in tried:
+        for each in _settings(results):
+            swept = {field: each[field] for field in study.select if field in each}
+            loss = each["validation"]["loss"]["mean"]
+            rank = each["diverged"], math.inf if loss is None else loss
+            ranked.append((rank, {**fixed, **swept}))
+    setting = min(ranked, key=lambda pair: pair[0])[1]
+    return {field: setting[field] for field in study.select}
+
+
+def at_edges(study: Study, setting: Mapping[str, Any]) -> list[str]:
+    """Returns the fields of which the smallest or the largest of three or more was chosen."""
+
+    def is_edge(field):
+        values = study.select[field]
+        numbers = [x for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
+        return 2 < len(numbers) == len(values) and setting[field] in (min(values), max(values))
+
+    return list(filter(is_edge, study.select))
+
+
+def _settings(results):
+    """The settings of a run; a run of one network is one setting of one seed."""
+    if "settings" in results:
+        return results["settings"]
+    loss = results["validation"]["loss"] if results else None
+    return [{"diverged": int(not results), "validation": {"loss": {"mean": loss}}}]
+
+
+def flops_per_image(config: Config, spec: ImageSpec) -> int:
+    """Counts the FLOPs of the matrix products that classify one image."""
+    system = make_system(config, spec=spec)
+    params = jax.eval_shape(lambda: init_state(config, system, 0)).params
+    image = jax.ShapeDtypeStruct((1, *spec.shape), np.uint8)
+    return profiling.product_flops(jax.make_jaxpr(system.apply)(params, image).jaxpr)
+
+
+def widest(study: Study) -> Config:
+    """Returns a configuration with as many members as any run has, for which devices are chosen."""
+    config = copy.deepcopy(next(iter(study.entries.values())))
+    config.members.num = max(len(study.seeds), len(study.selection_seeds))
+    return config
+
+
+def describe(
+    study: Study,
+    setting: Mapping[str, Any],
+    tried: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]],
+    config: Config,
+    results: Mapping[str, Any],
+    spec: ImageSpec,
+) -> dict[str, Any]:
+    """Returns what `study.json` holds of an entry; nothing in it depends on time or machine."""
+    several = len(study.seeds) > 1
+    scores = {
+        f"{split}/{key}": results[split][key] if several else [results[split][key]]
+        for split in ("validation", "test")
+        for key in ("loss", "accuracy")
+    }
+    return {
+        "network": describe_network(config.model),
+        "hidden_size": config.model.hidden_size,
+        "setting": dict(setting),
+        "at_edge": at_edges(study, setting),
+        "parameters": results["parameters"],
+        "flops_per_image": flops_per_image(config, spec),
+        "time_steps": results["sequence"]["time_steps"],
+        "seeds": list(study.seeds),
+        "diverged": sum(value is None for value in scores["test/accuracy"]),
+        "scores": scores,
+        **{name: members.spread(values) for name, values in scores.items()},
+        "tried": [
+            {
+                **fixed,
+                **{key: each[key] for key in study.select if key in each},
+                "diverged": each["diverged"],
+                "validation": each["validation"],
+            }
+            for fixed, results in tried
+            for each in _settings(results)
+        ],
+    }
+
+
+def summarize(study: Study, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `study.json` holds: the plan, its entries and their differences."""
+    scores = {name: entry["scores"]["test/accuracy"] for name, entry in entries.items()}
+    return {
+        "study": study.to_dict(),
+        "entries": entries,
+        "differences": compare.differences(scores),
+    }

@@ -1,0 +1,246 @@
+"""Studies: what is planned, chosen and compared, and the tool from end to end."""
+
+import itertools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+from scipy import stats
+
+from seqmnist import config as config_lib
+from seqmnist.config import Config, ModelConfig
+from seqmnist.errors import UserError
+from seqmnist.spec import MNIST, ImageSpec
+from seqmnist.study import compare, plan
+from seqmnist.study.plan import Study
+from seqmnist.training.steps import init_state, make_system
+
+RATES = {"optimizer.learning_rate": [0.001, 0.01, 0.1]}
+
+
+def config_of(**fields):
+    return config_lib.override(Config(), fields)
+
+
+@pytest.mark.parametrize("cell", ["simple_rnn", "gru", "lru"])
+@pytest.mark.parametrize("budget", [6602, 50_000])
+@pytest.mark.parametrize("spec", [MNIST, ImageSpec(32, 32, 3, tuple("abc"))], ids=["28", "32"])
+def test_hidden_sizes_are_the_largest_within_the_budget(cell, budget, spec):
+    config = Config(model=ModelConfig(cell=cell, num_layers=2, bidirectional=True))
+
+    def count(units):
+        sized = config_lib.override(config, {"model.hidden_size": units})
+        system = make_system(sized, spec=spec)
+        params = jax.eval_shape(lambda: init_state(sized, system, 0)).params
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    units = plan.fit(config, spec, budget).model.hidden_size
+    assert count(units) <= budget < count(units + 1)
+
+
+def test_a_budget_that_nothing_fits_is_refused():
+    with pytest.raises(UserError, match="a single unit of lstm exceed the budget of 10"):
+        plan.fit(Config(model=ModelConfig(cell="lstm")), MNIST, 10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"selection_seeds": range(5, 7)}, "overlap"),
+        ({"seeds": range(0)}, "must be a range"),
+        ({"seeds": range(0, 10, 2)}, "must be a range"),
+        ({"seeds": [1, 2]}, "must be a range"),
+        ({"entries": {}}, "at least one"),
+        ({"entries": {"a/b": Config()}}, "name of a folder"),
+        ({"entries": {"a": Config(seed=3)}}, "config.seed is the study's"),
+        ({"entries": {"a": config_of(**{"data.validation_fraction": 0.0})}}, "never by test"),
+        ({"select": {"optimizer.learning_rate": []}}, "needs a list of values"),
+        ({"select": {"optimizer.learning_rate": 0.1}}, "needs a list of values"),
+    ],
+)
+def test_what_would_be_no_fair_comparison_is_refused(change, message):
+    fair = {"entries": {"a": Config()}, "seeds": range(6, 9), "select": RATES}
+    Study(**fair)
+    with pytest.raises(UserError, match=message):
+        Study(**{**fair, **change})
+
+
+def test_what_can_be_swept_is_one_program():
+    select = {**RATES, "model.num_layers": [1, 2], "train.batch_size": [32, 64]}
+    study = Study({"a": Config()}, range(9, 12), select, range(2), 6602)
+    runs = plan.selection(study, "a", MNIST)
+    assert [fixed for fixed, _ in runs] == [
+        {"model.num_layers": layers, "train.batch_size": size}
+        for layers, size in itertools.product([1, 2], [32, 64])
+    ]
+    for fixed, config in runs:
+        assert json.loads(config.members.sweep) == RATES
+        assert (config.seed, config.members.num) == (0, 2)
+        assert plan.num_parameters(config, MNIST) <= 6602
+        assert config.model.num_layers == fixed["model.num_layers"]
+    final = plan.final(study, "a", {**runs[-1][0], "optimizer.learning_rate": 0.1}, MNIST)
+    assert (final.seed, final.members.num, final.members.sweep) == (9, 3, "{}")
+    assert (final.optimizer.learning_rate, final.train.batch_size) == (0.1, 64)
+
+
+def tried(*losses, diverged=(0, 0, 0), test=(0, 0, 0)):
+    return {
+        "settings": [
+            {
+                "optimizer.learning_rate": rate,
+                "diverged": bad,
+                "validation": {"loss": {"mean": loss}},
+                "test": {"loss": {"mean": hidden}},
+            }
+            for rate, loss, bad, hidden in zip(
+                RATES["optimizer.learning_rate"], losses, diverged, test, strict=True
+            )
+        ]
+    }
+
+
+def test_validation_chooses_and_test_is_not_seen():
+    study = Study({"a": Config()}, range(9, 12), {**RATES, "model.num_layers": [1, 2]})
+    one, two = {"model.num_layers": 1}, {"model.num_layers": 2}
+
+    def choose(*pairs):
+        setting = plan.choose(study, pairs)
+        return setting["model.num_layers"], setting["optimizer.learning_rate"]
+
+    planted = tried(0.3, 0.2, 0.4, test=(9, 9, 0.001))  # wins on test, loses on validation
+    assert choose((one, planted), (two, tried(0.5, 0.5, 0.5))) == (1, 0.01)
+    assert choose((one, planted), (two, tried(0.5, 0.5, 0.1))) == (2, 0.1)
+    assert choose((one, tried(0.3, 0.1, 0.4, diverged=(0, 1, 0))), (two, {})) == (1, 0.001)
+    assert choose((one, {}), (two, tried(None, 0.7, None, diverged=(2, 0, 2)))) == (2, 0.01)
+    assert plan.at_edges(study, {"optimizer.learning_rate": 0.1, "model.num_layers": 2}) == [
+        "optimizer.learning_rate"
+    ]
+    assert not plan.at_edges(study, {"optimizer.learning_rate": 0.01, "model.num_layers": 1})
+
+
+def test_differences_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    scores = {name: rng.normal(mean, 0.01, 10) for name, mean in zip("abc", (0.9, 0.91, 0.93))}  # noqa: B905
+    rows = compare.differences(scores)
+    assert [row["entries"] for row in rows] == [["a", "b"], ["a", "c"], ["b", "c"]]
+    p_values = []
+    for row in rows:
+        test = stats.ttest_rel(*(scores[name] for name in row["entries"]))
+        p_values.append(test.pvalue)
+        np.testing.assert_allclose(row["p"], test.pvalue)
+        np.testing.assert_allclose(row["interval"], test.confidence_interval(0.95))
+    smallest, middle, largest = sorted(p_values)
+    expected = [3 * smallest, max(3 * smallest, 2 * middle)]
+    expected.append(max(expected[1], largest))
+    np.testing.assert_allclose(sorted(row["p_holm"] for row in rows), expected)
+
+
+def test_what_diverged_is_in_no_pair():
+    (row,) = compare.differences({"a": [0.5, None, 0.7, 0.9], "b": [0.4, 0.1, None, 0.7]})
+    assert row["pairs"] == 2
+    assert row["mean"] == pytest.approx(0.15)
+    (row,) = compare.differences({"a": [None, 0.5], "b": [0.4, None]})
+    assert (row["mean"], row["p"], row["is_significant"]) == (None, None, False)
+    (row,) = compare.differences({"a": [0.5, 0.5], "b": [0.5, 0.5]})
+    assert (row["mean"], row["p"]) == (0, None)
+
+
+def test_false_discoveries_are_as_rare_as_stated():
+    """1,000 studies of four equal networks: at most one in 20 finds any difference."""
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(1000):
+        common = rng.normal(0.94, 0.01, 10)  # a seed draws the order of examples of all alike
+        scores = {name: common + rng.normal(0, 0.005, 10) for name in "abcd"}
+        found += any(row["is_significant"] for row in compare.differences(scores))
+    assert 10 <= found <= 1000 * compare.LEVEL + 3 * np.sqrt(1000 * 0.05 * 0.95)
+
+
+def test_true_differences_are_found():
+    rng, found = np.random.default_rng(0), 0
+    for _ in range(200):
+        scores = {"a": rng.normal(0.94, 0.005, 10), "b": rng.normal(0.95, 0.005, 10)}
+        found += compare.differences(scores)[0]["is_significant"]
+    assert found > 190
+
+
+STUDY = """
+from seqmnist.config import Config
+from seqmnist.study.plan import Study
+
+def get_study():
+    entries = {}
+    for cell in ("simple_rnn", "min_gru"):
+        config = Config()
+        config.data.name = "mnist_5k"
+        config.model.cell = cell
+        config.train.num_epochs = 2
+        config.checkpoint.every_steps = 7
+        entries[cell] = config
+    rates, warmup = [0.001, 0.01, 1e36], [0.0, 0.1]
+    select = {"optimizer.learning_rate": rates, "optimizer.warmup_fraction": warmup}
+    return Study(entries, range(5, 8), select, range(2), 500)
+"""
+
+
+def study(data_dir, workdir, cwd):
+    command = [sys.executable, "-m", "tools.study", str(cwd / "study.py"), f"--workdir={workdir}"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [*command, f"--data_dir={data_dir}"],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_study_that_is_stopped_ends_as_one_that_is_not(data_dir, tmp_path):
+    (tmp_path / "study.py").write_text(STUDY)
+    process = study(data_dir, "whole", tmp_path)
+    text, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, text
+    assert "is at the edge" not in text
+    whole = tmp_path / "whole"
+    found = json.loads((whole / "study.json").read_text())
+    for entry in found["entries"].values():
+        assert entry["parameters"] <= 500
+        assert entry["setting"]["optimizer.learning_rate"] == 0.01
+        assert len(entry["scores"]["test/accuracy"]) == 3
+        assert all(each["diverged"] == 2 for each in entry["tried"][2::3])
+    for path in whole.glob("select/*/*/results.json"):
+        assert set(json.loads(path.read_text())["test"]["accuracy"]) == {None}
+    assert "simple\\_rnn" in (whole / "study.tex").read_text()
+    assert len((whole / "study.csv").read_text().splitlines()) == 3
+    assert (whole / "study.html").read_text().count("<img") == 5
+
+    rng = np.random.default_rng(0)
+    for number in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM, None):
+        process = study(data_dir, "parts", tmp_path)
+        if number:
+            time.sleep(rng.uniform(4, 9))
+            process.send_signal(number)
+        process.communicate(timeout=200)
+    assert process.returncode == 0
+    assert (tmp_path / "parts/study.json").read_bytes() == (whole / "study.json").read_bytes()
+
+
+@pytest.mark.slow
+def test_another_study_in_the_workdir_is_refused(tmp_path):
+    (tmp_path / "study.py").write_text(STUDY)
+    (tmp_path / "a").mkdir()
+    pathlib.Path(tmp_path, "a/plan.json").write_text("{}")
+    process = study(tmp_path, "a", tmp_path)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert text.count("\n") == 1
+    assert "holds another study" in text

@@ -1,0 +1,257 @@
+"""What comes out of a study: tables for people and papers, pictures, and one page."""
+
+import csv
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import PercentFormatter
+
+from seqmnist.workdir import Workdir
+from tools import cli, figures, report
+from tools.sections import Section
+from tools.sections import _picture as picture
+
+_COLUMNS = {
+    "network": "",
+    "parameters": "",
+    "FLOPs per image": "of the matrix products that classify one image",
+    "seconds per epoch": "of one network, trained with the others of its seeds in one program",
+    "memory": "MiB of the program that trains all seeds, by XLA",
+    "validation": "accuracy, mean ± standard deviation over seeds",
+    "test": "accuracy, mean ± standard deviation over seeds",
+    "95 % interval": "of the mean test accuracy, Student's t",
+    "diverged": "seeds, which count nowhere else",
+}
+
+
+def write(workdir: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
+    """Writes study.csv, study.md, study.tex and study.html; returns the path of the page."""
+    measured = {name: _measured(workdir / "final" / name, found) for name in found["entries"]}
+    rows = table(found, measured)
+    pairs = differences_table(found)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    contents = {
+        "study.csv": text.getvalue(),
+        "study.md": _markdown(rows) + "\n" + _markdown(pairs),
+        "study.tex": _latex(rows) + "\n" + _latex(pairs),
+        "study.html": report.render(
+            f'Study "{workdir.name}"', _sections(workdir, found, measured, rows, pairs)
+        ),
+    }
+    for name, content in contents.items():
+        aside = workdir / f"{name}.partial"
+        aside.write_text(content, encoding="utf-8")
+        aside.replace(workdir / name)
+    return workdir / "study.html"
+
+
+def show(workdir: pathlib.Path, found: Mapping[str, Any]) -> None:
+    """Prints the table, as much of it as fits 80 columns, and what is to be known of it."""
+    names = ("network", "parameters", "validation", "test", "95 % interval")
+    measured = {name: _measured(workdir / "final" / name, found) for name in found["entries"]}
+    heads, *rows = table(found, measured)
+    chosen = [heads.index(name) for name in names]
+    cli.print_table(names, [[str(row[i]) for i in chosen] for row in rows])
+    for line in _remarks(found):
+        print(line)
+
+
+def table(found: Mapping[str, Any], measured: Mapping[str, Any]) -> list[list[Any]]:
+    """Returns the rows of the leaderboard, the best by mean test accuracy first, below headings."""
+    rows = []
+    for name, entry in _ranked(found):
+        test, own = entry["test/accuracy"], measured[name]
+        interval = test["interval"]
+        rows.append([
+            name, entry["parameters"], entry["flops_per_image"], f"{own['seconds']:.2f}",
+            f"{own['bytes'] / 2**20:,.0f}", _score(entry["validation/accuracy"]), _score(test),
+            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "–", entry["diverged"],
+        ])  # fmt: skip
+    return [list(_COLUMNS), *rows]
+
+
+def differences_table(found: Mapping[str, Any]) -> list[list[Any]]:
+    """Returns the rows of all pairs of entries below headings."""
+    heads = ["pair", "difference", "95 % interval", "p", "p (Holm)", "significant"]
+    rows = []
+    for each in found["differences"]:
+        interval, p, corrected = each["interval"], each["p"], each["p_holm"]
+        rows.append([
+            " - ".join(each["entries"]),
+            "–" if each["mean"] is None else f"{each['mean']:+.4f}",
+            f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "–",
+            "–" if p is None else f"{p:.2g}",
+            "–" if corrected is None else f"{corrected:.2g}",
+            "yes" if each["is_significant"] else "no",
+        ])  # fmt: skip
+    return [heads, *rows]
+
+
+def _ranked(found):
+    def key(pair):
+        mean = pair[1]["test/accuracy"]["mean"]
+        return -np.inf if mean is None else mean
+
+    return sorted(found["entries"].items(), key=key, reverse=True)
+
+
+def _measured(folder, found):
+    """What depends on the machine, from the workdir of an entry's final run."""
+    workdir = Workdir(folder)
+    metrics, results = workdir.read_metrics(), workdir.read_results()
+    seeds = found["study"]["seeds"]
+    cost = results["programs"]["train"]
+    return {
+        "metrics": metrics,
+        "seconds": float(np.median([line["seconds"] for line in metrics])) / (seeds[1] - seeds[0]),
+        "bytes": cost.get("argument_bytes", 0) + cost.get("temporary_bytes", 0),
+    }
+
+
+def _score(spread):
+    if spread["mean"] is None:
+        return "–"
+    return f"{spread['mean']:.4f}" + (f" ± {spread['sd']:.4f}" if spread["sd"] is not None else "")
+
+
+def _remarks(found):
+    """What a reader must know of the choice of settings."""
+    for name, entry in found["entries"].items():
+        values = ", ".join(f"{field} = {value}" for field, value in entry["setting"].items())
+        if values:
+            yield f"{name}: chosen by validation: {values}"
+        for field in entry["at_edge"]:
+            yield f"NOTICE: {name}: {field} = {entry['setting'][field]} is at the edge of its grid"
+        if entry["diverged"]:
+            yield f"NOTICE: {name}: {entry['diverged']} of {len(entry['seeds'])} seeds diverged"
+
+
+def _sections(workdir, found, measured, rows, pairs):
+    study = found["study"]
+    seeds, select = study["seeds"], study["select"]
+    text = [f"Each network was trained from {seeds[1] - seeds[0]} seeds, {seeds[0]} and on."]
+    if study["budget"]:
+        text.append("Hidden sizes are the largest within the budget of parameters.")
+    if select:
+        first, last = study["selection_seeds"]
+        text.append(
+            f"Settings were chosen for each by the lowest mean validation loss over {last - first} "
+            f"other seeds, among "
+            + "; ".join(f"{field}: {values}" for field, values in select.items())
+            + ". The test set was scored once, after the choice."
+        )
+    columns = [f"{name}: {meaning}" for name, meaning in _COLUMNS.items() if meaning]
+    sections = [
+        Section("Leaderboard", "\n".join([" ".join(text), *_remarks(found)]), {}, rows),
+        Section("What the columns mean", "\n".join(columns), {}),
+        Section(
+            "Differences",
+            "Difference of the test accuracies of two networks from the same seeds; Student's "
+            "t-test of paired samples, corrected for the number of pairs by Holm's method.",
+            {},
+            pairs,
+        ),
+    ]
+    entries = found["entries"]
+    for title, name, label, values in (
+        ("Accuracy against parameters", "parameters", "parameters",
+         {key: entry["parameters"] for key, entry in entries.items()}),
+        ("Accuracy against training time", "time", "seconds per epoch",
+         {key: own["seconds"] for key, own in measured.items()}),
+    ):  # fmt: skip
+        spreads = {key: entries[key]["test/accuracy"] for key in values}
+        alt = "; ".join(f"{key}: {values[key]:,.4g}, {_score(spreads[key])}" for key in values)
+        figure = scores_against(label, values, spreads)
+        sections.append(Section(title, "", picture(name, figure, f"{title}: {alt}")))
+    metrics = {name: own["metrics"] for name, own in measured.items()}
+    alt = "Validation accuracy by epoch, mean and standard deviation over seeds"
+    curves = picture("curves", figures.learning_curves(metrics), alt)
+    sections.append(Section("Learning curves", "Bands are one standard deviation.", curves))
+    for field, tried in select.items():
+        if len(tried) > 1 and all(isinstance(value, int | float) for value in tried):
+            alt = f"Lowest mean validation loss by {field}, a line for each network"
+            text = f"Mean validation loss by {field}; for each value, the best of the other fields."
+            pictures = picture(field, sensitivity(field, entries), alt)
+            sections.append(Section(f"Sensitivity to {field}", text, pictures))
+    return sections
+
+
+def scores_against(
+    label: str, values: Mapping[str, float], scores: Mapping[str, Mapping[str, Any]]
+) -> Any:
+    """Draws test accuracy with its 95 % interval against a cost, a point for each entry."""
+    figure, axis = figures._subplots(4.2)
+    for i, (name, value) in enumerate(values.items()):
+        mean, interval = scores[name]["mean"], scores[name]["interval"]
+        if mean is None:
+            continue
+        low, high = interval or (mean, mean)
+        color = figures.COLORS[i % len(figures.COLORS)]
+        errors = [[mean - low], [high - mean]]
+        axis.errorbar([value], [mean], yerr=errors, fmt="o", color=color, capsize=4, label=name)
+    axis.set(xlabel=label, ylabel="test accuracy")
+    axis.margins(0.15)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+    axis.legend(frameon=False, fontsize=9, loc="best")
+    figures._tidy(axis)
+    return figure
+
+
+def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
+    """Draws the mean validation loss of each entry against a field that was selected."""
+    figure, axis = figures._subplots(3.8)
+    for i, (name, entry) in enumerate(entries.items()):
+        best: dict[float, float] = {}
+        for each in entry["tried"]:
+            loss = each["validation"]["loss"]["mean"]
+            if loss is not None and not each["diverged"]:
+                best[each[field]] = min(loss, best.get(each[field], np.inf))
+        values = sorted(best)
+        color = figures.COLORS[i % len(figures.COLORS)]
+        axis.plot(values, [best[value] for value in values], "o-", color=color, label=name)
+        if entry["setting"].get(field) in best:
+            chosen = entry["setting"][field]
+            axis.plot([chosen], [best[chosen]], "o", ms=11, mfc="none", color=color)
+    numbers = [
+        value for entry in entries.values() for each in entry["tried"] for value in [each[field]]
+    ]
+    if min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+        axis.set_xscale("log")
+    axis.set(xlabel=field, ylabel="validation loss", yscale="log")
+    axis.legend(frameon=False, fontsize=9)
+    figures._tidy(axis)
+    return figure
+
+
+def _markdown(rows: Sequence[Sequence[Any]]) -> str:
+    heads, *rows = rows
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(map(_text, line))} |\n" for line in lines)
+
+
+def _latex(rows: Sequence[Sequence[Any]]) -> str:
+    heads, *rows = rows
+
+    def line(cells):
+        return " & ".join(_escaped(_text(cell)) for cell in cells) + r" \\"
+
+    inner = [line(heads), r"\midrule", *map(line, rows)]
+    columns = "l" + "r" * (len(heads) - 1)
+    return "\n".join([
+        f"% needs the package booktabs\n\\begin{{tabular}}{{{columns}}}", r"\toprule", *inner,
+        r"\bottomrule", r"\end{tabular}", "",
+    ])  # fmt: skip
+
+
+def _text(value):
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _escaped(text):
+    for character in "\\&%$#_{}":
+        text = text.replace(character, "\\" + character)
+    return text.replace("±", r"$\pm$").replace("–", "--")

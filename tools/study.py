@@ -1,0 +1,164 @@
+"""Compares networks fairly: chooses settings by validation, trains again, then scores test once.
+
+Example:
+  python -m tools.study experiments/studies/cells_digits.py --workdir=runs/cells_digits
+
+STUDY is a Python file whose `get_study()` returns a `seqmnist.study.plan.Study`. DIR gets an
+ordinary workdir for each training, and study.json, study.csv, study.md, study.tex and study.html.
+Stopped, by Ctrl-C or otherwise, the same command goes on where it was.
+"""
+
+import pathlib
+import time
+from typing import Any
+
+from seqmnist.errors import UserError, explain_storage
+from tools import cli
+
+PLAN, RESULTS = "plan.json", "study.json"
+
+
+class _Runs:
+    """The trainings of a study, with one progress display: a bar, or a line for each."""
+
+    def __init__(self, workdir: pathlib.Path, stop: Any, total: float):
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn()
+        self._bar = Progress(*columns, transient=True, speed_estimate_period=600)
+        self._bar.disable = not self._bar.console.is_terminal
+        self._task, self._total = self._bar.add_task("", total=total), total
+        self._workdir, self._stop, self._done = workdir, stop, 0.0
+        self._pace = []  # of what this process has trained: (work, seconds)
+
+    def __enter__(self):
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self._bar.stop()
+
+    def train(self, title, config, work, folder, **options) -> dict[str, Any]:
+        """Trains what is left of a run in a folder of the study.
+
+        Returns its results, or {} if all of its networks diverged.
+        """
+        from seqmnist import run
+        from seqmnist.display import Quiet
+        from seqmnist.training import divergence
+
+        began, num_epochs = time.monotonic(), config.train.num_epochs
+
+        def advance(epochs):
+            self._bar.update(self._task, completed=self._done + work * epochs / num_epochs)
+
+        self._bar.update(self._task, description=title)
+        display = Quiet(advance)
+        folder = self._workdir / folder
+        try:
+            results = run.train(config, folder, stop=self._stop, display=display, **options)
+        except divergence.DivergedError:
+            results = {}
+        self._done += work
+        if display.num_epochs:
+            seconds = time.monotonic() - began
+            self._pace.append((work * display.num_epochs / num_epochs, seconds))
+            if self._bar.disable:
+                done, spent = map(sum, zip(*self._pace, strict=True))
+                left = (self._total - self._done) * spent / done
+                print(f"{title}: {seconds:.1f} s; about {left:,.0f} s left", flush=True)
+        return results
+
+
+def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, Any]:
+    """Trains what is left of a study and returns what `study.json` holds.
+
+    Raises UserError if the workdir holds another study.
+    """
+    from seqmnist.datasets import sources
+    from seqmnist.study import plan
+    from seqmnist.training.steps import check_names
+
+    _begin(study, workdir)
+    entries, jobs = {}, {}
+    for name, config in study.entries.items():
+        check_names(config)
+        spec = sources.prepare(config.data, print).spec
+        tries = plan.selection(study, name, spec) if study.select else []
+        final = plan.final(study, name, {}, spec)
+        jobs[name] = spec, tries, final, plan.flops_per_image(final, spec)
+
+    def work(config, flops):
+        return config.train.num_epochs * config.members.num * flops
+
+    total = 0.0
+    for _, tries, final, flops in jobs.values():
+        total += sum(work(config, flops) for config in (final, *(config for _, config in tries)))
+    with _Runs(workdir, stop, total) as runs:
+        for name, (spec, tries, final, flops) in jobs.items():
+            tried = []
+            for i, (fixed, config) in enumerate(tries):
+                title, folder = f"{name}: setting {i + 1} of {len(tries)}", f"select/{name}/{i + 1}"
+                results = runs.train(title, config, work(config, flops), folder, withhold_test=True)
+                tried.append((fixed, results))
+            setting = plan.choose(study, tried) if tried else {}
+            config = plan.final(study, name, setting, spec)
+            title = f"{name}: {len(study.seeds)} seeds"
+            results = runs.train(title, config, work(final, flops), f"final/{name}")
+            if not results:
+                raise UserError(
+                    f"{name}: all networks diverged in the chosen setting; select among smaller "
+                    "values of optimizer.learning_rate, in another --workdir"
+                )
+            entries[name] = plan.describe(study, setting, tried, config, results, spec)
+    return plan.summarize(study, entries)
+
+
+def _begin(study, workdir):
+    """Records the plan; raises UserError if another one is there."""
+    from seqmnist.workdir import read_json, write_json
+
+    plan, values = workdir / PLAN, study.to_dict()
+    if plan.exists() and read_json(plan) != values:
+        raise UserError(f"--workdir={workdir} holds another study; choose another --workdir")
+    with explain_storage(f"--workdir={workdir}", "choose another"):
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(plan, values)
+
+
+def _main(arguments):
+    from seqmnist import process
+    from seqmnist.stop import StopRequest
+    from seqmnist.study import plan
+    from seqmnist.workdir import Workdir, write_json
+    from tools import leaderboard
+
+    study, workdir = plan.load(arguments.study), Workdir(arguments.workdir).path
+    for config in study.entries.values():
+        for name in ("data_dir", "manual_dir"):
+            if value := getattr(arguments, name):
+                setattr(config.data, name, value)
+    widest = plan.widest(study)
+    process.set_up_jax(widest)
+    stop = StopRequest()
+    process.listen(stop)
+    found = perform(study, workdir, stop)
+    with explain_storage(f"--workdir={workdir}", "make room and run the same command again"):
+        write_json(workdir / RESULTS, found)
+        page = leaderboard.write(workdir, found)
+    leaderboard.show(workdir, found)
+    print(f"Study: {page}")
+    return found
+
+
+def _make_parser():
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("study", metavar="STUDY", help="a file with get_study()")
+    parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the study")
+    parser.add_argument("--data_dir", help="as --config.data.data_dir, for all entries")
+    parser.add_argument("--manual_dir", help="as --config.data.manual_dir, for all entries")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(_make_parser(), _main)
