@@ -59,12 +59,18 @@ class DataConfig(_Group):
 
     name: str = _field(
         "auto",
-        "mnist, fashion_mnist, kmnist, or a name in sources.LOADERS, such as mnist_5k; auto is "
-        "mnist if available, else mnist_5k",
+        "mnist, fashion_mnist, kmnist, k49, emnist_balanced, emnist_letters, emnist_digits, "
+        "cifar10; mnist_5k, digits, which need no file; npz or folder, files of one's own in "
+        "manual_dir; tfds:NAME, prepared by TFDS in data_dir; or another name in sources.LOADERS. "
+        "auto is mnist if available, else mnist_5k",
     )
     data_dir: str | None = _field(None, "folder of prepared datasets; none is TFDS's own")
-    manual_dir: str | None = _field(None, "folder of the four IDX archives, instead of a download")
+    manual_dir: str | None = _field(
+        None, "folder of the published archives, instead of a download; of pictures; a .npz file"
+    )
     verify_checksums: bool = _field(True, "refuse archives whose SHA-256 is not the registered one")
+    grayscale: bool = _field(False, "make colored images gray")
+    size: int | None = _field(None, "resize images to so many pixels a side", within="[1, 4096]")
     validation_fraction: float = _field(
         0.2, "share of the training archive, its tail, that is held out", within="[0, 1)"
     )
@@ -225,6 +231,7 @@ _RETIRED = ("scan",)
 
 # What a resumed run may change: how it is done, but not its results. Data are compared by content.
 NEUTRAL = ("data.name", "data.data_dir", "data.manual_dir", "data.verify_checksums")
+NEUTRAL += ("data.grayscale", "data.size")
 NEUTRAL += ("plugins", "data.input_mode", "mesh.member", "mesh.data", "profile.steps")
 NEUTRAL += tuple(f"checkpoint.{field.name}" for field in dataclasses.fields(CheckpointConfig))
 

@@ -13,6 +13,7 @@ _STORAGE_ERRORS = (
     "ENOSPC", "EDQUOT", "EEXIST", "EROFS", "EACCES", "EPERM", "EIO", "EFBIG", "EMFILE", "ENFILE",
     "ENOENT", "ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "ESTALE", "ENOLCK", "ENXIO", "ENODEV",
 )  # fmt: skip
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _ERRNOS = {getattr(errno, name) for name in _STORAGE_ERRORS if hasattr(errno, name)}
 
 

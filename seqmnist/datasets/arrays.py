@@ -1,0 +1,58 @@
+"""NumPy files of arrays, as Keras publishes MNIST: x_train, y_train, x_test, y_test."""
+
+import pathlib
+import zipfile
+
+import numpy as np
+
+from seqmnist.datasets import pictures
+from seqmnist.datasets.archives import Splits
+from seqmnist.errors import UserError, one_line
+
+_NAMES = ("x_train", "y_train", "x_test", "y_test")
+
+
+def read(path: pathlib.Path) -> Splits:
+    """Reads a .npz file, or the only one in a folder.
+
+    Images are [N, H, W], or [N, H, W, channels], bytes or numbers in 0 to 1 or 0 to 255; labels are
+    [N] or [N, 1]. Raises UserError if there is no such file, or it holds something else.
+    """
+    if path.is_dir():
+        files = sorted(each for each in path.glob("*.npz") if each.is_file())
+        if len(files) != 1:
+            there = ", ".join(each.name for each in files[:5]) or "none"
+            raise UserError(
+                f"config.data.manual_dir={path} must be a .npz file, or hold one; found {there}"
+            )
+        (path,) = files
+    if not path.is_file():
+        fault = "is no regular file" if path.exists() else "does not exist"
+        raise UserError(f"config.data.manual_dir={path} {fault}; name a .npz file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, not several by name")
+            if missing := [name for name in _NAMES if name not in file]:
+                raise UserError(
+                    f"{path} holds no {', '.join(missing)}; found {', '.join(file) or 'nothing'}; "
+                    f"save it with the names {', '.join(_NAMES)}"
+                )
+            x_train, y_train, x_test, y_test = (file[name] for name in _NAMES)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(
+            f"{path} cannot be read ({reason}); save it again without pickle"
+        ) from error
+
+    def images(array, name):
+        if array.dtype.kind not in "buif":
+            raise UserError(f"{path} holds {array.dtype} as {name}; numbers are needed")
+        return pictures.to_bytes(array, path)
+
+    def labels(array):
+        return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+
+    return Splits(
+        (images(x_train, "x_train"), labels(y_train)), (images(x_test, "x_test"), labels(y_test))
+    )
