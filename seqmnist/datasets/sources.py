@@ -184,7 +184,7 @@ def _find(name, config, root, say) -> _Source:
     if name.startswith(_TFDS):
         own = name.removeprefix(_TFDS)
         key = from_tfds.found(root, own)
-        digest = folder.fingerprint_of_files(key)[:8] if key else "missing"
+        digest = folder.fingerprint_of_files([key])[:8] if key else "missing"
         safe = "".join(c if c.isalnum() else "_" for c in own)
         return _Source(f"tfds_{safe}_{digest}{suffix}", lambda: from_tfds.read(own, root))
     if name in READERS:
@@ -192,7 +192,7 @@ def _find(name, config, root, say) -> _Source:
             raise UserError(
                 f"config.data.name={name} needs config.data.manual_dir, where its images are"
             )
-        digest = folder.fingerprint_of_files(manual)[:8]
+        digest = folder.fingerprint_of_files([manual])[:8]
         read = functools.partial(READERS[name], manual, config, say)
         return _Source(f"{name}_{digest}{suffix}", read)
     return _find_published(name, config, manual, suffix, say)
