@@ -1,0 +1,163 @@
+"""Reads picture files of any format that Pillow decodes: arrays of bytes, gray or colored."""
+
+import functools
+import logging
+import os
+import pathlib
+import warnings
+
+import numpy as np
+
+from seqmnist.errors import UserError, one_line
+
+MAX_PIXELS = 50_000_000  # per picture
+# Pillow has Ghostscript, another program, run EPS files. The others it only recognizes.
+_NOT_READ = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
+# Pillow's formula for gray, ITU-R 601-2, in units of 1 / 65536.
+_LUMA = np.array([19595, 38470, 7471])
+
+
+def read_picture(path: str | os.PathLike) -> np.ndarray:
+    """Reads a picture file: gray as uint8 [H, W], colors as uint8 [H, W, 3].
+
+    The content counts, not the name; of several frames, the first. The file's kind of pixels
+    decides whether it is colored; a palette is colored unless all its colors are gray. 16 bits per
+    pixel become 8; floating point is in 0 to 1 or 0 to 255. The picture is turned as its EXIF data
+    say. Transparent pixels become white behind dark strokes and black behind light ones.
+
+    Raises UserError, in one line, if the file is missing, no regular file, no picture, damaged, or
+    larger than MAX_PIXELS; that is found before its pixels are decoded.
+    """
+    from PIL import Image, UnidentifiedImageError  # here, not above: only picture files need it
+
+    path = pathlib.Path(path)
+    read_beginning(path)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            Image.open(path, formats=_formats()) as picture,
+        ):
+            check_size(path, picture.height, picture.width)
+            array, alpha = _decode(picture)
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not an image, or is damaged; name a picture file") from None
+    # Pillow's readers raise errors of a dozen types for damaged files.
+    except Exception as error:
+        raise UserError(
+            f"{path} cannot be read as an image ({one_line(error)}); save it again"
+        ) from error
+    if array.dtype != np.uint8:
+        array = to_bytes(array, path)
+    return array if alpha is None else _opaque(array, alpha)
+
+
+def read_beginning(path: pathlib.Path, num_bytes: int = 8) -> bytes:
+    """Returns a file's first bytes; raises UserError if it is missing, unreadable or empty.
+
+    Another kind of file than a regular one, such as a FIFO, is refused, not waited for.
+    """
+    try:
+        if not path.is_file():
+            fault = "is not a file" if path.exists() else "does not exist"
+            raise UserError(f"{path} {fault}; name an image")
+        with path.open("rb") as file:
+            beginning = file.read(num_bytes)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name an image") from None
+    if not beginning:
+        raise UserError(f"{path} is empty; name an image")
+    return beginning
+
+
+def check_size(path: pathlib.Path, height: int, width: int) -> None:
+    """Raises UserError if a picture has more than MAX_PIXELS pixels."""
+    if height * width > MAX_PIXELS:
+        raise UserError(
+            f"{path} has {width:,} × {height:,} pixels, more than {MAX_PIXELS:,}; scale it down"
+        )
+
+
+def to_bytes(array: np.ndarray, path: pathlib.Path) -> np.ndarray:
+    """Converts numbers in 0 to 255, or floats or booleans in 0 to 1, to uint8.
+
+    Raises UserError if they are in another range.
+    """
+    if array.dtype == np.uint8 or not array.size:
+        return array.astype(np.uint8)
+    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 255):
+        raise UserError(f"{path} contains numbers outside 0 to 255; scale them")
+    is_unit = array.dtype.kind in "bf" and array.max() <= 1
+    return np.rint(array * (255.0 if is_unit else 1.0)).astype(np.uint8)
+
+
+def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """Makes a picture gray or colored: uint8 [H, W] or [H, W, 3] -> [H, W] (1) or [H, W, 3] (3).
+
+    Colors become gray as Pillow's mode "L"; gray becomes three equal channels.
+    """
+    if channels == 1 and image.ndim == 3:
+        return ((image @ _LUMA + (1 << 15)) >> 16).astype(np.uint8)
+    if channels == 3 and image.ndim == 2:
+        return np.repeat(image[..., None], 3, axis=-1)
+    return image
+
+
+def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes a picture, uint8 [H, W] or [H, W, 3], bilinearly, with anti-aliasing."""
+    from PIL import Image
+
+    if image.shape[:2] == (height, width):
+        return image
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
+@functools.cache
+def extensions() -> frozenset[str]:
+    """Returns how the names of pictures that can be read end, in lower case, such as ".png"."""
+    from PIL import Image
+
+    readable = {*_formats(), "MPO"}  # MPO is JPEG with several frames
+    return frozenset(
+        ending for ending, name in Image.registered_extensions().items() if name in readable
+    )
+
+
+@functools.cache
+def _formats():
+    from PIL import Image
+
+    Image.init()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # errors are raised as well
+    return tuple(name for name in Image.ID if name not in _NOT_READ)
+
+
+def _decode(picture):
+    """Returns the pixels [H, W] or [H, W, 3], and their opacity, float64 [H, W] in 0 to 1."""
+    from PIL import ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        return np.asarray(picture), None
+    if picture.mode.startswith("I"):  # 16 bits per pixel
+        return np.asarray(picture, np.float64) / 257, None
+    is_gray = picture.mode in ("1", "L", "LA", "La")
+    if not picture.has_transparency_data:
+        array, alpha = np.asarray(picture.convert("L" if is_gray else "RGB")), None
+    else:
+        array = np.asarray(picture.convert("RGBA"))
+        array, alpha = array[..., :3], array[..., 3] / 255
+        array = array[..., 0] if is_gray else array
+    if picture.mode in ("P", "PA") and (array == array[..., :1]).all():
+        array = array[..., 0]
+    return array, alpha
+
+
+def _opaque(array, alpha):
+    gray = to_channels(array, 1)
+    mean = (gray * alpha).sum() / max(alpha.sum(), 1)
+    ground = 255 if mean < 128 else 0
+    alpha = alpha.reshape(*alpha.shape, *[1] * (array.ndim - 2))
+    return np.rint(array * alpha + ground * (1 - alpha)).astype(np.uint8)
