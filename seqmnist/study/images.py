@@ -1,31 +1,28 @@
-"""Reads image files and prepares images as MNIST's were prepared.
+"""Reads image files and prepares images as those of the training set were prepared.
 
-The result is what the networks were trained on: a light digit on a dark ground, 20 pixels tall or
-wide, with its centre of mass in the middle of 28 × 28 pixels.
+For MNIST that is a light digit on a dark ground, 20 pixels tall or wide, with its centre of mass in
+the middle of 28 × 28 pixels. For any other dataset it is its size, and gray or colors.
 """
 
 import functools
 import glob
 import math
 import pathlib
-import re
-import struct
-import warnings
 from collections.abc import Iterable
 
 import numpy as np
 
 from seqmnist import paths
-from seqmnist.datasets import idx
+from seqmnist.datasets import idx, pictures
 from seqmnist.errors import UserError, one_line
+from seqmnist.spec import MNIST, ImageSpec
 
-MAX_PIXELS = 50_000_000  # per image
 _MIN_CONTRAST = 16  # bytes between the darkest and the lightest pixel
 _MIN_INK = 0.2  # of the strongest; fainter pixels do not extend a digit's bounding box
-_BOX, _SIZE, _MIDDLE = 20, 28, 14
+_BOX, _SIZE, _MIDDLE = 20, MNIST.height, MNIST.height // 2
 
-_IS_IMAGE = re.compile(r"(\.(png|jpe?g|npy)|idx3-ubyte(\.gz)?)$")
-_KINDS = "PNG, JPEG, NPY or IDX"
+_ARRAYS = (".npy", "idx3-ubyte", "idx3-ubyte.gz")  # how names of files of several images end
+_KINDS = "pictures, NPY or IDX"
 
 
 def find(names: Iterable[str]) -> list[pathlib.Path]:
@@ -39,7 +36,8 @@ def find(names: Iterable[str]) -> list[pathlib.Path]:
         path = pathlib.Path(name).expanduser()
         matches, nothing = [path], ""
         if path.is_dir():
-            matches = [file for file in path.iterdir() if _IS_IMAGE.search(file.name.lower())]
+            endings = (*_ARRAYS, *pictures.extensions())
+            matches = [file for file in path.iterdir() if file.name.lower().endswith(endings)]
             nothing = f"{name} contains no image ({_KINDS}); name another folder"
         elif glob.has_magic(name) and not path.exists():
             matches = [pathlib.Path(match) for match in glob.glob(str(path))]
@@ -51,48 +49,58 @@ def find(names: Iterable[str]) -> list[pathlib.Path]:
 
 
 def read(path: pathlib.Path) -> list[np.ndarray]:
-    """Reads all images of a PNG, JPEG, NPY or IDX file, whatever its name.
+    """Reads all images of a picture, NPY or IDX file, whatever its name.
 
-    Colors become gray. Transparent pixels become white behind dark strokes and black behind light
-    ones. NPY contains [H, W] or [N, H, W], bytes or numbers in 0 to 1 or 0 to 255.
+    A picture is in any format that Pillow decodes; see `pictures.read_picture`. NPY contains
+    [H, W] or [N, H, W], or colors [H, W, 3] or [N, H, W, 3], as bytes or numbers in 0 to 1 or 0 to
+    255.
 
-    Returns at least one image, uint8 [H, W]. Raises UserError if the file is missing, not an image,
-    damaged, empty or too large.
+    Returns at least one image, gray uint8 [H, W] or colored uint8 [H, W, 3]. Raises UserError if
+    the file is missing, not an image, damaged, empty or too large.
     """
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(8)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; name an image") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name an image") from None
-    if not beginning:
-        raise UserError(f"{path} is empty; name an image")
+    beginning = pictures.read_beginning(path)
     readers = [reader for signature, reader in _READERS.items() if beginning.startswith(signature)]
-    if not readers:
-        raise UserError(f"{path} is not an image; name one that is {_KINDS}")
-    images = readers[0](path)
+    images = readers[0](path) if readers else [pictures.read_picture(path)]
     if not len(images) or not images[0].size:
         shape = " × ".join(map(str, np.shape(images)))
         raise UserError(f"{path} contains no pixels ({shape}); name another image")
     return list(images)
 
 
-def as_it_is(image: np.ndarray, name: object) -> np.ndarray:
-    """Returns an image uint8 [H, W] unchanged; raises UserError if it has not MNIST's size.
+def as_it_is(image: np.ndarray, name: object, spec: ImageSpec) -> np.ndarray:
+    """Returns an image, uint8 [H, W] or [H, W, 3], as uint8 [*spec.shape], not resized.
 
-    Messages call the image `name`.
+    Raises UserError if it has another size. Messages call the image `name`.
     """
-    if image.shape != (_SIZE, _SIZE):
-        height, width = image.shape
+    height, width = image.shape[:2]
+    if (height, width) != (spec.height, spec.width):
         raise UserError(
-            f"{name} has {width} × {height} pixels; without preparation 28 × 28 are needed"
+            f"{name} has {width} × {height} pixels; without preparation "
+            f"{spec.width} × {spec.height} are needed"
         )
-    return image
+    return pictures.to_channels(image, spec.channels)
 
 
-def prepare(image: np.ndarray, name: object) -> np.ndarray:
-    """Prepares an image as MNIST's were: uint8 [H, W], light or dark strokes -> uint8 [28, 28].
+def is_of_digits(spec: ImageSpec) -> bool:
+    """Returns whether images are prepared as MNIST's digits."""
+    return spec == MNIST
+
+
+def prepare(image: np.ndarray, name: object, spec: ImageSpec) -> np.ndarray:
+    """Prepares an image as those of the dataset were: -> uint8 [*spec.shape].
+
+    A digit for a network of MNIST's digits is prepared as they were. For every other network the
+    image, uint8 [H, W] or [H, W, 3], becomes gray or colored and is resized, with anti-aliasing,
+    and nothing else. Messages call the image `name`; for errors, see `prepare_digit`.
+    """
+    image = pictures.to_channels(image, spec.channels)
+    if is_of_digits(spec):
+        return prepare_digit(image, name)
+    return pictures.resize(image, spec.height, spec.width)
+
+
+def prepare_digit(image: np.ndarray, name: object) -> np.ndarray:
+    """Prepares a digit as MNIST's were: uint8 [H, W], light or dark strokes -> uint8 [28, 28].
 
     The ground, the median of the border, becomes 0 and the strongest stroke 255. The bounding box
     of the digit is scaled to 20 pixels at its longer side, with anti-aliasing, and moved so that
@@ -135,31 +143,6 @@ def _centre_of_mass(ink):
     return [np.average(np.arange(n), weights=ink.sum(1 - axis)) for axis, n in enumerate(ink.shape)]
 
 
-def _read_picture(path):
-    from PIL import Image, ImageOps
-
-    # What Pillow raises for damaged files and, the last three, for damaged EXIF data in them.
-    damaged = (OSError, SyntaxError, EOFError, ValueError, TypeError, struct.error)
-    formats = ("PNG", "JPEG")
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=formats) as picture:
-            _check_size(path, picture.height, picture.width)
-            if picture.mode.startswith("I"):  # 16 bits per pixel
-                return [np.rint(np.asarray(picture, np.float64) / 257).astype(np.uint8)]
-            picture = ImageOps.exif_transpose(picture)
-            if not picture.has_transparency_data:
-                return [np.asarray(picture.convert("L"))]
-            channels = np.asarray(picture.convert("RGBA").convert("LA"), np.float64)
-    except (*damaged, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path} cannot be read as an image ({one_line(error)}); save it again"
-        ) from error
-    gray, alpha = channels[..., 0], channels[..., 1] / 255
-    mean = (gray * alpha).sum() / max(alpha.sum(), 1)
-    ground = 255 if mean < 128 else 0
-    return [np.rint(gray * alpha + ground * (1 - alpha)).astype(np.uint8)]
-
-
 def _read_npy(path):
     try:  # mapped first: an array larger than memory is refused by its size, not loaded
         array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -167,32 +150,19 @@ def _read_npy(path):
         raise UserError(
             f"{path} cannot be read as an array ({one_line(error)}); save it again"
         ) from error
-    if array.ndim not in (2, 3) or array.dtype.kind not in "buif":
+    num_axes = array.ndim - (array.ndim > 2 and array.shape[-1] == 3)
+    if num_axes not in (2, 3) or array.dtype.kind not in "buif":
         raise UserError(
             f"{path} contains {array.dtype} {list(array.shape)} instead of numbers [H, W] or "
-            "[N, H, W]; convert it"
+            "[N, H, W], or colors [H, W, 3] or [N, H, W, 3]; convert it"
         )
-    _check_size(path, *array.shape[-2:])
-    array = np.array(array if array.ndim == 3 else array[None])
-    if array.dtype == np.uint8 or not array.size:
-        return array
-    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 255):
-        raise UserError(f"{path} contains numbers outside 0 to 255; scale them")
-    is_unit = array.dtype.kind in "bf" and array.max() <= 1
-    return np.rint(array * (255.0 if is_unit else 1.0)).astype(np.uint8)
+    array = array if num_axes == 3 else array[None]
+    pictures.check_size(path, *array.shape[1:3])
+    return pictures.to_bytes(np.array(array), path)
 
 
 _READERS = {
-    b"\x89PNG\r\n\x1a\n": _read_picture,
-    b"\xff\xd8\xff": _read_picture,
     b"\x93NUMPY": _read_npy,
     b"\0\0\x08\x03": functools.partial(idx.read_images, shape=None),
     b"\x1f\x8b": functools.partial(idx.read_images, shape=None),
 }
-
-
-def _check_size(path, height, width):
-    if height * width > MAX_PIXELS:
-        raise UserError(
-            f"{path} has {width:,} × {height:,} pixels, more than {MAX_PIXELS:,}; scale it down"
-        )
