@@ -7,20 +7,24 @@ from jax.scipy.ndimage import map_coordinates
 
 
 def affine(
-    images: jax.Array, keys: jax.Array, degrees=12.0, shift=2.0, stretch=0.12, shear=0.15
+    images: jax.Array, keys: jax.Array, degrees=12.0, shift=1 / 14, stretch=0.12, shear=0.15
 ) -> jax.Array:
-    """Rotates, stretches, shears and shifts images uint8 [B, 28, 28], each by a key of its own.
+    """Rotates, stretches, shears and shifts images, uint8 [B, H, W] or [B, H, W, 3].
 
-    Amounts are uniform between minus and plus their limits: of the rotation in degrees, of the
-    relative changes of height and width, of the vertical shear in pixels per pixel of width, and
-    of the shifts down and right in pixels. A shift that would leave ink on the border of the image,
-    where MNIST has it in one image of 75, is changed as little as keeps it off; ink that is too
-    large for that is centred. Pixels are interpolated bilinearly; outside of the image they are
-    zero.
+    Each has a key of its own. Amounts are uniform between minus and plus their limits: of the
+    rotation in degrees, of the relative changes of height and width, of the vertical shear in
+    pixels per pixel of width, and of the shifts down and right in parts of height and width: two
+    pixels of MNIST's images. Pixels are interpolated bilinearly.
+
+    An image whose border is mostly zero shows something on an empty ground. Outside of it pixels
+    are zero. A shift that would leave ink on its border, where MNIST has it in one image of 75, is
+    changed as little as keeps it off; ink that is too large for that is centred. Any other image,
+    such as a photograph, is shifted freely, and continues outside as its nearest pixel.
     """
+    height, width = images.shape[1:3]
     amounts = jax.vmap(lambda key: jax.random.uniform(key, (6,), minval=-1, maxval=1))(keys)
-    limits = jnp.array([jnp.deg2rad(degrees), shift, shift, stretch, stretch, shear])
-    return jax.vmap(_affine_one)(images, amounts * limits.reshape(1, -1))
+    limits = [jnp.deg2rad(degrees), shift * height, shift * width, stretch, stretch, shear]
+    return jax.vmap(_affine_one)(images, amounts * jnp.array(limits).reshape(1, -1))
 
 
 def _affine_one(image, amounts):
@@ -29,18 +33,30 @@ def _affine_one(image, amounts):
     distortion = jnp.array([[1 + tall, shear], [0.0, 1 + wide]])
     inverse = jnp.array([[1 + wide, -shear], [0.0, 1 + tall]]) / ((1 + tall) * (1 + wide))
     to_source, from_source = rotation @ distortion, inverse @ rotation.T
-    centre = (image.shape[0] - 1) / 2
-    grid = jnp.array(np.indices(image.shape).reshape(2, -1) - centre, jnp.float32)
+    size = np.array(image.shape[:2], np.float32)
+    centre = (size - 1) / 2
+    grid = jnp.array(np.indices(image.shape[:2]).reshape(2, -1) - centre.reshape(2, 1), jnp.float32)
+
+    planes = image.reshape(*image.shape[:2], -1)
+    is_ink = (planes > 0).any(-1)
+    border = np.pad(np.zeros(size.astype(int) - 2, bool), 1, constant_values=True)
+    is_on_ground = jnp.sum(is_ink & border) * 2 < border.sum()
 
     # From the centre to where ink may be: interpolation spreads it by little more than a pixel.
-    room, ink, is_ink = centre - 1.5, from_source @ grid, image.ravel() > 0
-    least = -room - jnp.min(ink, 1, initial=room, where=is_ink)
-    most = room - jnp.max(ink, 1, initial=-room, where=is_ink)
+    room, ink = (centre - 1.5).reshape(2, 1), from_source @ grid
+    least = -room - jnp.min(jnp.where(is_ink.ravel(), ink, room), 1, keepdims=True)
+    most = room - jnp.max(jnp.where(is_ink.ravel(), ink, -room), 1, keepdims=True)
     middle = (least + most) / 2  # for ink that is too large
-    shift = jnp.clip(jnp.stack(shift), jnp.minimum(least, middle), jnp.maximum(most, middle))
+    least, most = jnp.minimum(least, middle)[:, 0], jnp.maximum(most, middle)[:, 0]
+    shift = jnp.stack(shift)
+    shift = jnp.where(is_on_ground, jnp.clip(shift, least, most), shift)
 
     source = to_source @ grid + (centre - to_source @ shift).reshape(2, 1)
-    values = map_coordinates(image.astype(jnp.float32), list(source), order=1)
+    inside = jnp.clip(source, 0, (size - 1).reshape(2, 1))
+    source = list(jnp.where(is_on_ground, source, inside))
+    values = jax.vmap(lambda plane: map_coordinates(plane, source, order=1), -1, -1)(
+        planes.astype(jnp.float32)
+    )
     return jnp.round(values).astype(image.dtype).reshape(image.shape)
 
 
