@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import REPOSITORY
 from PIL import Image
 
 from seqmnist.errors import UserError
+from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import trained
 from tools import cli, predict
 
@@ -50,6 +52,7 @@ def test_on_images_as_they_are_it_scores_as_the_run_did(finished_run, tmp_path):
     answers = json.loads(figures.read_text())["images"]
     right = np.array([answer["class"] for answer in answers]) == labels
     assert right.mean() == network.results["test"]["accuracy"]
+    assert all(answer["class_name"] == str(answer["class"]) for answer in answers)
     assert np.shape(answers[0]["by_row"]) == (28, 10)
     np.testing.assert_allclose(answers[3]["by_row"][-1], answers[3]["probabilities"], atol=1e-5)
     lines = result.stdout.splitlines()
@@ -77,6 +80,56 @@ def test_a_redrawn_digit_is_prepared_and_paths_may_be_relative(finished_run, tmp
     np.testing.assert_allclose(one["probabilities"], two["probabilities"], atol=0.1)
 
 
+class Network:
+    """Believes in the class whose number is the brightness of the image's last pixel."""
+
+    def __init__(self, spec):
+        self.spec = spec
+
+    def probabilities(self, images):
+        assert images.shape[1:] == self.spec.shape
+        labels = images.reshape(len(images), -1)[:, -1]
+        rest = 0.4 / (self.spec.num_classes - 1)
+        return np.where(np.arange(self.spec.num_classes) == labels[:, None], 0.6, rest)
+
+    def beliefs(self, images):
+        return np.stack([self.probabilities(images)] * 2)
+
+
+NAMED = {
+    ("cat", "dog", "fish"): ("class   cat   dog  fish  image", "  dog 0.200 0.600 0.200  "),
+    tuple(f"kind {i}" for i in range(47)): (
+        "  class     p       or     p       or     p  image",
+        " kind 1 0.600   kind 0 0.009   kind 2 0.009  ",
+    ),
+    ("on", "off"): ("class    on   off  image", "  off 0.400 0.600  "),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("names", NAMED, ids=len)
+def test_answers_are_names(names, channels, tmp_path, monkeypatch, capsys):
+    spec = ImageSpec(8, 6, channels, names)
+    monkeypatch.setattr(trained, "load", lambda *_: Network(spec))
+    picture = Image.new("RGB", (6, 8), (1, 1, 1))
+    picture.resize((60, 80)).save(tmp_path / "a.webp", lossless=True)
+    picture.save(tmp_path / "b.bmp")
+    json_file = tmp_path / "x.json"
+    arguments = ("--workdir=x", "--by_row", f"--json={json_file}")
+    assert call(monkeypatch, predict, *arguments, tmp_path) == 0
+    head, line = NAMED[names]
+    end = "  after time step {} of 2"
+    lines = [f"{line}{tmp_path / 'a.webp'}", *(line.rstrip() + end.format(t) for t in (1, 2))]
+    assert capsys.readouterr().out.splitlines()[:4] == [head, *lines]
+    found = json.loads(json_file.read_text())
+    assert found["class_names"] == list(names)
+    assert [answer["class"] for answer in found["images"]] == [1, 1]
+    assert [answer["class_name"] for answer in found["images"]] == [names[1]] * 2
+    assert call(monkeypatch, predict, "--workdir=x", "--no_prepare", tmp_path / "b.bmp") == 0
+    assert call(monkeypatch, predict, "--workdir=x", "--no_prepare", tmp_path / "a.webp") == 2
+    assert "without preparation 6 × 8 are needed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -85,11 +138,11 @@ def test_a_redrawn_digit_is_prepared_and_paths_may_be_relative(finished_run, tmp
         (["--workdir=x"], ["IMAGE"]),
         (["--workdir=x", "nothing.png"], ["nothing.png", "does not exist"]),
         (["--workdir=x", "*.nothing"], ["*.nothing", "no file matches"]),
-        (["--workdir=x", "README.md"], ["README.md", "not an image"]),
-        (["--workdir=x", "--no_prepare", "{}/large.png"], ["large.png", "30 × 40"]),
-        (["--workdir=x", "{}/blank.png"], ["blank.png", "shows nothing"]),
-        (["--workdir=x", "{}/empty.npy"], ["empty.npy", "0 × 0"]),
-        (["--workdir=x", "{}"], ["blank.png"]),
+        (["--workdir=mnist", "README.md"], ["README.md", "not an image"]),
+        (["--workdir=mnist", "--no_prepare", "{}/large.png"], ["large.png", "30 × 40"]),
+        (["--workdir=mnist", "{}/blank.png"], ["blank.png", "shows nothing"]),
+        (["--workdir=mnist", "{}/empty.npy"], ["empty.npy", "0 × 0"]),
+        (["--workdir=mnist", "{}"], ["blank.png"]),
         (["--workdir=x", "{}/folder"], ["folder", "no image"]),
         (["--workdir=x", "--artifact=y", "README.md"], ["--artifact", "--workdir"]),
         (["--artifact=y", "--by_row", "README.md"], ["--by_row", "--workdir"]),
@@ -102,6 +155,8 @@ def test_a_redrawn_digit_is_prepared_and_paths_may_be_relative(finished_run, tmp
 )
 def test_a_mistake_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
+    load, network = trained.load, types.SimpleNamespace(spec=MNIST)
+    monkeypatch.setattr(trained, "load", lambda x, *y: network if x == "mnist" else load(x, *y))
     drawn = np.zeros((40, 30), np.uint8)
     drawn[10:30, 14:17] = 255
     Image.fromarray(drawn).save(tmp_path / "large.png")
@@ -125,7 +180,7 @@ def test_help_shows_an_example():
     result = tool("predict", "--help", environment={"PYTHONIOENCODING": "ascii"})
     assert result.returncode == 0
     assert "python -m tools.predict --workdir=" in result.stdout
-    assert "use 28 x 28 pixels" in result.stdout
+    assert "not resized" in result.stdout
 
 
 def print_to(stdout, unbuffered, *arguments):

@@ -42,6 +42,8 @@ def find(names: Iterable[str]) -> list[pathlib.Path]:
         elif glob.has_magic(name) and not path.exists():
             matches = [pathlib.Path(match) for match in glob.glob(str(path))]
             nothing = f"no file matches {name}; name images that exist"
+        elif not path.exists():
+            matches, nothing = [], f"{name} does not exist; name an image"
         if not matches:
             raise UserError(nothing)
         files += sorted(matches, key=str)
