@@ -11,6 +11,7 @@ from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.networks.cells import CELLS
 from seqmnist.networks.views import sequence
+from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import interop
 from seqmnist.training.steps import init_state, make_system
 
@@ -41,7 +42,7 @@ def test_keras_gives_the_same_logits_and_gradients(model, digits):
     system, params = make_system(config), make_params(config, 0)
     images = jnp.array(digits[0][:16])
     labels = jnp.array(digits[1][:16])
-    their_model = interop.build_keras(model)
+    their_model = interop.build_keras(model, MNIST)
     their_model.set_weights(interop.to_keras(model, params))
     x = sequence(model, images)
 
@@ -68,12 +69,20 @@ def test_keras_gives_the_same_logits_and_gradients(model, digits):
 def test_weights_survive_a_round_trip(model):
     config = Config(model=model)
     params, other = make_params(config, 0), make_params(config, 1)
-    their_model = interop.build_keras(model)
+    their_model = interop.build_keras(model, MNIST)
     their_model.set_weights(interop.to_keras(model, params))
     interop.from_keras(model, other, their_model.get_weights())
     for one, two in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(one, two)
     assert their_model.count_params() == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.slow
+def test_keras_has_the_networks_sizes(monkeypatch):
+    spec = ImageSpec(32, 24, 3, ("cat", "dog", "fish"))
+    monkeypatch.setattr(interop, "sequence_shape", lambda config, spec: (32, 24 * spec.channels))
+    network = interop.build_keras(ModelConfig(), spec)
+    assert (network.input_shape, network.output_shape) == ((None, 32, 72), (None, 3))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +97,7 @@ def test_weights_survive_a_round_trip(model):
 )
 def test_what_keras_does_not_have_is_refused(fields, word):
     with pytest.raises(UserError, match=word):
-        interop.build_keras(ModelConfig(**fields))
+        interop.build_keras(ModelConfig(**fields), MNIST)
     with pytest.raises(UserError, match=word):
         interop.to_keras(ModelConfig(**fields), None)
 

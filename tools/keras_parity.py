@@ -22,6 +22,7 @@ from seqmnist import process
 from seqmnist.config import Config, ModelConfig
 from seqmnist.datasets.sources import Prepared
 from seqmnist.errors import UserError, explain_storage
+from seqmnist.spec import MNIST
 from seqmnist.study import interop
 from seqmnist.training import batches
 from seqmnist.training.loop import Loop, Resident
@@ -44,7 +45,7 @@ def make_keras(model: ModelConfig, seed: int, softmax: bool):
     import keras
 
     keras.utils.set_random_seed(seed)
-    network = interop.build_keras(model)
+    network = interop.build_keras(model, MNIST)
     if softmax:
         network.add(keras.layers.Softmax())
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=not softmax)

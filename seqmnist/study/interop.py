@@ -9,7 +9,7 @@ import numpy as np
 from seqmnist.config import ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.networks.views import sequence_shape
-from seqmnist.spec import MNIST
+from seqmnist.spec import ImageSpec
 
 if TYPE_CHECKING:
     import keras
@@ -24,8 +24,10 @@ _CELLS = {
 }
 
 
-def build_keras(config: ModelConfig) -> "keras.Sequential":
+def build_keras(config: ModelConfig, spec: ImageSpec) -> "keras.Sequential":
     """Builds the same architecture in Keras: sequences [B, T, F] -> logits [B, C].
+
+    `spec` is that of the images which become the sequences.
 
     Keras uses the JAX backend unless it is already imported or KERAS_BACKEND is set. Raises
     UserError if Keras has no such layers, or is not installed.
@@ -36,14 +38,14 @@ def build_keras(config: ModelConfig) -> "keras.Sequential":
         import keras
     except ImportError:
         raise UserError("Keras is not installed; pip install 'keras>=3.9'") from None
-    layers = [keras.Input(sequence_shape(config, MNIST))]
+    layers = [keras.Input(sequence_shape(config, spec))]
     for i in range(config.num_layers):
         is_last = i == config.num_layers - 1
         layer = getattr(keras.layers, layer_name)(
             config.hidden_size, return_sequences=not is_last, **options
         )
         layers.append(keras.layers.Bidirectional(layer) if config.bidirectional else layer)
-    return keras.Sequential([*layers, keras.layers.Dense(MNIST.num_classes)])
+    return keras.Sequential([*layers, keras.layers.Dense(spec.num_classes)])
 
 
 def to_keras(config: ModelConfig, params: Any) -> list[np.ndarray]:
