@@ -1,6 +1,7 @@
 """An exported classifier against the network it was made from."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
+from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import card, export, trained
 from seqmnist.training.steps import init_state, make_system
 
@@ -22,7 +24,12 @@ def export_run(workdir):
     network = trained.load(workdir)
     path, params = network.workdir.path, network.params
     return network, export.write(
-        path, lambda x: network.system.apply(params, x), params, "card", network.streaming()
+        path,
+        lambda x: network.system.apply(params, x),
+        params,
+        "card",
+        network.spec,
+        network.streaming(),
     )
 
 
@@ -39,7 +46,8 @@ def test_it_answers_as_the_network_does(exported, digits):
     network, figures = exported
     workdir = network.workdir.path
     assert figures["files"].keys() == {
-        export.ARTIFACT, export.STEP, export.INITIAL_STATE, export.PARAMETERS, export.CARD
+        export.ARTIFACT, export.STEP, export.INITIAL_STATE, export.PARAMETERS, export.CARD,
+        export.IMAGES,
     }  # fmt: skip
     assert figures["largest_difference"].keys() == {"1", "7", "128", "step"}
     assert max(figures["largest_difference"].values()) <= 1e-6 * figures["logits_scale"]
@@ -175,7 +183,7 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
     config = Config()
     config.data.data_dir = "somewhere private"
     config.plugins = "/private/mine.py"
-    text = card.model_card("name", config, {}, None, export.USAGE)
+    text = card.model_card("name", config, {}, None, MNIST, export.usage(MNIST))
     assert "| test accuracy | – |" in text
     assert "private" not in text
     assert '"plugins": "mine.py"' in text
@@ -190,7 +198,7 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
             {"seed": 7, "optimizer.learning_rate": 0.02},
         ],
     }
-    text = card.model_card("name", config, results, 1, export.USAGE)
+    text = card.model_card("name", config, results, 1, MNIST, export.usage(MNIST))
     for word in (
         "mnist, 48,000 train, 12,000 validation",
         "| test loss | 0.1250 (all members: 0.3125 ± 0.2652) |",
@@ -198,9 +206,73 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
         "| seed | 7 |",
         "rmsprop, learning rate 0.02 |",
         "6,602",
+        "gray images of 28 × 28 pixels",
+        "10 classes",
+        "| classes | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |",
+        "np.zeros((1, 28, 28), np.uint8))  # [1, 10]",
     ):
         assert word in text
     assert text.startswith("# name\n")
+
+
+SPECS = [
+    ImageSpec(8, 8, 1, tuple("0123456789")),
+    ImageSpec(32, 24, 3, ("cat", "dog", "fish")),
+    ImageSpec(28, 28, 1, tuple(f"kind {i}" for i in range(47))),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape}")
+def test_the_card_names_images_and_classes(spec):
+    streaming = export.Streaming([], None, spec.width * spec.channels)
+    text = card.model_card("name", Config(), {}, None, spec, export.usage(spec, streaming))
+    shape = ", ".join(map(str, spec.shape))
+    for word in (
+        f"{'color' if spec.channels == 3 else 'gray'} images of {spec.height} × {spec.width}",
+        f"{spec.num_classes} classes",
+        f"np.zeros((1, {shape}), np.uint8))  # [1, {spec.num_classes}]",
+        f"np.zeros((1, {streaming.size}), np.float32))  # [1, {spec.num_classes}]",
+        "kind 19, and 27 more" if spec.num_classes == 47 else ", ".join(spec.class_names),
+    ):
+        assert word in text
+
+
+@pytest.fixture(scope="module", params=SPECS, ids=lambda spec: f"{spec.shape}")
+def linear(request, tmp_path_factory):
+    """A linear classifier of images, exported: the folder, the classifier and its spec."""
+    spec, folder = request.param, tmp_path_factory.mktemp("linear")
+    size = math.prod(spec.shape)
+    kernel = np.random.default_rng(0).normal(0, 1e-3, (size, spec.num_classes)).astype(np.float32)
+
+    def classify(images):
+        return images.reshape(-1, size).astype(np.float32) @ kernel
+
+    figures = export.write(folder, classify, {"kernel": kernel}, "card", spec)
+    assert figures["largest_difference"].keys() == {"1", "7", "128"}
+    return folder / "export", classify, spec
+
+
+@pytest.mark.slow
+def test_an_artifact_knows_its_images_and_classes(linear):
+    folder, classify, spec = linear
+    artifact = export.load(folder / export.ARTIFACT)
+    assert artifact.spec == spec
+    images = np.random.default_rng(0).integers(0, 256, (3, *spec.shape), np.uint8)
+    np.testing.assert_allclose(artifact.logits(images), classify(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_an_artifact_without_names_has_numbered_classes(linear, tmp_path):
+    folder, _, spec = linear
+    shutil.copy(folder / export.ARTIFACT, tmp_path)
+    numbers = tuple(map(str, range(spec.num_classes)))
+    expected = ImageSpec(spec.height, spec.width, spec.channels, numbers)
+    assert export.load(tmp_path / export.ARTIFACT).spec == expected
+    other = ImageSpec(spec.height, spec.width, spec.channels, (*numbers, "one more")).to_dict()
+    for text in ("", "[]", "{}", "null", '{"height": 3}', json.dumps(other)):
+        (tmp_path / export.IMAGES).write_text(text)
+        with pytest.raises(UserError, match=r"images\.json is damaged or does not belong"):
+            export.load(tmp_path / export.ARTIFACT)
 
 
 @pytest.mark.slow

@@ -4,10 +4,10 @@ Example:
   python -m tools.export --workdir=runs/notebook
   python -m tools.predict --artifact=runs/notebook/export/classifier.jax_export digit.png
 
-The exported classifier maps images uint8 [B, 28, 28], for any B, to logits [B, 10], on CPU, GPU and
-TPU, without this package; so does step.jax_export, (state, time step) -> (state, logits), unless
-the network reads in both directions. Another process, which has only JAX, first checks that both
-compute the same logits as the network.
+The exported classifier maps images uint8 [B, H, W], or [B, H, W, 3] if it reads colors, for any B,
+to logits [B, C], on CPU, GPU and TPU, without this package; so does step.jax_export, (state, time
+step) -> (state, logits), unless the network reads in both directions. Another process, which has
+only JAX, first checks that both compute the same logits as the network.
 """
 
 from tools import cli
@@ -19,13 +19,13 @@ def _main(arguments):
     network = trained.load(arguments.workdir, arguments.member)
     workdir, facts = network.workdir.path, (network.config, network.results, network.member)
     streaming = None if network.config.model.bidirectional else network.streaming()
-    usage = export.USAGE + (export.STEP_USAGE.format(size=streaming.size) if streaming else "")
-    text = card.model_card(workdir.name, *facts, usage)
+    spec = network.spec
+    text = card.model_card(workdir.name, *facts, spec, export.usage(spec, streaming))
 
     def classify(images):
         return network.system.apply(network.params, images)
 
-    figures = export.write(workdir, classify, network.params, text, streaming)
+    figures = export.write(workdir, classify, network.params, text, spec, streaming)
     for name, size in figures["files"].items():
         print(f"{workdir / export.DIRECTORY / name}: {size:,} bytes")
     for name, difference in figures["largest_difference"].items():

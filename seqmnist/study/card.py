@@ -8,13 +8,15 @@ import numpy as np
 from seqmnist import config as config_lib
 from seqmnist.config import Config
 from seqmnist.display import describe
+from seqmnist.spec import ImageSpec
 
 _MISSING = "not recorded"
+_MAX_NAMES = 20  # of classes, on a card
 _CARD = """\
 # {name}
 
-A recurrent network that reads an image of 28 × 28 pixels as a sequence and classifies it into 10
-classes.
+A recurrent network that reads {kind} images of {height} × {width} pixels as sequences and
+classifies them into {num_classes} classes.
 
 | | |
 |---|---|
@@ -88,11 +90,17 @@ def facts(config: Config, results: dict[str, Any], member: int | None) -> dict[s
 
 
 def model_card(
-    name: str, config: Config, results: dict[str, Any], member: int | None, usage: str
+    name: str,
+    config: Config,
+    results: dict[str, Any],
+    member: int | None,
+    spec: ImageSpec,
+    usage: str,
 ) -> str:
     """Returns a model card in Markdown; for the arguments, see `facts`.
 
-    `usage` tells how to use the files beside the card. No path of this machine is on the card.
+    `spec` is that of the network's images. `usage` tells how to use the files beside the card. No
+    path of this machine is on the card.
     """
     values = config_lib.to_dict(config)
     values["data"] |= {"data_dir": None, "manual_dir": None}
@@ -100,6 +108,16 @@ def model_card(
     rows = [f"| {key} | {value} |" for key, value in facts(config, results, member).items()]
     if notice := results.get("dataset", {}).get("notice"):
         rows.append(f"| notice | {notice} |")
+    names = list(spec.class_names[:_MAX_NAMES])
+    names += [f"and {more} more"] if (more := spec.num_classes - len(names)) else []
+    rows.insert(0, f"| classes | {', '.join(names)} |")
     return _CARD.format(
-        name=name, facts="\n".join(rows), usage=usage, config=json.dumps(values, indent=2)
+        name=name,
+        kind="gray" if spec.channels == 1 else "color",
+        height=spec.height,
+        width=spec.width,
+        num_classes=spec.num_classes,
+        facts="\n".join(rows),
+        usage=usage,
+        config=json.dumps(values, indent=2),
     )

@@ -1,14 +1,15 @@
 """Exports a trained network to files that need no code of this package.
 
 `write` makes DIR/export: the classifier as StableHLO, also step by step, its parameters as
-safetensors, and a model card. Nothing here depends on the model, so that reading an artifact does
-not either.
+safetensors, what its images are, and a model card. Nothing here depends on the model, so that
+reading an artifact does not either.
 """
 
 import contextlib
 import functools
 import hashlib
 import io
+import json
 import pathlib
 import subprocess
 import sys
@@ -21,18 +22,19 @@ import numpy as np
 from jax import export as jax_export
 
 from seqmnist import paths
-from seqmnist.errors import UserError, explain_storage
+from seqmnist.errors import UserError, explain_storage, one_line
+from seqmnist.spec import ImageSpec
 from seqmnist.training import batches, metrics
 
 DIRECTORY, ARTIFACT, PARAMETERS, CARD = (
     "export", "classifier.jax_export", "parameters.safetensors", "README.md"
 )  # fmt: skip
-STEP, INITIAL_STATE = "step.jax_export", "initial_state.npz"
+STEP, INITIAL_STATE, IMAGES = "step.jax_export", "initial_state.npz", "images.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH_SIZES = (1, 7, 128)  # for which the artifact is compared with the network
 NUM_STEPS = 8  # after which the state is compared
 TOLERANCE = 1e-6  # of logits, relative to the largest logit if that exceeds 1
-USAGE = f"""\
+_USAGE = f"""\
 ## Use
 
 `{ARTIFACT}` is StableHLO for {", ".join(PLATFORMS)} and for any batch size; it includes
@@ -42,11 +44,12 @@ normalization. It needs the packages jax and flatbuffers.
 import jax.export, numpy as np
 
 classify = jax.export.deserialize(open("{ARTIFACT}", "rb").read()).call
-logits = classify(np.zeros((1, 28, 28), np.uint8))  # [1, 10]
+logits = classify(np.zeros((1, {{shape}}), np.uint8))  # [1, {{num_classes}}]
 ```
 
-`{PARAMETERS}` holds the parameters by name."""
-STEP_USAGE = f"""
+`{PARAMETERS}` holds the parameters by name, `{IMAGES}` the size of images and the names of the
+classes, by label."""
+_STEP_USAGE = f"""
 
 `{STEP}` reads one time step of B sequences, float32 [B, {{size}}], pixels / 255, and gives the
 logits of what has been read so far. `{INITIAL_STATE}` holds the state of one sequence before the
@@ -55,32 +58,42 @@ first step, a list of arrays.
 ```python
 step = jax.export.deserialize(open("{STEP}", "rb").read()).call
 state = list(np.load("{INITIAL_STATE}").values())  # of B sequences: np.repeat(each, B, axis=0)
-state, logits = step(state, np.zeros((1, {{size}}), np.float32))  # [1, 10]
+state, logits = step(state, np.zeros((1, {{size}}), np.float32))  # [1, {{num_classes}}]
 ```"""
 _SEAL = b"seqmnist sha256:"  # and 32 bytes, after the artifact; jax.export ignores both
 _SEAL_SIZE = len(_SEAL) + 32
 
 
 class Artifact:
-    """An exported classifier; it needs only JAX."""
+    """An exported classifier, of images as its `spec` says; it needs only JAX."""
 
-    def __init__(self, exported: jax_export.Exported):
-        """Takes what `jax.export.deserialize` returns."""
+    def __init__(self, exported: jax_export.Exported, spec: ImageSpec | None = None):
+        """Takes what `jax.export.deserialize` returns; without a spec, classes are numbered.
+
+        Raises ValueError if the spec is that of another network.
+        """
+        (images,), (logits,) = exported.in_avals, exported.out_avals
+        height, width, *channels = images.shape[1:]
+        names = tuple(map(str, range(logits.shape[1])))
+        self.spec = spec or ImageSpec(height, width, *(channels or (1,)), names)
+        if (self.spec.shape, self.spec.num_classes) != (images.shape[1:], len(names)):
+            raise ValueError("the images or classes are those of another network")
         self._call = jax.jit(exported.call)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Classifies images uint8 [N, 28, 28]: logits [N, C]."""
+        """Classifies images uint8 [N, *spec.shape]: logits [N, C]."""
         return batches.in_chunks(self._call, images)
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
-        """Classifies images uint8 [N, 28, 28]: probabilities [N, C]."""
+        """Classifies images uint8 [N, *spec.shape]: probabilities [N, C]."""
         return metrics.softmax(self.logits(images))
 
 
 def load(path: str | pathlib.Path) -> Artifact:
-    """Reads an artifact that `write` wrote.
+    """Reads an artifact that `write` wrote, and what its images are, from the file beside it.
 
-    Raises UserError if there is none, it is another file, or it is damaged.
+    Earlier versions wrote none; classes are then numbered. Raises UserError if there is no
+    artifact, it is another file, or one of them is damaged.
     """
     path = paths.resolve(path, "--artifact")
     try:
@@ -94,7 +107,17 @@ def load(path: str | pathlib.Path) -> Artifact:
         raise UserError(
             f"{path} is damaged or not a file that tools.export wrote; export the run again"
         )
-    return Artifact(jax_export.deserialize(bytearray(program)))
+    exported, beside = jax_export.deserialize(bytearray(program)), path.with_name(IMAGES)
+    if not beside.exists():
+        return Artifact(exported)
+    try:
+        spec = ImageSpec.from_dict(json.loads(beside.read_text(encoding="utf-8")))
+        return Artifact(exported, spec)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{beside} is damaged or does not belong to {path.name} ({one_line(error)}); export "
+            "the run again"
+        ) from None
 
 
 class Streaming(NamedTuple):
@@ -105,20 +128,31 @@ class Streaming(NamedTuple):
     size: int  # F: (state, x [B, F]) -> (state, logits [B, C])
 
 
+def usage(spec: ImageSpec, streaming: Streaming | None = None) -> str:
+    """Returns how to use the files, Markdown, for a model card."""
+    shape, text = ", ".join(map(str, spec.shape)), _USAGE
+    values = {"shape": shape, "num_classes": spec.num_classes}
+    if streaming:
+        text, values["size"] = text + _STEP_USAGE, streaming.size
+    return text.format(**values)
+
+
 def write(
     workdir: pathlib.Path,
     classify: Callable[[jax.Array], jax.Array],
     params: Any,
     card: str,
+    spec: ImageSpec,
     streaming: Streaming | None = None,
 ) -> dict[str, Any]:
     """Writes DIR/export, after a process without the model got the same logits from it.
 
     Args:
       workdir: the folder DIR; an earlier export there is replaced.
-      classify: images uint8 [B, 28, 28] -> logits [B, C], for any B.
+      classify: images uint8 [B, *spec.shape] -> logits [B, C], for any B.
       params: the parameters of `classify`, to be written by name.
       card: the model card, Markdown.
+      spec: the size of images, and the names of the classes.
       streaming: the same network step by step, if it can read so.
 
     Returns:
@@ -130,7 +164,7 @@ def write(
     """
     from safetensors.numpy import save
 
-    sizes = jax_export.symbolic_shape("b, 28, 28")
+    sizes = jax_export.symbolic_shape(", ".join(["b", *map(str, spec.shape)]))
     programs = {ARTIFACT: (jax.jit(classify), (jax.ShapeDtypeStruct(sizes, np.uint8),))}
     if streaming:
         before = [
@@ -148,8 +182,10 @@ def write(
         if streaming:
             np.savez(folder / INITIAL_STATE, *streaming.initial_state)
         (folder / PARAMETERS).write_bytes(save(_by_name(params), metadata={"format": "np"}))
+        images = json.dumps(spec.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (folder / IMAGES).write_text(images, encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
-        comparison = _check(folder, programs, streaming)
+        comparison = _check(folder, programs, spec, streaming)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return {"files": files, **comparison}
 
@@ -216,10 +252,11 @@ sys.stdout.buffer.write(answer.getvalue())
 """
 
 
-def _check(folder, programs, streaming):
+def _check(folder, programs, spec, streaming):
     """Compares what was written, in a process without this package, with the network."""
     rng, (classify, _) = np.random.default_rng(0), programs[ARTIFACT]
-    sent = {str(size): rng.integers(0, 256, (size, 28, 28), np.uint8) for size in BATCH_SIZES}
+    shapes = {str(size): (size, *spec.shape) for size in BATCH_SIZES}
+    sent = {name: rng.integers(0, 256, shape, np.uint8) for name, shape in shapes.items()}
     logits = {name: np.asarray(classify(images)) for name, images in sent.items()}
     if streaming:
         step, _ = programs[STEP]
