@@ -16,6 +16,8 @@ from seqmnist import config as config_lib
 from seqmnist import workdir as workdir_lib
 from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
+from seqmnist.networks import views
+from seqmnist.spec import ImageSpec
 from seqmnist.study import trained
 from seqmnist.training.steps import init_state, make_system
 from tools import figures, report, sections
@@ -128,6 +130,104 @@ def test_every_kind_of_network_is_drawn(model, untrained, tmp_path):
     for section in shown:
         for content, _ in section.pictures.values():
             assert Image.open(io.BytesIO(content)).width == 300
+
+
+SPECS = [
+    ImageSpec(8, 8, 1, tuple("0123456789")),
+    ImageSpec(32, 24, 3, ("cat", "dog", "a fish in $ or $")),
+    ImageSpec(28, 28, 1, tuple(f"kind {i}" for i in range(47))),
+    ImageSpec(16, 16, 1, ("on", "off")),
+]
+
+
+class Pretended:
+    """What `sections` asks of a network that reads rows, for images of any kind: random numbers."""
+
+    def __init__(self, spec, workdir):
+        self.spec, self.workdir, self.results, self.member = spec, workdir, {}, None
+        self.config = Config(model=ModelConfig(hidden_size=5))
+        self.sequence_shape = (spec.height, spec.width * spec.channels)
+        self.rng = np.random.default_rng(0)
+
+    def test_set(self):
+        shape, num_classes = self.spec.shape, self.spec.num_classes
+        self.labels = self.rng.integers(0, num_classes, 400, dtype=np.int32)
+        images = self.rng.integers(0, 256, (400, *shape), np.uint8)
+        # A bar that begins at a place of its class.
+        images[np.arange(400), self.labels * (shape[0] - 1) // num_classes] = 255
+        return images, self.labels
+
+    def beliefs(self, images):
+        size = (self.spec.height, len(images), self.spec.num_classes)
+        time = np.linspace(0, 5, size[0]).reshape(-1, 1, 1)
+        logits = time * self.rng.normal(size=size[1:])
+        if len(images) == len(self.labels):
+            logits += time * np.eye(size[2])[self.labels]
+        e = np.exp(logits)
+        return e / e.sum(-1, keepdims=True)
+
+    def probabilities(self, images):
+        return self.beliefs(images)[-1]
+
+    def hidden_states(self, images):
+        return self.rng.normal(size=(self.spec.height, len(images), 5))
+
+    def gradient_norms(self, images, labels):
+        return np.exp(self.rng.normal(size=(1, self.spec.height, len(images))))
+
+
+def rows_of(model, images):
+    return images.reshape(*images.shape[:2], -1) / np.float32(255)
+
+
+def rows_read_at(model, spec):
+    return np.repeat(np.arange(spec.height, dtype=float)[:, None], spec.width, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape} {spec.num_classes}")
+def test_images_and_classes_of_any_kind_are_drawn(spec, monkeypatch, tmp_path):
+    network = Pretended(spec, workdir_lib.Workdir(tmp_path))
+    monkeypatch.setattr(trained, "load", lambda workdir, member: network)
+    monkeypatch.setattr(views, "sequence", rows_of)
+    monkeypatch.setattr(views, "read_at", rows_read_at)
+    monkeypatch.setattr(sections, "DPI", 50)  # faster
+    workdir_lib.append_line(tmp_path / "metrics.jsonl", line(1, (1.0, 0.5), (1.0, 0.5)))
+    shown, found = sections.examine(tmp_path, None)
+    assert found["class_names"] == list(spec.class_names)
+    assert np.shape(found["confusion"]) == (spec.num_classes,) * 2
+    page = Page(report.render("title", shown))
+    assert len(page.images) == 10
+    table = next(section.table for section in shown if "confused" in section.title)
+    assert [str(row[0]) for row in table[1:]] == list(spec.class_names)
+    wrong = np.flatnonzero(np.array(found["confusion"]) * (1 - np.eye(spec.num_classes)))
+    assert len(wrong)
+    for section in shown[3:]:
+        for _, alt in section.pictures.values():
+            if "rediction" in alt or "class " in alt or " for " in alt:
+                assert any(name in alt for name in spec.class_names), alt
+
+
+@pytest.mark.parametrize("num", [2, 10, 47, 120])
+def test_names_of_classes_do_not_overlap(num):
+    names = [f"a long name {i}" for i in range(num)]
+    counts = np.random.default_rng(0).integers(0, 9, (num, num))
+    figure = figures.confusion(counts, names)
+    figure.canvas.draw()
+    axis = figure.axes[0]
+    assert axis.get_xticklabels()[0].get_rotation() == (0 if num == 2 else 90)
+    assert axis.get_xticklabels()[1].get_text() in names
+    for labels, side in ((axis.get_xticklabels(), 0), (axis.get_yticklabels(), 1)):
+        boxes = np.array([label.get_window_extent().get_points()[:, side] for label in labels])
+        boxes = boxes[np.argsort(boxes[:, 0])]
+        assert (boxes[1:, 0] - boxes[:-1, 1] > -1.5).all()  # of 100 pixels per inch
+    assert len(axis.texts) == (np.count_nonzero(counts) if num <= 10 else 0)
+
+
+def test_guessing_is_right_once_in_the_number_of_classes():
+    figure = figures.accuracy_by_step(np.ones(4), np.ones(4), 47)
+    assert figure.axes[0].lines[-1].get_ydata()[0] == 1 / 47
 
 
 RESULTS = {

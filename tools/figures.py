@@ -1,9 +1,13 @@
 """Figures of what a network learned and how it reads, drawn from arrays.
 
 Each function returns a matplotlib figure six inches wide, readable on a phone.
-Shapes: T time steps, F features per step, C classes, W outputs of the top layer.
+Shapes: H, W height and width of an image, T time steps, F features per step, C classes, U outputs
+of the top layer. Images are gray, uint8 [H, W], or colored, uint8 [H, W, 3]; `names` are those of
+the C classes.
 """
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,16 +24,18 @@ COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "black", YELLOW)
 _GRAY_BYTES = {"cmap": "gray", "vmin": 0, "vmax": 255}
 _GRAY = {"cmap": "gray", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
 _BAR_BELOW = {"location": "bottom", "shrink": 0.5, "aspect": 40}
+_MAX_WRITTEN = 15  # classes whose numbers are written into a confusion matrix
 _UNUSED = "#e8e8e8"  # cells of a heat map without a value
 
 
 class Example(NamedTuple):
     """An image and what the network made of it."""
 
-    image: np.ndarray  # uint8 [28, 28]
+    image: np.ndarray  # uint8 [H, W] or [H, W, 3]
     label: int  # its class
     beliefs: np.ndarray  # class probabilities after each time step, [T, C]
-    states: np.ndarray  # outputs of the top layer, [T, W]
+    states: np.ndarray  # outputs of the top layer, [T, U]
+    names: Sequence[str]
 
     @property
     def title(self) -> str:
@@ -37,8 +43,8 @@ class Example(NamedTuple):
         predicted = int(self.beliefs[-1].argmax())
         share = f"{self.beliefs[-1, predicted]:.0%}"
         if predicted == self.label:
-            return f"{predicted}, correct ({share})"
-        return f"{predicted} ({share}), but it is {self.label}"
+            return f"{self.names[predicted]}, correct ({share})"
+        return f"{self.names[predicted]} ({share}), but it is {self.names[self.label]}"
 
 
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
@@ -71,8 +77,11 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def confusion(counts: np.ndarray) -> Figure:
-    """Draws a confusion matrix, int [C, C]; color is the share of a row, for mistakes only."""
+def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
+    """Draws a confusion matrix, int [C, C]; color is the share of a row, for mistakes only.
+
+    The numbers themselves are written if there is room for them.
+    """
     num = len(counts)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     shares[np.eye(num, dtype=bool)] = np.nan
@@ -80,42 +89,52 @@ def confusion(counts: np.ndarray) -> Figure:
     figure, axis = _subplots(5.4)
     axis.set_facecolor(_UNUSED)
     heat = axis.imshow(shares, cmap="viridis", vmin=0, vmax=max(largest, 1e-3))
-    for i, j in zip(*np.nonzero(counts), strict=True):
+    for i, j in zip(*np.nonzero(counts), strict=True) if num <= _MAX_WRITTEN else ():
         color = "black" if i == j or shares[i, j] > largest / 2 else "white"
         weight = "bold" if i == j else "normal"
-        _write(axis, j, i, counts[i, j], color=color, size=9, weight=weight)
-    axis.set(xticks=range(num), yticks=range(num), xlabel="predicted class", ylabel="class")
+        _write(axis, j, i, counts[i, j], color=color, size=min(9, 100 / num), weight=weight)
+    axis.set(xlabel="predicted class", ylabel="class")
+    for side in (axis.xaxis, axis.yaxis):
+        _name_ticks(side, names, 280)
     style = {"format": PercentFormatter(1, decimals=0), "ticks": MaxNLocator(5), "shrink": 0.8}
     figure.colorbar(heat, ax=axis, label="share of the class", **style)
     return figure
 
 
-def class_bars(precision: np.ndarray, recall: np.ndarray, f1: np.ndarray) -> Figure:
+def class_bars(
+    precision: np.ndarray, recall: np.ndarray, f1: np.ndarray, names: Sequence[str]
+) -> Figure:
     """Draws three scores per class, [C] each."""
     figure, axis = _subplots(2.8)
     axis.plot(precision, "v", color=SKY, label="precision", ms=8)
     axis.plot(recall, "^", color=ORANGE, label="recall", ms=8)
     axis.plot(f1, "o", color="black", label="F1", ms=8)
-    axis.set(xticks=range(len(f1)), xlabel="class", ylabel="score")
+    axis.set(xlabel="class", ylabel="score")
+    if (most := _name_ticks(axis.xaxis, names, 370)) > 20:
+        figure.set_figheight(2.8 + most / 72)  # names stand upright
     _tidy(axis)
     axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
-def mistakes(images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray) -> Figure:
-    """Draws images uint8 [N, 28, 28] with their labels [N] and class probabilities [N, C]."""
-    rows = -(-len(images) // 5)
-    figure = Figure(figsize=(WIDTH, 1.5 * rows), layout="constrained")
+def mistakes(
+    images: np.ndarray, labels: np.ndarray, probabilities: np.ndarray, names: Sequence[str]
+) -> Figure:
+    """Draws N images with their labels [N] and class probabilities [N, C]."""
+    rows, is_brief = -(-len(images) // 5), _are_brief(names)
+    figure = Figure(figsize=(WIDTH, (1.5 if is_brief else 1.7) * rows), layout="constrained")
     for i, (image, label, row) in enumerate(zip(images, labels, probabilities, strict=True)):
         axis = _show_image(figure.add_subplot(rows, 5, i + 1), image)
-        axis.set_title(f"{row.argmax()} ({row.max():.0%}), is {label}", size=9)
+        predicted, share = _short(names[row.argmax()], 10), f"{row.max():.0%}"
+        is_, size = ("is", 9) if is_brief else ("\nis", 8)
+        axis.set_title(f"{predicted} ({share}), {is_} {_short(names[label], 15)}", size=size)
     return figure
 
 
 def sequence(image: np.ndarray, x: np.ndarray, read_at: np.ndarray, title: str) -> Figure:
     """Draws an image, when its pixels are read, and the sequence `x` [T, F] under a title.
 
-    `image` is uint8 [28, 28]; `read_at` holds time steps, float [28, 28], NaN if never read.
+    `read_at` holds time steps, float [H, W], NaN if never read.
     """
     num_steps, size = x.shape
     figure = Figure(figsize=(WIDTH, 5.4), layout="constrained")
@@ -142,7 +161,7 @@ def sequence(image: np.ndarray, x: np.ndarray, read_at: np.ndarray, title: str) 
     return figure
 
 
-def unrolled(x: np.ndarray, probabilities: np.ndarray, model: Any) -> Figure:
+def unrolled(x: np.ndarray, probabilities: np.ndarray, model: Any, names: Sequence[str]) -> Figure:
     """Draws the network of a `ModelConfig` unrolled over a sequence, [T, F], and its prediction.
 
     `probabilities` are those of the classes, [C].
@@ -163,7 +182,7 @@ def unrolled(x: np.ndarray, probabilities: np.ndarray, model: Any) -> Figure:
     if model.readout == "last":
         sources = [0, last] if model.bidirectional else [last]
     _draw_readout(axis, sources, height + 0.42, peak, model.readout)
-    _draw_prediction(axis, probabilities, 0.1, last - 1.2, peak - 0.42)
+    _draw_prediction(axis, probabilities, names, 0.1, last - 1.2, peak - 0.42)
     axis.set(xlim=(-0.5, last + 0.8), ylim=(-2.75, peak + 0.85))
     axis.axis("off")
     return figure
@@ -211,13 +230,17 @@ def _draw_readout(axis, sources, top, peak, readout):
     _arrow(axis, (last - 0.66, peak - 0.05), (last - 1.0, peak - 0.05), GREEN)
 
 
-def _draw_prediction(axis, probabilities, left, right, base):
-    places, predicted = np.linspace(left, right, len(probabilities)), probabilities.argmax()
-    colors = [GREEN if c == predicted else "#9fb8b0" for c in range(len(probabilities))]
+def _draw_prediction(axis, probabilities, names, left, right, base):
+    num, predicted = len(probabilities), probabilities.argmax()
+    if num < 10:  # bars as narrow as those of ten classes
+        left = right - (right - left) * (num - 1) / 9
+    places = np.linspace(left, right, num)
+    colors = [GREEN if c == predicted else "#9fb8b0" for c in range(num)]
     heights = np.maximum(probabilities, 0.01) * 0.95
     axis.bar(places, heights, 0.75 * (places[1] - places[0]), base, color=colors)
     for c, place in enumerate(places):
-        axis.text(place, base - 0.06, c, ha="center", va="top", size=9)
+        if c == predicted or _are_brief(names):
+            axis.text(place, base - 0.06, _short(names[c], 30), ha="center", va="top", size=9)
     share = probabilities[predicted]
     axis.text(places[predicted], base + 0.95 * share + 0.05, f"{share:.0%}", ha="center", size=10)
 
@@ -236,11 +259,11 @@ def beliefs(correct: Sequence[Example], wrong: Sequence[Example]) -> Figure:
         for i, example in enumerate(column):
             # As tall as the heat map: in the view `rows`, each row is beside its time step.
             shown = _show_image(figure.add_subplot(grid[i, 2 * j]), example.image, aspect="auto")
-            shown.set_title(example.title, size=9, loc="left")
+            shown.set_title(_plain(textwrap.fill(example.title, 36)), size=9, loc="left")
             axis = figure.add_subplot(grid[i, 2 * j + 1])
             heat = _heat_map(axis, example.beliefs, "viridis", 0, 1, first_column=0)
-            axis.set_xticks(range(example.beliefs.shape[1]))
             axis.tick_params(labelsize=7)
+            _belief_ticks(axis, example)
             axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
             axis.set_ylabel("time step", size=8)
             if i == len(column) - 1:
@@ -250,13 +273,29 @@ def beliefs(correct: Sequence[Example], wrong: Sequence[Example]) -> Figure:
     return figure
 
 
-def accuracy_by_step(accuracy: np.ndarray, confidence: np.ndarray) -> Figure:
-    """Draws the accuracy after each time step, [T], and the probability of the true class, [T]."""
+def _belief_ticks(axis, example):
+    """Names all classes, or if there is no room, the predicted and the true one."""
+    names = example.names
+    if _are_brief(names):
+        axis.set_xticks(range(len(names)), names)
+        return
+    shown = sorted({int(example.beliefs[-1].argmax()), example.label})
+    ticks = axis.set_xticks(shown, [f" {_short(names[c], 14)} " for c in shown])
+    sides = ("right", "left") if len(shown) == 2 else ("center",)
+    for tick, side in zip(ticks, sides, strict=True):
+        tick.label1.set_ha(side)
+
+
+def accuracy_by_step(accuracy: np.ndarray, confidence: np.ndarray, num_classes: int) -> Figure:
+    """Draws the accuracy after each time step, [T], and the probability of the true class, [T].
+
+    Guessing is right once in `num_classes`.
+    """
     figure, axis = _subplots(2.9)
     steps = np.arange(1, len(accuracy) + 1)
     axis.plot(steps, accuracy, color=BLUE, lw=2, label="accuracy")
     axis.plot(steps, confidence, "--", color=VERMILION, lw=2, label="probability of the true class")
-    axis.axhline(1 / 10, color=GREY, lw=1, ls=":", label="guessing")
+    axis.axhline(1 / num_classes, color=GREY, lw=1, ls=":", label="guessing")
     axis.set(xlabel="time steps read", ylabel="mean", ylim=(0, 1.02), xlim=(1, len(accuracy)))
     axis.legend(frameon=False, loc="upper left")
     _tidy(axis)
@@ -274,7 +313,7 @@ def hidden_states(examples: Sequence[Example]) -> Figure:
     order = np.argsort(examples[0].states[-1])
     for axis, example in zip(axes[:, 0], examples, strict=True):
         heat = _heat_map(axis, example.states.T[order], "PuOr", -limit, limit)
-        axis.set_title(f"Prediction: {example.title}", size=10, loc="left")
+        axis.set_title(f"Prediction: {_plain(example.title)}", size=10, loc="left")
         axis.set_ylabel("unit")
         _show_image(axis.inset_axes((1.02, 0.3, 0.16, 0.4)), example.image)
     axes[-1, 0].set_xlabel("time step")
@@ -297,6 +336,36 @@ def gradient_norms(norms: np.ndarray) -> Figure:
         axis.legend(frameon=False)
     _tidy(axis)
     return figure
+
+
+def _plain(text):
+    """Returns text that matplotlib does not take for a formula."""
+    return text.replace("$", r"\$")
+
+
+def _short(name, length):
+    return _plain(name if len(name) <= length else f"{name[: length - 1]}…")
+
+
+def _are_brief(names):
+    """Returns whether all classes can be named side by side on a small axis."""
+    return len(names) <= 10 and max(map(len, names)) <= 2
+
+
+def _name_ticks(side, names, length):
+    """Names classes 0, 1, … on the x or y axis `side`, `length` points long.
+
+    Names are small where many classes leave little room, and stand upright where they are longer
+    than that. Returns the points that they take across the axis.
+    """
+    room = length / len(names)
+    step = math.ceil(5 / room)  # every how many-th class is named
+    size = min(10, step * room)
+    shown = [_short(name, 18) for name in names[::step]]
+    longest = 0.6 * size * max(map(len, shown))
+    is_upright = side.axis_name == "x" and longest > step * room
+    side.set_ticks(range(0, len(names), step), shown, size=size, rotation=90 * is_upright)
+    return longest if is_upright else size
 
 
 def _subplots(height, rows=1, **options):

@@ -1,6 +1,6 @@
 """The sections of a run's report: what a network learned and how it reads, in text and figures.
 
-Shapes: N test examples, T time steps, C classes, W outputs of the top layer, D directions.
+Shapes: N test examples, T time steps, C classes, U outputs of the top layer, D directions.
 """
 
 import io
@@ -39,13 +39,13 @@ class Found:
     def __init__(self, network: trained.Trained, metrics: list[dict[str, Any]]):
         """Reads the test set; `metrics` are the lines of `metrics.jsonl`."""
         self.network, self.metrics = network, metrics
+        self.names = network.spec.class_names
         self.images, self.labels = images, labels = network.test_set()
         self.probabilities = network.probabilities(images)  # [N, C]
         self.predictions = self.probabilities.argmax(-1)
         is_correct = self.predictions == labels
         self.accuracy = float(is_correct.mean())
-        num_classes = self.probabilities.shape[1]
-        self.confusion = insight.confusion_matrix(labels, self.predictions, num_classes)
+        self.confusion = insight.confusion_matrix(labels, self.predictions, len(self.names))
         self.scores = insight.class_scores(self.confusion)
         wrong, right = np.flatnonzero(~is_correct), np.flatnonzero(is_correct)
         confidence = self.probabilities[wrong].max(-1)
@@ -71,9 +71,8 @@ class Found:
             return []
         images, labels = self.images[numbers], self.labels[numbers].tolist()
         beliefs, states = self.network.beliefs(images), self.network.hidden_states(images)
-        return list(
-            map(figures.Example, images, labels, beliefs.swapaxes(0, 1), states.swapaxes(0, 1))
-        )
+        parts = (images, labels, beliefs.swapaxes(0, 1), states.swapaxes(0, 1))
+        return [figures.Example(*each, self.names) for each in zip(*parts, strict=True)]
 
 
 def examine(workdir: str | os.PathLike, member: int | None) -> tuple[list[Section], dict[str, Any]]:
@@ -89,6 +88,7 @@ def examine(workdir: str | os.PathLike, member: int | None) -> tuple[list[Sectio
     numbers = {
         "test": test,
         "member": found.network.member,
+        "class_names": list(found.names),
         "confusion": found.confusion.tolist(),
         "classes": {name: score.tolist() for name, score in found.scores._asdict().items()},
         "accuracy_by_step": None if by_step is None else by_step.tolist(),
@@ -144,17 +144,22 @@ def _learning_curves(found):
 
 def _classes(found):
     counts, (precision, recall, f1, support) = found.confusion, found.scores
+    names = found.names
     mistakes = counts * (1 - np.eye(len(counts), dtype=int))
     most = np.argsort(-mistakes, axis=None, kind="stable")[:3]
     pairs = zip(*np.unravel_index(most, counts.shape), strict=True)
-    worst = ", ".join(f"{i} as {j} ({counts[i, j]} times)" for i, j in pairs if mistakes[i, j])
+    worst = ", ".join(
+        f"{names[i]} as {names[j]} ({counts[i, j]} times)" for i, j in pairs if mistakes[i, j]
+    )
     alt = f"Confusion matrix; most frequent mistakes: {worst or 'none'}"
-    pictures = _picture("confusion", figures.confusion(counts), alt)
-    alt = f"Precision, recall and F1 by class; lowest F1: class {f1.argmin()}, {f1.min():.3f}"
-    pictures |= _picture("classes", figures.class_bars(precision, recall, f1), alt)
+    pictures = _picture("confusion", figures.confusion(counts, names), alt)
+    alt = f"Precision, recall and F1 by class; lowest F1: class {names[f1.argmin()]}, "
+    alt += f"{f1.min():.3f}"
+    pictures |= _picture("classes", figures.class_bars(precision, recall, f1, names), alt)
     table = [["class", "precision", "recall", "F1", "examples"]]
     for c, scores in enumerate(zip(precision, recall, f1, strict=True)):
-        table.append([c, *(f"{score:.4f}" for score in scores), int(support[c])])
+        name = c if names[c] == str(c) else names[c]  # numbers are aligned as such
+        table.append([name, *(f"{score:.4f}" for score in scores), int(support[c])])
     text = f"{len(found.mistakes):,} of {len(found.labels):,} test examples are classified wrongly."
     text += " Rows are classes, columns predictions."
     return Section("Which classes are confused", text, pictures, table)
@@ -164,8 +169,13 @@ def _mistakes(found):
     if not len(found.mistakes):
         return None
     most = found.mistakes[:_NUM_MISTAKES]
-    shown = ", ".join(f"{found.predictions[n]} for {found.labels[n]}" for n in most[:5])
-    figure = figures.mistakes(found.images[most], found.labels[most], found.probabilities[most])
+    names = found.names
+    shown = ", ".join(
+        f"{names[found.predictions[n]]} for {names[found.labels[n]]}" for n in most[:5]
+    )
+    figure = figures.mistakes(
+        found.images[most], found.labels[most], found.probabilities[most], names
+    )
     pictures = _picture("mistakes", figure, f"Images classified wrongly: {shown}, …")
     text = "The predicted class, its probability, and the image's label."
     return Section("The most confident mistakes", text, pictures)
@@ -173,16 +183,18 @@ def _mistakes(found):
 
 def _sequence(found):
     model, (num_steps, size) = found.network.config.model, found.network.sequence_shape
+    read_at = views.read_at(model, found.network.spec)
     example, title = found.examples[0], f"{model.view}: {num_steps} time steps of {size}"
-    figure = figures.sequence(example.image, found.x, views.read_at(model), title)
-    alt = f"An image of class {example.label}, the time step of each pixel, and the sequence"
+    figure = figures.sequence(example.image, found.x, read_at, title)
+    alt = f"An image of class {found.names[example.label]}, the time step of each pixel, and the "
+    alt += "sequence"
     text = f"The network reads {num_steps} time steps of {size} number{'s' * (size > 1)} each."
     return Section("The image as a sequence", text, _picture("sequence", figure, alt))
 
 
 def _unrolled(found):
     model, example = found.network.config.model, found.examples[0]
-    figure = figures.unrolled(found.x, example.beliefs[-1], model)
+    figure = figures.unrolled(found.x, example.beliefs[-1], model, found.names)
     alt = f"{card.describe(model)}, drawn as a chain of states; prediction: {example.title}"
     text = "Each state h is computed from the state one time step earlier and from the layer below."
     text += " All time steps share the same weights."
@@ -199,7 +211,9 @@ def _beliefs(found):
         text += " A backward layer then starts from there."
     if found.accuracy_by_step is not None:
         half = int(np.argmax(found.accuracy_by_step >= found.accuracy / 2)) + 1
-        figure = figures.accuracy_by_step(found.accuracy_by_step, found.confidence_by_step)
+        figure = figures.accuracy_by_step(
+            found.accuracy_by_step, found.confidence_by_step, len(found.names)
+        )
         alt = f"Accuracy after each time step over {found.num_by_step:,} test examples; half of the"
         alt += f" final accuracy is reached after time step {half}"
         pictures |= _picture("by_step", figure, alt)
