@@ -228,7 +228,7 @@ def test_the_card_names_images_and_classes(spec):
     text = card.model_card("name", Config(), {}, None, spec, export.usage(spec, streaming))
     shape = ", ".join(map(str, spec.shape))
     for word in (
-        f"{'color' if spec.channels == 3 else 'gray'} images of {spec.height} × {spec.width}",
+        f"{'color' if spec.channels == 3 else 'gray'} images of {spec.width} × {spec.height}",
         f"{spec.num_classes} classes",
         f"np.zeros((1, {shape}), np.uint8))  # [1, {spec.num_classes}]",
         f"np.zeros((1, {streaming.size}), np.float32))  # [1, {spec.num_classes}]",

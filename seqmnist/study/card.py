@@ -15,7 +15,7 @@ _MAX_NAMES = 20  # of classes, on a card
 _CARD = """\
 # {name}
 
-A recurrent network that reads {kind} images of {height} × {width} pixels as sequences and
+A recurrent network that reads {kind} images of {width} × {height} pixels as sequences and
 classifies them into {num_classes} classes.
 
 | | |
