@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 import urllib.request
 
 import numpy as np
@@ -15,6 +16,9 @@ import pytest
 from conftest import REPOSITORY
 from test_predict import call
 
+from seqmnist.config import ModelConfig
+from seqmnist.networks import views
+from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import images, trained
 from tools import draw
 
@@ -42,6 +46,8 @@ def test_the_page_and_what_it_is_told(client):
     assert about["time_steps"] == 28
     assert about["read_at"] == [i // 28 for i in range(784)]
     assert "simple_rnn(8)" in about["network"]
+    assert about["is_of_digits"]
+    assert about["class_names"] == list("0123456789")
 
 
 @pytest.mark.slow
@@ -49,11 +55,54 @@ def test_a_drawing_is_answered_as_its_prepared_image(client, network):
     drawing = np.full((300, 200), 255, np.uint8)
     drawing[40:260, 90:115] = 0
     answer = client.post("/beliefs?width=200&height=300", content=drawing.tobytes()).json()
-    image = images.prepare(drawing, "drawing")
+    image = images.prepare(drawing, "drawing", MNIST)
     np.testing.assert_array_equal(np.reshape(answer["image"], (28, 28)), image)
     beliefs = network.beliefs(image[None])[:, 0]
     np.testing.assert_allclose(answer["beliefs"], beliefs, atol=1e-4)
     assert answer["class"] == beliefs[-1].argmax()
+
+
+class Pretended:
+    """A network that reads rows, and believes in the class whose number is the last byte."""
+
+    def __init__(self, spec):
+        self.spec = spec
+        self.sequence_shape = (spec.height, spec.width * spec.channels)
+        self.config = types.SimpleNamespace(model=ModelConfig())
+
+    def beliefs(self, images):
+        assert (images.shape[1:], images.dtype) == (self.spec.shape, np.uint8)
+        labels = images.reshape(len(images), -1)[:, -1]
+        sure = np.eye(self.spec.num_classes)[labels % self.spec.num_classes]
+        return np.linspace(0, 1, self.spec.height).reshape(-1, 1, 1) * sure
+
+
+SPECS = [
+    ImageSpec(8, 8, 1, tuple("0123456789")),
+    ImageSpec(32, 24, 3, ("cat", "dog", "fish")),
+    ImageSpec(28, 28, 1, tuple(f"kind {i}" for i in range(47))),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape}")
+def test_a_network_of_any_images_sees_light_strokes_on_a_dark_page(spec, monkeypatch):
+    monkeypatch.setattr(views, "read_at", lambda model, spec: np.zeros((spec.height, spec.width)))
+    app = draw.make_app(Pretended(spec))
+    client = testclient.TestClient(app, base_url="http://127.0.0.1")
+    about = client.get("/about").json()
+    assert not about["is_of_digits"]
+    assert ImageSpec.from_dict({name: about[name] for name in spec.to_dict()}) == spec
+    assert len(about["read_at"]) == spec.height * spec.width
+    drawing = np.full((10 * spec.height, 10 * spec.width), 255, np.uint8)
+    drawing[:20], drawing[-20:] = 0, 253
+    query = f"width={10 * spec.width}&height={10 * spec.height}"
+    answer = client.post(f"/beliefs?{query}", content=drawing.tobytes()).json()
+    image = np.reshape(answer["image"], spec.shape)
+    assert (image[0] == 255).all()
+    assert (image[4:-4] == 0).all()
+    assert (image[-1] == 2).all()
+    assert answer["class"] == 2
+    assert np.shape(answer["beliefs"]) == (spec.height, spec.num_classes)
 
 
 @pytest.mark.parametrize(

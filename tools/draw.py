@@ -1,9 +1,11 @@
-"""Serves a page on which one draws a digit and watches the prediction change by time step.
+"""Serves a page on which one draws and watches the prediction change by time step.
 
 Example:
   python -m tools.draw --workdir=runs/notebook
 
-Only this machine can reach the page. Ctrl-C ends the tool. It needs the extra `draw`:
+For a network of MNIST's digits, the drawing is prepared as MNIST was. Any other network sees the
+whole page as an image of its size, with light and gray strokes on a dark ground. Only this machine
+can reach the page. Ctrl-C ends the tool. It needs the extra `draw`:
   pip install -e '.[draw]'
 """
 
@@ -24,11 +26,13 @@ _MAX_BYTES = 1 << 20  # of a drawing
 
 
 def classify(network, drawing: np.ndarray) -> dict:
-    """Classifies a drawing, uint8 [H, W]; raises UserError if it is blank.
+    """Classifies a drawing with dark strokes, uint8 [H, W]; raises UserError if no digit is drawn.
 
-    Returns {"image": the prepared image as 784 bytes, "beliefs": [T, C], "class": the prediction}.
+    Returns {"image": the bytes of the prepared image, "beliefs": [T, C], "class": the prediction}.
     """
-    image = images.prepare(drawing, "the drawing")
+    # Datasets of drawings have light strokes on a dark ground; a digit's ground is found.
+    light = drawing if images.is_of_digits(network.spec) else 255 - drawing
+    image = images.prepare(light, "the drawing", network.spec)
     beliefs = network.beliefs(image[None])[:, 0]
     return {
         "image": image.ravel().tolist(),
@@ -49,11 +53,14 @@ def make_app(network):
     from seqmnist.networks import views
     from seqmnist.study import card
 
-    model = network.config.model
+    model, spec = network.config.model, network.spec
+    read_at = views.read_at(model, spec).ravel()
     about = {
         "network": card.describe(model),
         "time_steps": network.sequence_shape[0],
-        "read_at": [None if np.isnan(t) else int(t) for t in views.read_at(model).ravel()],
+        "read_at": [None if np.isnan(t) else int(t) for t in read_at],
+        "is_of_digits": images.is_of_digits(spec),
+        **spec.to_dict(),
     }
 
     async def beliefs(request):
@@ -100,7 +107,7 @@ def _main(arguments):
             f"--port={arguments.port} cannot be used ({reason}); choose one from 1024 to 65535"
         ) from None
     network = trained.load(arguments.workdir, arguments.member)
-    network.beliefs(np.zeros((1, 28, 28), np.uint8))  # compiles, before anyone waits
+    network.beliefs(np.zeros((1, *network.spec.shape), np.uint8))  # compiles, before anyone waits
     options = {"log_level": "warning", "timeout_graceful_shutdown": 1}
     server = uvicorn.Server(uvicorn.Config(make_app(network), **options))
     address = f"http://{HOST}:{listener.getsockname()[1]}"

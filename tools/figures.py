@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import patches
+from matplotlib import patches, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -125,7 +125,7 @@ def mistakes(
     figure = Figure(figsize=(WIDTH, (1.5 if is_brief else 1.7) * rows), layout="constrained")
     for i, (image, label, row) in enumerate(zip(images, labels, probabilities, strict=True)):
         axis = _show_image(figure.add_subplot(rows, 5, i + 1), image)
-        predicted, share = _short(names[row.argmax()], 10), f"{row.max():.0%}"
+        predicted, share = _short(names[row.argmax()], 11), f"{row.max():.0%}"
         is_, size = ("is", 9) if is_brief else ("\nis", 8)
         axis.set_title(f"{predicted} ({share}), {is_} {_short(names[label], 15)}", size=size)
     return figure
@@ -232,7 +232,7 @@ def _draw_readout(axis, sources, top, peak, readout):
 
 def _draw_prediction(axis, probabilities, names, left, right, base):
     num, predicted = len(probabilities), probabilities.argmax()
-    if num < 10:  # bars as narrow as those of ten classes
+    if num <= 9:  # bars as narrow as those of ten classes
         left = right - (right - left) * (num - 1) / 9
     places = np.linspace(left, right, num)
     colors = [GREEN if c == predicted else "#9fb8b0" for c in range(num)]
@@ -242,7 +242,9 @@ def _draw_prediction(axis, probabilities, names, left, right, base):
         if c == predicted or _are_brief(names):
             axis.text(place, base - 0.06, _short(names[c], 30), ha="center", va="top", size=9)
     share = probabilities[predicted]
-    axis.text(places[predicted], base + 0.95 * share + 0.05, f"{share:.0%}", ha="center", size=10)
+    axis.text(
+        places[predicted], base + 0.95 * share + 0.05, f"{share:.0%}", ha="center", size="medium"
+    )
 
 
 def beliefs(correct: Sequence[Example], wrong: Sequence[Example]) -> Figure:
@@ -313,7 +315,7 @@ def hidden_states(examples: Sequence[Example]) -> Figure:
     order = np.argsort(examples[0].states[-1])
     for axis, example in zip(axes[:, 0], examples, strict=True):
         heat = _heat_map(axis, example.states.T[order], "PuOr", -limit, limit)
-        axis.set_title(f"Prediction: {_plain(example.title)}", size=10, loc="left")
+        axis.set_title(f"Prediction: {_plain(example.title)}", size="medium", loc="left")
         axis.set_ylabel("unit")
         _show_image(axis.inset_axes((1.02, 0.3, 0.16, 0.4)), example.image)
     axes[-1, 0].set_xlabel("time step")
@@ -349,7 +351,7 @@ def _short(name, length):
 
 def _are_brief(names):
     """Returns whether all classes can be named side by side on a small axis."""
-    return len(names) <= 10 and max(map(len, names)) <= 2
+    return max(map(len, names)) <= 2 and sum(map(len, names)) <= 12
 
 
 def _name_ticks(side, names, length):
@@ -360,7 +362,7 @@ def _name_ticks(side, names, length):
     """
     room = length / len(names)
     step = math.ceil(5 / room)  # every how many-th class is named
-    size = min(10, step * room)
+    size = min(rcParams["font.size"], step * room)
     shown = [_short(name, 18) for name in names[::step]]
     longest = 0.6 * size * max(map(len, shown))
     is_upright = side.axis_name == "x" and longest > step * room
