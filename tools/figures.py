@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib import patches, rcParams
+from matplotlib import font_manager, patches, rcParams
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -338,6 +338,16 @@ def gradient_norms(norms: np.ndarray) -> Figure:
         axis.legend(frameon=False)
     _tidy(axis)
     return figure
+
+
+def drawable(names: Sequence[str]) -> list[str]:
+    """Returns names of classes, or the number of each class whose name the font cannot draw."""
+    font = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
+
+    def is_drawable(name):
+        return all(font.get_char_index(ord(letter)) for letter in name)
+
+    return [name if is_drawable(name) else str(c) for c, name in enumerate(names)]
 
 
 def _plain(text):

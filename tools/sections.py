@@ -40,6 +40,7 @@ class Found:
         """Reads the test set; `metrics` are the lines of `metrics.jsonl`."""
         self.network, self.metrics = network, metrics
         self.names = network.spec.class_names
+        self.drawn_names = figures.drawable(self.names)  # in figures
         self.images, self.labels = images, labels = network.test_set()
         self.probabilities = network.probabilities(images)  # [N, C]
         self.predictions = self.probabilities.argmax(-1)
@@ -72,7 +73,7 @@ class Found:
         images, labels = self.images[numbers], self.labels[numbers].tolist()
         beliefs, states = self.network.beliefs(images), self.network.hidden_states(images)
         parts = (images, labels, beliefs.swapaxes(0, 1), states.swapaxes(0, 1))
-        return [figures.Example(*each, self.names) for each in zip(*parts, strict=True)]
+        return [figures.Example(*each, self.drawn_names) for each in zip(*parts, strict=True)]
 
 
 def examine(workdir: str | os.PathLike, member: int | None) -> tuple[list[Section], dict[str, Any]]:
@@ -152,13 +153,17 @@ def _classes(found):
         f"{names[i]} as {names[j]} ({counts[i, j]} times)" for i, j in pairs if mistakes[i, j]
     )
     alt = f"Confusion matrix; most frequent mistakes: {worst or 'none'}"
-    pictures = _picture("confusion", figures.confusion(counts, names), alt)
+    pictures = _picture("confusion", figures.confusion(counts, found.drawn_names), alt)
     alt = f"Precision, recall and F1 by class; lowest F1: class {names[f1.argmin()]}, "
     alt += f"{f1.min():.3f}"
-    pictures |= _picture("classes", figures.class_bars(precision, recall, f1, names), alt)
+    pictures |= _picture(
+        "classes", figures.class_bars(precision, recall, f1, found.drawn_names), alt
+    )
     table = [["class", "precision", "recall", "F1", "examples"]]
     for c, scores in enumerate(zip(precision, recall, f1, strict=True)):
-        name = c if names[c] == str(c) else names[c]  # numbers are aligned as such
+        drawn = found.drawn_names[c]
+        name = names[c] if drawn == names[c] else f"{drawn}: {names[c]}"
+        name = c if name == str(c) else name  # numbers are aligned as such
         table.append([name, *(f"{score:.4f}" for score in scores), int(support[c])])
     text = f"{len(found.mistakes):,} of {len(found.labels):,} test examples are classified wrongly."
     text += " Rows are classes, columns predictions."
@@ -174,7 +179,7 @@ def _mistakes(found):
         f"{names[found.predictions[n]]} for {names[found.labels[n]]}" for n in most[:5]
     )
     figure = figures.mistakes(
-        found.images[most], found.labels[most], found.probabilities[most], names
+        found.images[most], found.labels[most], found.probabilities[most], found.drawn_names
     )
     pictures = _picture("mistakes", figure, f"Images classified wrongly: {shown}, …")
     text = "The predicted class, its probability, and the image's label."
@@ -194,7 +199,7 @@ def _sequence(found):
 
 def _unrolled(found):
     model, example = found.network.config.model, found.examples[0]
-    figure = figures.unrolled(found.x, example.beliefs[-1], model, found.names)
+    figure = figures.unrolled(found.x, example.beliefs[-1], model, found.drawn_names)
     alt = f"{card.describe(model)}, drawn as a chain of states; prediction: {example.title}"
     text = "Each state h is computed from the state one time step earlier and from the layer below."
     text += " All time steps share the same weights."

@@ -110,7 +110,8 @@ def model_card(
         rows.append(f"| notice | {notice} |")
     names = list(spec.class_names[:_MAX_NAMES])
     names += [f"and {more} more"] if (more := spec.num_classes - len(names)) else []
-    rows.insert(0, f"| classes | {', '.join(names)} |")
+    listed = ", ".join(names).replace("|", "\\|")
+    rows.insert(0, f"| classes | {listed} |")
     return _CARD.format(
         name=name,
         kind="gray" if spec.channels == 1 else "color",

@@ -39,7 +39,8 @@ def _affine_one(image, amounts):
 
     planes = image.reshape(*image.shape[:2], -1)
     is_ink = (planes > 0).any(-1)
-    border = np.pad(np.zeros(size.astype(int) - 2, bool), 1, constant_values=True)
+    border = np.ones(image.shape[:2], bool)
+    border[1:-1, 1:-1] = False
     is_on_ground = jnp.sum(is_ink & border) * 2 < border.sum()
 
     # From the centre to where ink may be: interpolation spreads it by little more than a pixel.
