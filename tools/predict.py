@@ -49,9 +49,7 @@ def _main(arguments):
 
         network = export.load(arguments.artifact)
     else:
-        from seqmnist.study import trained
-
-        network = trained.load(arguments.workdir, arguments.member)
+        network = cli.load(arguments)
     names = network.spec.class_names
     titles, arrays = gather(files, network.spec, not arguments.no_prepare)
     probabilities = network.probabilities(arrays)
@@ -69,7 +67,8 @@ def _main(arguments):
             for t, belief in enumerate(beliefs[:, i], 1):
                 print(f"{to_line(belief)}  after time step {t} of {len(beliefs)}")
             answers[-1]["by_row"] = beliefs[:, i].tolist()
-    return {"images": answers, "class_names": list(names)}
+    step = None if arguments.artifact else network.step
+    return {"images": answers, "class_names": list(names), "checkpoint": step}
 
 
 def _format(names):

@@ -96,7 +96,9 @@ def _main(arguments):
     from seqmnist.workdir import Workdir
     from tools import sections as section_lib  # here, not above: --help needs no JAX
 
-    sections, numbers = section_lib.examine(arguments.workdir, arguments.member)
+    sections, numbers = section_lib.examine(
+        arguments.workdir, arguments.member, arguments.checkpoint
+    )
     if arguments.compare:
         sections.insert(1, section_lib.compare([arguments.workdir, *arguments.compare]))
     workdir = Workdir(arguments.workdir).path

@@ -76,19 +76,22 @@ class Found:
         return [figures.Example(*each, self.drawn_names) for each in zip(*parts, strict=True)]
 
 
-def examine(workdir: str | os.PathLike, member: int | None) -> tuple[list[Section], dict[str, Any]]:
+def examine(
+    workdir: str | os.PathLike, member: int | None, checkpoint: str = "newest"
+) -> tuple[list[Section], dict[str, Any]]:
     """Returns the sections of a page on a trained network, and the numbers in them.
 
     Raises UserError if the workdir holds no usable run, or its data is not available.
     """
     metrics = Workdir(workdir).read_metrics()
-    found = Found(trained.load(workdir, member), metrics)
+    found = Found(trained.load(workdir, member, checkpoint=checkpoint), metrics)
     sections = [section for make in _SECTIONS if (section := make(found))]
     by_step, num_mistakes = found.accuracy_by_step, len(found.mistakes)
     test = {"accuracy": found.accuracy, "examples": len(found.labels), "mistakes": num_mistakes}
     numbers = {
         "test": test,
         "member": found.network.member,
+        "checkpoint": found.network.step,
         "class_names": list(found.names),
         "confusion": found.confusion.tolist(),
         "classes": {name: score.tolist() for name, score in found.scores._asdict().items()},
@@ -127,7 +130,7 @@ def _what_was_run(found):
         text += "\nNOTICE: the run has not ended; this is its latest checkpoint."
     if notice := results.get("dataset", {}).get("notice"):
         text += f"\nNOTICE: {notice}"
-    facts = card.facts(network.config, results, network.member)
+    facts = card.facts(network.config, results, network.member, network.step)
     return Section("What was run", text, {}, [[], *facts.items()])
 
 

@@ -59,11 +59,13 @@ def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]
     }
 
 
-def facts(config: Config, results: dict[str, Any], member: int | None) -> dict[str, str]:
+def facts(
+    config: Config, results: dict[str, Any], member: int | None, step: int | None = None
+) -> dict[str, str]:
     """Returns what is known about a network as text, e.g. {"parameters": "6,602", …}.
 
     `results` is what `results.json` holds, empty if the run has not finished; `member` is which of
-    the run's members the network is, or None.
+    the run's members the network is, or None; `step` that of its checkpoint.
     """
     dataset, optimizer = results.get("dataset", {}), config.optimizer
     sizes = [f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if dataset]
@@ -82,6 +84,7 @@ def facts(config: Config, results: dict[str, Any], member: int | None) -> dict[s
         f"{optimizer.name}, learning rate {rate}",
         "seed": str(config.seed),
         **{name: str(value) for name, value in own.items()},
+        **({} if step is None else {"checkpoint": f"step {step}"}),
         "devices": ", ".join(results.get("devices", [_MISSING])),
         "seconds": ", ".join(seconds) or _MISSING,
         **scores(results, member),
@@ -96,6 +99,7 @@ def model_card(
     member: int | None,
     spec: ImageSpec,
     usage: str,
+    step: int | None = None,
 ) -> str:
     """Returns a model card in Markdown; for the arguments, see `facts`.
 
@@ -105,7 +109,7 @@ def model_card(
     values = config_lib.to_dict(config)
     values["data"] |= {"data_dir": None, "manual_dir": None}
     values["plugins"] = ",".join(path.rpartition("/")[2] for path in config.plugins.split(","))
-    rows = [f"| {key} | {value} |" for key, value in facts(config, results, member).items()]
+    rows = [f"| {key} | {value} |" for key, value in facts(config, results, member, step).items()]
     if notice := results.get("dataset", {}).get("notice"):
         rows.append(f"| notice | {notice} |")
     names = list(spec.class_names[:_MAX_NAMES])
