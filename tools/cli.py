@@ -47,7 +47,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
-    """Adds --member, --checkpoint and --workdir, which is required unless it goes into a group of choices."""
+    """Adds --member, --checkpoint and --workdir; the last is required, or one of `choices`."""
     (choices or parser).add_argument(
         "--workdir", metavar="DIR", required=not choices, help="folder of a trained run"
     )

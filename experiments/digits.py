@@ -1,0 +1,28 @@
+"""Small real digits, 8 × 8, row by row: from nothing to a good network in seconds.
+
+Command:
+  python -m seqmnist.main --workdir=runs/digits --config=experiments/digits.py
+
+Duration: @DUR@
+Reference: none.
+"""
+
+from seqmnist import config as config_lib
+
+
+def get_config():
+    """Returns the configuration."""
+    config = config_lib.get_config()
+    config.data.name = "digits"
+    config.train.batch_size = 32
+    config.train.num_epochs = 60
+    config.train.augment = "affine"
+    config.model.cell = "gru"
+    config.model.num_layers = 2
+    config.model.bidirectional = True
+    config.model.readout = "mean"
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 0.005
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_fraction = 0.1
+    return config
