@@ -172,7 +172,7 @@ def test_other_files_are_skipped_and_told_in_one_line(tmp_path):
         (tmp_path / hidden).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / hidden).write_bytes(b"no picture")
     np.testing.assert_array_equal(read(tmp_path).train[0], expected.train[0])  # and says nothing
-    write(tmp_path / "a" / "deeper" / "x.png")
+    write(tmp_path / "a" / "deeper.png" / "x.png")
     (tmp_path / "a" / "notes.txt").touch()
     os.mkfifo(tmp_path / "README")
     said = []
@@ -313,6 +313,9 @@ def test_fingerprint_tells_changes(tmp_path):
     third = both()
     assert third[0] != second[0]
     assert third[1] == second[1]
+    (tmp_path / "data" / "a" / "x2.png").rename(tmp_path / "elsewhere.png")
+    (tmp_path / "data" / "a" / "x2.png").symlink_to(tmp_path / "elsewhere.png")
+    assert both() == third
     (tmp_path / "data" / "a" / "up").symlink_to("..")
     (tmp_path / "data" / "b" / "up").symlink_to("..")
     (tmp_path / "data" / "b" / "gone").symlink_to("nothing")
