@@ -13,10 +13,7 @@ import numpy as np
 from seqmnist.datasets import archives, pictures
 from seqmnist.errors import UserError
 
-_LAYOUTS = (
-    "it must hold the pictures as train/CLASS/* and test/CLASS/*, or as CLASS/*, one folder per "
-    "class"
-)
+_LAYOUTS = "train/CLASS/* and test/CLASS/*, or in CLASS/*"
 _SPLITS = ("train", "test")
 # What systems and programs leave in folders, besides names that begin with a dot.
 _HIDDEN = {"Thumbs.db", "desktop.ini", "__MACOSX"}
@@ -102,7 +99,7 @@ def _find(folder, say):
     """Returns the class names, and for each split the list of each class's picture files."""
     if not os.path.isdir(folder):
         fault = "is not a folder" if os.path.lexists(folder) else "does not exist"
-        raise UserError(f"{folder} {fault}; name a folder of pictures: {_LAYOUTS}")
+        raise UserError(f"{folder} {fault}; name a folder with pictures in {_LAYOUTS}")
     skipped = []
     if roots := _split_folders(folder, skipped):
         found = {split: _find_classes(roots[split], folder, skipped) for split in _SPLITS}
@@ -127,7 +124,7 @@ def _split_folders(folder, skipped):
         other = _SPLITS[split == "train"]
         raise UserError(
             f"{folder} contains a folder {split} of classes but no folder {other}; add it, or move "
-            f"the class folders of {split} up, which splits them"
+            f"the class folders of {split} up, where every fifth picture is for testing"
         )
     if roots:
         skipped += [path for path in _listdir(folder) if path.name not in roots]
@@ -145,11 +142,11 @@ def _find_classes(root, folder, skipped):
         else:
             skipped.append(path)
     if not classes:
-        raise UserError(f"{root} contains no class folders; {_LAYOUTS}")
+        raise UserError(f"{root} contains no class folders; put the pictures in {_LAYOUTS}")
     if empty := [root / name for name, paths in classes.items() if not paths]:
         raise UserError(
             f"{folder} contains class folders without pictures: "
-            f"{_name(empty, folder, _MOST_NAMED)}; {_LAYOUTS}, and deeper folders are not read"
+            f"{_name(empty, folder, _MOST_NAMED)}; put them in {_LAYOUTS}, not in deeper folders"
         )
     return classes
 
@@ -199,7 +196,7 @@ def _split(folder, classes):
         if len(paths) < _TEST_EVERY:
             raise UserError(
                 f"the class {name} of {folder} has fewer than {_TEST_EVERY} pictures, of which "
-                f"every fifth is for testing; add pictures, or choose those for testing: {_LAYOUTS}"
+                f"every fifth is for testing; add some, or use train/CLASS/* and test/CLASS/*"
             )
         found["test"][name] = paths[_TEST_EVERY - 1 :: _TEST_EVERY]
         found["train"][name] = [p for k, p in enumerate(paths, 1) if k % _TEST_EVERY]
@@ -245,10 +242,12 @@ def _decode(folder, paths, grayscale, size):
             if len(first_of_shape) == 1:
                 images[i] = image
     if bad:
-        reason = str(next(iter(bad.values()))).removeprefix(f"{next(iter(bad))} ")
+        bad = dict(sorted(bad.items(), key=lambda item: _natural(str(item[0]))))
+        path, error = next(iter(bad.items()))
+        reason = str(error).removeprefix(f"{path} ").rpartition("; ")[0]
         raise UserError(
             f"{len(bad):,} of {len(paths):,} pictures in {folder} cannot be read: "
-            f"{_name(bad, folder, _MOST_NAMED)} (the first {reason.rpartition('; ')[0]}); replace "
+            f"{_name(bad, folder, _MOST_NAMED)} (the first {reason}); replace "
             "or remove them"
         )
     _check_alike(folder, first_of_shape)

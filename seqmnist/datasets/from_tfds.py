@@ -121,7 +121,7 @@ def _not_found(name, data_dir):
         ".download_and_prepare()"
     )
     return (
-        f"{problem}; choose one of these, or prepare it, where TensorFlow is installed, with: "
+        f"{problem}; to prepare it, run where tensorflow and tensorflow-datasets are installed: "
         f"python -c {shlex.quote(program)}"
     )
 

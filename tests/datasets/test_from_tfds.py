@@ -172,7 +172,7 @@ def test_finds_versions_and_configs(tmp_path):
 def test_what_is_missing_is_prepared_by_a_command(tmp_path):
     line = refusal(tmp_path / "it's here", "mnist:3.0.1")
     assert "it contains none" in line
-    program, flag, code = shlex.split(line.partition("with: ")[2])
+    program, flag, code = shlex.split(line.partition("installed: ")[2])
     assert (program, flag) == ("python", "-c")
     called = {}
 
