@@ -294,7 +294,7 @@ def _resized(images, config):
     from seqmnist.datasets import pictures  # here, not above: most datasets are as they are
 
     if config.grayscale and images.ndim == 4:
-        images = pictures.to_channels(images, 1)
+        images = np.stack([pictures.to_channels(each, 1) for each in images])
     if config.size and images.shape[1:3] != (config.size, config.size):
         images = np.stack([pictures.resize(each, config.size, config.size) for each in images])
     return images

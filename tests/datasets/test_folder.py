@@ -2,29 +2,16 @@ import os
 import socket
 import threading
 import warnings
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from seqmnist.datasets import archives, folder
+from seqmnist.datasets import folder
 from seqmnist.errors import UserError
 
 RNG = np.random.default_rng(0)
 IS_ROOT = os.geteuid() == 0
-
-
-@pytest.fixture(autouse=True)
-def _class_names(monkeypatch):
-    if "class_names" not in archives.Splits._fields:
-
-        class Splits(NamedTuple):
-            train: tuple
-            test: tuple
-            class_names: tuple = ()
-
-        monkeypatch.setattr(archives, "Splits", Splits)
 
 
 def write(path, shape=(4, 4), value=None):

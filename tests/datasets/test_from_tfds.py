@@ -3,7 +3,6 @@ import json
 import shlex
 import subprocess
 import sys
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -11,23 +10,11 @@ import tensorflow_datasets as tfds
 from conftest import REPOSITORY
 from PIL import Image
 
-from seqmnist.datasets import archives, from_tfds
+from seqmnist.datasets import from_tfds
 from seqmnist.errors import UserError
 
 NAMES = ["cat", "dog", "hen"]
 LABEL = tfds.features.ClassLabel(names=NAMES)
-
-
-@pytest.fixture(autouse=True)
-def _class_names(monkeypatch):
-    if "class_names" not in archives.Splits._fields:
-
-        class Splits(NamedTuple):
-            train: tuple
-            test: tuple
-            class_names: tuple = ()
-
-        monkeypatch.setattr(archives, "Splits", Splits)
 
 
 def make_arrays(shape, n, seed=0):
