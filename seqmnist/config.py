@@ -124,7 +124,7 @@ class OptimizerConfig(_Group):
         0.1, "share of the learning rate that plateau leaves", within="(0, 1)"
     )
     plateau_patience: int = _field(
-        10, "epochs without a lower training loss, for plateau", within="[1, 1000000]"
+        5, "epochs without a lower training loss, for plateau", within="[1, 1000000]"
     )
     warmup_fraction: float = _field(
         0.0, "share of the run in which the learning rate rises from zero", within="[0, 1)"

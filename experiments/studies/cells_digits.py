@@ -1,0 +1,29 @@
+"""Every cell at one budget of parameters on small digits, 8 × 8, row by row.
+
+Command:
+  python -m tools.study experiments/studies/cells_digits.py --workdir=runs/cells_digits
+
+@RESULT@
+"""
+
+from seqmnist import config as config_lib
+from seqmnist.study.plan import Study
+
+CELLS = ("simple_rnn", "irnn", "gru", "lstm", "min_gru", "lru")
+
+
+def get_study():
+    """Returns the study."""
+    entries = {}
+    for cell in CELLS:
+        config = config_lib.get_config()
+        config.data.name = "digits"
+        config.model.cell = cell
+        config.train.batch_size = 32
+        config.train.num_epochs = 20
+        config.optimizer.name = "adam"
+        config.optimizer.schedule = "cosine"
+        config.optimizer.clip_norm = 1.0
+        entries[cell] = config
+    select = {"optimizer.learning_rate": [0.001, 0.003, 0.01, 0.03, 0.1]}
+    return Study(entries, range(100, 110), select, range(3), budget=3000)
