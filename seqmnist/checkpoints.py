@@ -167,7 +167,7 @@ class Checkpoints:
         for step in reversed(steps):
             reason, leaves, facts = self._try_read(step)
             if not reason:
-                state, sums, best = _fitted(step, leaves, expect(facts))
+                state, sums, best = _fitted(step, _with_norms(leaves), expect(facts))
                 return Saved(state, sums, **facts, best=best)
             aside = _unused(self._workdir / DAMAGED / str(step))
             notice(f"checkpoints/{step} is damaged ({reason}); moved to {DAMAGED}/{aside.name}")
@@ -278,6 +278,15 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not is_whole or facts["step"] != int(folder.name):
         raise _DamagedError("its content has changed since it was written")
     return leaves, facts
+
+
+def _with_norms(leaves):
+    """Adds the sums of norms that earlier versions did not save: unknown within an epoch."""
+    if "1.loss" not in leaves:
+        return leaves
+    loss = leaves["1.loss"]
+    unknown = np.where(loss == 0, 0, np.nan).astype(loss.dtype)
+    return {"1.gradient_norm": unknown, "1.update_norm": unknown} | leaves
 
 
 def _check_readable(folder):

@@ -160,6 +160,11 @@ class TrainConfig(_Group):
         "lowest are taken back; 0 never",
         within=_COUNT,
     )
+    log_every_steps: int = _field(
+        0,
+        "write loss and norms of every n-th step of the run to steps.jsonl; 0 never",
+        within=_COUNT,
+    )
     augment: str = _field("none", "distortion of training images, in augment.AUGMENTATIONS")
 
 
@@ -233,6 +238,7 @@ _RETIRED = ("scan",)
 NEUTRAL = ("data.name", "data.data_dir", "data.manual_dir", "data.verify_checksums")
 NEUTRAL += ("data.grayscale", "data.size")
 NEUTRAL += ("plugins", "data.input_mode", "mesh.member", "mesh.data", "profile.steps")
+NEUTRAL += ("train.log_every_steps",)
 NEUTRAL += tuple(f"checkpoint.{field.name}" for field in dataclasses.fields(CheckpointConfig))
 
 # Fields that act only with some values of another field.

@@ -26,6 +26,7 @@ from seqmnist.stop import StopRequest
 from seqmnist.study import profiling
 from seqmnist.training import batches, devices, divergence, members, stopping
 from seqmnist.training.loop import Progress
+from seqmnist.training.metrics import parameter_norm
 from seqmnist.training.task import Program, Task, as_trained, check_memory, compose
 from seqmnist.workdir import PROFILE, Events, Workdir, versions
 
@@ -134,7 +135,8 @@ class Session:
         self._saved = saved
         self._saved_step = saved.step  # of the newest checkpoint
         self._is_writer = jax.process_index() == 0
-        self._events = Events(workdir, saved.history)
+        logged = workdir.read_steps(saved.step)
+        self._events = Events(workdir, task.config, saved.history, logged, saved.seconds)
         # When the current epoch would have begun if it had not been interrupted.
         self._epoch_began = time.monotonic() - (saved.seconds - _seconds(saved.history))
         self._update_bar = None
@@ -148,11 +150,14 @@ class Session:
     def train_epoch(self, epoch: int) -> Iterator[Progress]:
         """Epoch begun: trains what is left of it, and reports its progress."""
         task, first = self._task, epoch * self._task.steps_per_epoch
+        config, traced = task.config, (step - first for step in self._profile.breaks)
+        due = (*traced, *self._due(first, config.checkpoint.every_steps))
+        logged = self._due(first, config.train.log_every_steps)
         begin = Progress(self._saved.state, self._saved.sums, self._saved.step - first)
-        rows, traced = task.epoch_rows(epoch), (step - first for step in self._profile.breaks)
+        rows = task.epoch_rows(epoch)
         self._stop_if_asked()
         with self._display.epoch(self._title(epoch), task.steps_per_epoch) as self._update_bar:
-            progresses = task.loop.train(begin, rows, (*traced, *self._due(first)))
+            progresses = task.loop.train(begin, rows, (*due, *logged))
             timed = self._timed(progresses, begin.step)
             yield from self._profile.watch(timed, first, begin.step)
 
@@ -173,8 +178,9 @@ class Session:
             newest = f"{DIRECTORY}/{steps[-1]}" if steps else "none"
             reason = divergence.explain(self._task, progress.state, newest, debug_nans)
             raise divergence.DivergedError(reason)
+        self._log_step(progress)  # before the checkpoint, which says that it was
         if progress.step < steps_per_epoch:  # else the epoch's end follows, and saves more
-            if progress.step in self._due(len(history) * steps_per_epoch):
+            if _divides(self._task.config.checkpoint.every_steps, self._saved.step):
                 self._save()
             self._stop_if_asked()
 
@@ -190,6 +196,7 @@ class Session:
             "step": saved.step,
             **{f"train/{key}": value for key, value in train_means.items()},
             **{f"validation/{key}": value for key, value in validation.items()},
+            **_norms(saved, task.steps_per_epoch),
             "seconds": round(seconds, 3),
         }
         history = [*saved.history, record]
@@ -200,12 +207,12 @@ class Session:
         if self._is_writer:
             with _explain_writing(self._workdir):
                 self._workdir.add_epoch(record)
-                self._events.add(record)
+                self._events.add_epoch(record)
         if task.config.train.early_stopping:
             self._take_back_best()
         is_best = settings.keep_best and best_step(history) == saved.step
         counts = ((epoch + 1, settings.every_epochs), (saved.step, settings.every_steps))
-        is_due = any(every and count % every == 0 for count, every in counts)
+        is_due = any(_divides(every, count) for count, every in counts)
         if is_due or is_best or self._is_over():
             self._save()
         self._stop_if_asked()
@@ -277,11 +284,25 @@ class Session:
             yield progress
             began = time.monotonic()
 
-    def _due(self, first):
-        """Steps within the epoch, but its last, after which the state is saved."""
-        every = self._task.config.checkpoint.every_steps
-        steps = range(1, self._task.steps_per_epoch)
-        return [step for step in steps if (first + step) % every == 0] if every else []
+    def _due(self, first, every):
+        """Steps within the epoch that begins after step `first`, one of every n of the run."""
+        return range(every - first % every, self._task.steps_per_epoch, every) if every else ()
+
+    def _log_step(self, progress):
+        """Writes what the newest step was like, if that is asked for."""
+        if not _divides(self._task.config.train.log_every_steps, self._saved.step):
+            return
+        last = devices.gather(progress.last)
+        record = {
+            "step": self._saved.step,
+            "loss": last.means()["loss"],
+            **last.norms(),
+            "train_seconds": round(self._saved.seconds, 3),
+        }
+        if self._is_writer:
+            with _explain_writing(self._workdir):
+                self._workdir.add_step(record)
+                self._events.add_step(record)
 
     def _save(self):
         if self._saved.step != self._saved_step:
@@ -359,7 +380,7 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
                 if overwrite:
                     workdir.replace(task.config)
                 else:
-                    workdir.begin(task.config, saved.history)
+                    workdir.begin(task.config, saved.history, saved.step)
         yield session
 
 
@@ -482,6 +503,20 @@ def _diverged(history):
 
 def _means(sums):
     return devices.gather(sums).means()
+
+
+def _norms(saved, num_steps):
+    """An epoch's norms, as its record holds them; NaN of what has diverged or stopped."""
+    sums = devices.gather(saved.sums)
+    params = devices.gather(nnx.filter_state(saved.state.params, nnx.Param))
+    norm = np.where(np.isfinite(sums.loss), parameter_norm(params, sums.loss.shape), np.nan)
+    norms = {f"train/{key}": value for key, value in sums.norms(num_steps).items()}
+    return norms | {"parameter_norm": norm.tolist()}
+
+
+def _divides(every, count):
+    """Whether a count is one of every n; n = 0 is never."""
+    return every and count % every == 0
 
 
 def _seconds(history):

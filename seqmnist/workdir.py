@@ -2,6 +2,7 @@
 
 config.json     the whole configuration
 metrics.jsonl   one line per epoch
+steps.jsonl     one line per so many steps, if asked for
 results.json    what came out; exists once the run has finished
 events.out.tfevents.*   the metrics for TensorBoard
 checkpoints/, damaged/  see `checkpoints`
@@ -17,6 +18,7 @@ import math
 import os
 import pathlib
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,13 +27,14 @@ from seqmnist import config as config_lib
 from seqmnist import paths
 from seqmnist.errors import UserError, one_line
 
-CONFIG, METRICS, RESULTS = "config.json", "metrics.jsonl", "results.json"
+CONFIG, METRICS, STEPS = "config.json", "metrics.jsonl", "steps.jsonl"
+RESULTS = "results.json"
 PROFILE, EXPORT, REPORT = "profile", "export", "report"
 _LOCK, _REPLACED, _EVENTS = ".lock", ".replaced", "events.out.tfevents.*"
 
 # What a run writes, and in folders a file that shows that a run or a tool has made them.
-_FILES = (CONFIG, METRICS, RESULTS, _EVENTS, f"{REPORT}.html", f"{CONFIG}.partial")
-_FILES += (f"{METRICS}.partial", f"{RESULTS}.partial")
+_FILES = (CONFIG, METRICS, STEPS, RESULTS, _EVENTS, f"{REPORT}.html", f"{CONFIG}.partial")
+_FILES += (f"{METRICS}.partial", f"{STEPS}.partial", f"{RESULTS}.partial")
 _FOLDERS = {
     "checkpoints": "[0-9]*",
     PROFILE: "plugins/profile",
@@ -59,6 +62,14 @@ _RESULTS_KINDS = {
 }
 _METRICS_KINDS = {"epoch": int, "step": int, "train/loss": _SCORE, "train/accuracy": _SCORE}
 _METRICS_KINDS |= {"validation/loss": _SCORE, "validation/accuracy": _SCORE, "seconds": _SCORE}
+_STEPS_KINDS = {"step": int, "train_seconds": float}
+
+# Charts of TensorBoard's tab Custom Scalars: titles, and regular expressions for their curves.
+_CHARTS = {
+    "loss": "(train|validation)/loss(/mean)?$",
+    "accuracy": "(train|validation)/accuracy(/mean)?$",
+    "norms of gradient and update": "train/(gradient|update)_norm(/mean)?$",
+}
 
 
 class Workdir:
@@ -84,7 +95,7 @@ class Workdir:
             raise UserError(f"--workdir={self}: {nearest} is not a folder; choose another")
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"--workdir={self}: {nearest} is not writable; choose another")
-        for name in (CONFIG, METRICS, RESULTS):
+        for name in (CONFIG, METRICS, STEPS, RESULTS):
             if (self.path / name).is_dir():
                 raise UserError(
                     f"{self.path / name} is a folder; move it, or choose another --workdir"
@@ -148,12 +159,26 @@ class Workdir:
             raise UserError(f"{path} holds no epoch; train with this workdir first")
         return [_checked(path, line, _METRICS_KINDS) for line in lines]
 
-    def begin(self, config: config_lib.Config, history: list[dict[str, Any]]) -> None:
-        """Writes the configuration and the epochs so far; the run has no results any more."""
+    def read_steps(self, step: int) -> list[dict[str, Any]]:
+        """Returns the lines of `steps.jsonl` up to a step of the run; none if there is no file.
+
+        What a process that was killed left of its last line is no line. Raises UserError if the
+        file is not what a run writes.
+        """
+        path = self.path / STEPS
+        lines = _read_text(path).split("\n")[:-1] if step and path.exists() else []
+        records = [_checked(path, _parse(path, line), _STEPS_KINDS) for line in lines]
+        return [record for record in records if record["step"] <= step]
+
+    def begin(
+        self, config: config_lib.Config, history: list[dict[str, Any]], step: int = 0
+    ) -> None:
+        """Writes the configuration and the run so far, `step` steps; it has no results any more."""
         (self.path / RESULTS).unlink(missing_ok=True)
         write_json(self.path / CONFIG, config_lib.to_dict(config))
-        lines = "".join(_dump(record) + "\n" for record in history)
-        _write_aside(self.path / METRICS, lines)
+        _write_lines(self.path / METRICS, history)
+        if (self.path / STEPS).exists():
+            _write_lines(self.path / STEPS, self.read_steps(step))
 
     def replace(self, config: config_lib.Config) -> None:
         """Removes the run that is here and begins another; all or nothing, see `_recover`."""
@@ -167,6 +192,10 @@ class Workdir:
     def add_epoch(self, record: dict[str, Any]) -> None:
         """Adds a line to the metrics."""
         append_line(self.path / METRICS, record)
+
+    def add_step(self, record: dict[str, Any]) -> None:
+        """Adds a line to the steps."""
+        append_line(self.path / STEPS, record)
 
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the results."""
@@ -193,33 +222,108 @@ class Workdir:
 
 
 class Events:
-    """TensorBoard's event file of a workdir: what `metrics.jsonl` holds, as curves."""
+    """TensorBoard's event file of a workdir: records as curves, charts, and hyper-parameters.
 
-    def __init__(self, workdir: Workdir, history: list[dict[str, Any]]):
-        """Takes the finished epochs, with which the file is started anew."""
-        self._directory, self._history = workdir.path, list(history)
+    Wall times are those of a run without interruptions: they differ by seconds of training.
+    """
 
-    @functools.cached_property
-    def _writer(self):
-        from tensorboard.summary import Writer  # here, not above: it takes long to import
+    def __init__(
+        self,
+        workdir: Workdir,
+        config: config_lib.Config,
+        history: list[dict[str, Any]],
+        steps: list[dict[str, Any]],
+        seconds: float,
+    ):
+        """Takes epochs, logged steps and seconds of training so far, to start the file anew."""
+        self._directory, self._config = workdir.path, config
+        self._began = time.time() - seconds
+        self._pending: list[tuple[str, dict[str, Any], float]] = []
+        self._seconds = 0.0  # of the finished epochs
+        for record in history:
+            self._queue_epoch(record)
+        for record in steps:
+            self._queue_step(record)
 
-        for old in self._directory.glob(_EVENTS):
-            old.unlink()
-        return Writer(str(self._directory))
-
-    def add(self, record: dict[str, Any]) -> None:
+    def add_epoch(self, record: dict[str, Any]) -> None:
         """Adds an epoch; of several members, mean, min and max."""
-        self._history.append(record)
-        for each in self._history:
-            for name, value in _scalars(each):
-                self._writer.add_scalar(name, value, each["step"])
-        self._history.clear()
+        self._queue_epoch(record)
+        self._write()
         self._writer.flush()
+
+    def add_step(self, record: dict[str, Any]) -> None:
+        """Adds a logged step, as `add_epoch` does; on the disk within ten seconds or so."""
+        self._queue_step(record)
+        self._write()
 
     def close(self) -> None:
         """Writes what is left."""
         if "_writer" in self.__dict__:
             self._writer.close()
+
+    def _queue_epoch(self, record):
+        self._seconds += record["seconds"]
+        self._pending.append(("", record, self._seconds))
+
+    def _queue_step(self, record):
+        values = dict(record)
+        self._pending.append(("step/", values, values.pop("train_seconds")))
+
+    def _write(self):
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
+        for prefix, record, seconds in self._pending:
+            for name, value in _scalars(record):
+                summary = scalar_pb(prefix + name, value)
+                self._writer.add_event(self._event(summary, record["step"], seconds))
+        self._pending.clear()
+
+    def _event(self, summary, step=0, seconds=0.0):
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        return Event(wall_time=self._began + seconds, step=step, summary=summary)
+
+    @functools.cached_property
+    def _writer(self):
+        # Here, not above: they take long to import. None of them needs TensorFlow.
+        from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        for old in self._directory.glob(_EVENTS):
+            old.unlink()
+        writer = EventFileWriter(str(self._directory), flush_secs=10)
+        settings = hparams_pb(_hyperparameters(self._config), start_time_secs=self._began)
+        for summary in (_charts(), settings):
+            writer.add_event(self._event(summary))
+        return writer
+
+
+def _hyperparameters(config):
+    """What determines a run's results, by field, as numbers, text and bool."""
+    names = ("data.name", *(name for name in config_lib.fields() if name not in config_lib.NEUTRAL))
+    values = {name: config_lib.get(config, name) for name in names}
+    values = {name: _dump(v) if isinstance(v, dict) else v for name, v in values.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _charts():
+    """The layout of TensorBoard's custom scalars; its own function for that needs TensorFlow."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    charts = [
+        layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[curves]))
+        for title, curves in _CHARTS.items()
+    ]
+    category = layout_pb2.Category(title="training and validation", chart=charts)
+    layout = layout_pb2.Layout(category=[category]).SerializeToString()
+    value = Summary.Value(
+        tag=metadata.CONFIG_SUMMARY_TAG,
+        metadata=metadata.create_summary_metadata(),
+        tensor=make_tensor_proto(layout),
+    )
+    return Summary(value=[value])
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -254,6 +358,10 @@ def _write_aside(path, text):
     except OSError:
         aside.unlink(missing_ok=True)
         raise
+
+
+def _write_lines(path, records):
+    _write_aside(path, "".join(_dump(record) + "\n" for record in records))
 
 
 def _read_text(path):

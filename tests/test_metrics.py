@@ -42,9 +42,10 @@ def test_padding_is_not_counted_even_if_it_is_not_finite():
 
 
 def test_sums_add_field_by_field_and_divide_once():
-    one = Sums(jnp.float32(3.0), jnp.int32(1), jnp.int32(2))
-    two = Sums(jnp.float32(1.0), jnp.int32(1), jnp.int32(6))
+    one = Sums(jnp.float32(3.0), jnp.int32(1), jnp.int32(2), jnp.float32(4.0), jnp.float32(0.5))
+    two = Sums(jnp.float32(1.0), jnp.int32(1), jnp.int32(6), jnp.float32(2.0), jnp.float32(1.0))
     assert (one + two).means() == {"loss": 0.5, "accuracy": 0.25}
+    assert (one + two).norms(num_steps=2) == {"gradient_norm": 3.0, "update_norm": 0.75}
     chex.assert_trees_all_equal(Sums.zeros() + one, one)
     chex.assert_trees_all_equal_shapes_and_dtypes(jax.jit(Sums.zeros)(), one)
 
@@ -52,9 +53,11 @@ def test_sums_add_field_by_field_and_divide_once():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_sums_restart_at_zero_but_what_has_ended_stays_marked(dtype):
     losses = jnp.array([3.0, jnp.nan, jnp.inf, 0.0], dtype)
-    sums = Sums(losses, jnp.arange(4, dtype=jnp.int32), jnp.full(4, 9, jnp.int32))
+    norms = jnp.arange(4, dtype=dtype)
+    sums = Sums(losses, norms.astype(jnp.int32), jnp.full(4, 9, jnp.int32), norms, norms)
     expected = Sums.zeros(dtype, (4,))._replace(loss=jnp.array([0, jnp.nan, jnp.inf, 0], dtype))
     chex.assert_trees_all_equal(sums.restart(), expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(sums.restart(), sums)
     next_epoch = sums.restart() + sums
     np.testing.assert_array_equal(np.isfinite(next_epoch.loss), [True, False, False, True])
+    np.testing.assert_array_equal(next_epoch.norms()["update_norm"], [0, np.nan, np.nan, 3])

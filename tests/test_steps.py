@@ -112,26 +112,29 @@ def test_a_gradient_that_spoils_the_state_is_not_applied(value, before, digits):
     assert not all(jnp.isfinite(x).all() for x in floats(after.opt_state))
     if value == 1e20:
         assert all(jnp.isfinite(x).all() for x in floats((after.params, sums)))
-    state, sums = with_gradient(guarded_step)(value, before, Sums.zeros(), batch)
+    state, sums, last = with_gradient(guarded_step)(value, before, Sums.zeros(), batch)
     chex.assert_trees_all_equal(state, before)
     assert np.isnan(sums.loss)
+    assert np.isnan(last.loss)
     assert int(sums.count) == 20
 
 
 def test_a_finite_step_is_taken_whole(before, digits):
     batch = batch_of(digits, 20)
     after, batch_sums = with_gradient(train_step)(1e15, before, batch)
-    state, sums = with_gradient(guarded_step)(1e15, before, batch_sums, batch)
+    state, sums, last = with_gradient(guarded_step)(1e15, before, batch_sums, batch)
     chex.assert_trees_all_equal(state, after)
+    assert_close(last, batch_sums)
     assert_close(sums, jax.tree.map(lambda x: x + x, batch_sums))
 
 
 def test_a_run_that_diverged_takes_no_more_steps(system, digits):
     state, batch = start(system, 0), batch_of(digits, 20)
     diverged = Sums.zeros()._replace(loss=jnp.array(jnp.nan))
-    after, sums = guarded(system, state, diverged, batch)
+    after, sums, last = guarded(system, state, diverged, batch)
     chex.assert_trees_all_equal(after, state)
     assert np.isnan(sums.loss)
+    assert np.isnan(last.loss)
 
 
 def test_gradients_equal_finite_differences(digits):

@@ -6,12 +6,14 @@ bit for bit. A window holds consecutive batches, placed by a sharding that split
 mesh axis "data"; rows are example numbers, int32 [steps, B], or [S, steps, B] for S members.
 """
 
+import bisect
 import functools
 import time
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import NamedSharding, P, lax
 
@@ -29,12 +31,13 @@ class Progress(NamedTuple):
     """Where an epoch stands after `step` of its steps.
 
     `sums` are over the examples so far, each as it was before its update; see `guarded_step` for
-    what is not finite.
+    what is not finite. `last` are those of the last step alone, None before the first.
     """
 
     state: TrainState
     sums: Sums
     step: int
+    last: Sums | None = None
 
 
 class Resident(NamedTuple):
@@ -113,9 +116,10 @@ class Loop:
         def train(state, sums, window, start, stop, arrays):
             def body(i, carry):
                 batch = feed.batch(jax.tree.map(lambda x: x[i], window), arrays)
-                return guarded_step(system, *carry, batch, "data")
+                return guarded_step(system, *carry[:2], batch, "data")
 
-            return lax.fori_loop(start, stop, body, (state, sums))
+            carry = (state, sums, jax.tree.map(jnp.zeros_like, sums))
+            return lax.fori_loop(start, stop, body, carry)
 
         def evaluate(params, sums, window, arrays):
             def body(sums, element):
@@ -149,7 +153,7 @@ class Loop:
 
         Reports about twice a second, and when `step` is one of `breaks`.
         """
-        state, sums, first = progress
+        state, sums, first, _ = progress
         windows, end = self._feed.windows(rows, first, self._train_place), -1
         for start, stop in _spans(first, rows.shape[-2], breaks):
             while start < stop:
@@ -157,9 +161,9 @@ class Loop:
                     begin, end, window = next(windows)
                 until = min(stop, end)
                 span = (start - begin, until - begin)
-                state, sums = self._train(state, sums, window, *span, self._arrays)
+                state, sums, last = self._train(state, sums, window, *span, self._arrays)
                 start = until
-            yield Progress(state, jax.block_until_ready(sums), stop)
+            yield Progress(state, jax.block_until_ready(sums), stop, last)
 
     def evaluate(self, params: Any, rows: np.ndarray) -> Sums:
         """Returns the sums over all examples of rows int32 [steps, B]."""
@@ -229,11 +233,10 @@ def _spans(start: int, num_steps: int, breaks: Collection[int] = ()) -> Iterator
     No span goes beyond one of `breaks`. A few steps tell the pace: a short epoch is two calls,
     and a long one can show its progress and answer a signal.
     """
-    size = 8
+    size, ends = 8, sorted({*breaks, num_steps})
     while start < num_steps:
         began = time.monotonic()
-        ends = [step for step in (*breaks, num_steps) if step > start]
-        stop = min(start + size, *ends)
+        stop = min(start + size, ends[bisect.bisect(ends, start)])
         yield start, stop
         pace = (stop - start) / max(time.monotonic() - began, 1e-9)
         # Agreed on, or processes would reduce gradients of different steps.

@@ -1,6 +1,6 @@
 """Metrics: masked sums and counts that are divided once, at the end."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +9,19 @@ import optax
 
 
 class Sums(NamedTuple):
-    """Running totals over examples, [] or of members [S]; they add over batches and devices."""
+    """Running totals, [] or of members [S]; those over examples add over batches and devices."""
 
     loss: jax.Array  # float: summed cross-entropy in nats
     correct: jax.Array  # int32: number of correct predictions
     count: jax.Array  # int32: number of examples
+    gradient_norm: jax.Array  # float: L2 norms of gradients, summed over steps; 0 in an evaluation
+    update_norm: jax.Array  # float: the same of updates
 
     @classmethod
     def zeros(cls, dtype=jnp.float32, shape: tuple[int, ...] = ()) -> "Sums":
         """Returns the totals of no examples."""
-        return cls(*(jnp.zeros(shape, kind) for kind in (dtype, jnp.int32, jnp.int32)))
+        kinds = (dtype, jnp.int32, jnp.int32, dtype, dtype)
+        return cls(*(jnp.zeros(shape, kind) for kind in kinds))
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))
@@ -34,8 +37,22 @@ class Sums(NamedTuple):
 
     def means(self) -> dict[str, float | list[float]]:
         """Returns {"loss", "accuracy"} per example: floats, or lists of S values."""
-        loss, correct, count = (np.asarray(x, np.float64) for x in self)
+        loss, correct, count = (np.asarray(x, np.float64) for x in self[:3])
         return {"loss": (loss / count).tolist(), "accuracy": (correct / count).tolist()}
+
+    def norms(self, num_steps: int = 1) -> dict[str, float | list[float]]:
+        """Returns {"gradient_norm", "update_norm"} per step; NaN where the loss is not finite."""
+        norms = {"gradient_norm": self.gradient_norm, "update_norm": self.update_norm}
+        return {
+            name: np.where(np.isfinite(self.loss), np.float64(norm) / num_steps, np.nan).tolist()
+            for name, norm in norms.items()
+        }
+
+
+def parameter_norm(params: Any, shape: tuple[int, ...] = ()) -> np.ndarray:
+    """Returns the L2 norm of all parameters, arrays [*shape, …]: float64 [*shape], in NumPy."""
+    leaves = [np.asarray(x, np.float64).reshape(*shape, -1) for x in jax.tree.leaves(params)]
+    return np.sqrt(sum(np.square(leaf).sum(-1) for leaf in leaves))
 
 
 def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
@@ -45,7 +62,7 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
     """
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     hits = jnp.argmax(logits, axis=-1).astype(labels.dtype) == labels
-    return Sums(
+    return Sums.zeros(losses.dtype)._replace(
         loss=jnp.sum(jnp.where(mask, losses, 0)),
         correct=jnp.sum(hits & mask, dtype=jnp.int32),
         count=jnp.sum(mask, dtype=jnp.int32),

@@ -108,6 +108,7 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
     """Takes one update on the mean loss of a batch; also returns the batch's sums before it.
 
+    Their norms are those of the mean loss's gradient, before it is clipped, and of the update.
     Inside `devices.over_mesh`, `batch` is this device's part of a batch that is split over the mesh
     axis `axis`; the update and the sums are those of the whole.
     """
@@ -138,18 +139,22 @@ def train_step(
         loss = sums.loss / sums.count.astype(sums.loss.dtype)
         updates, opt_state = system.optimizer.update(grads, state.opt_state, trained, value=loss)
         params = nnx.merge_state(optax.apply_updates(trained, updates), constants)
+        gradient_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+        sums = sums._replace(gradient_norm=gradient_norm, update_norm=update_norm)
     return TrainState(params, opt_state, state.step + 1, state.seed), sums
 
 
 def guarded_step(
     system: System, state: TrainState, sums: Sums, batch: Batch, axis: str | None = None
-) -> tuple[TrainState, Sums]:
+) -> tuple[TrainState, Sums, Sums]:
     """Takes a `train_step` and adds to the sums, unless something in it is not finite.
 
     From such a step on, the state stays as it was before it, and the summed loss is NaN: where
     a run went wrong can be told at any later time, and nothing good is lost. The optimizer's
     state counts too: with an infinite second moment, parameters stay finite and never move again.
     A summed loss of infinity, which marks a network that has stopped early, stays.
+
+    Returns the state, the sums, and the sums of this step alone, marked in the same way.
     """
     after, batch_sums = train_step(system, state, batch, axis)
     before, sums = sums.loss, sums + batch_sums
@@ -158,7 +163,8 @@ def guarded_step(
     is_finite = jnp.isfinite(ravel_pytree(floats)[0]).all()
     state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), after, state)
     loss = jnp.where(is_finite | jnp.isinf(before), sums.loss, jnp.nan)
-    return state, sums._replace(loss=loss)
+    last = batch_sums._replace(loss=jnp.where(jnp.isfinite(loss), batch_sums.loss, loss))
+    return state, sums._replace(loss=loss), last
 
 
 def eval_step(system: System, params: Any, batch: Batch) -> Sums:
