@@ -269,8 +269,8 @@ class Session:
         sums = devices.gather(saved.sums)
         sums = sums._replace(loss=np.where(stops, np.inf, sums.loss).astype(sums.loss.dtype))
         state = saved.state._replace(params=params)
-        state, sums, _ = self._task.loop.start(state, sums)
-        self._saved = saved._replace(state=state, sums=sums, best=best)
+        start = self._task.loop.start(state, sums)
+        self._saved = saved._replace(state=start.state, sums=start.sums, best=best)
 
     def _title(self, epoch):
         return f"Epoch {epoch + 1}/{self._task.config.train.num_epochs}"
