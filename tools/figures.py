@@ -52,7 +52,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
     `runs` maps names of runs to the lines of their `metrics.jsonl`, whose scores may be null.
     """
-    figure, axes = _subplots(5.6, 2, sharex=True)
+    figure, axes = subplots(5.6, 2, sharex=True)
     for axis, score in zip(axes, ("loss", "accuracy"), strict=True):
         for i, (name, lines) in enumerate(runs.items()):
             epochs, color = [line["epoch"] for line in lines], COLORS[i % len(COLORS)]
@@ -69,7 +69,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 if values.shape[1] > 1:
                     axis.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
         axis.set_ylabel(f"{score}, nats" if score == "loss" else score)
-        _tidy(axis)
+        tidy(axis)
     axes[1].set_xlabel("epoch" if len(runs) == 1 else "epoch (solid: validation, dashed: train)")
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     if axes[1].lines:
@@ -86,7 +86,7 @@ def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     shares[np.eye(num, dtype=bool)] = np.nan
     largest = np.nanmax(shares)
-    figure, axis = _subplots(5.4)
+    figure, axis = subplots(5.4)
     axis.set_facecolor(_UNUSED)
     heat = axis.imshow(shares, cmap="viridis", vmin=0, vmax=max(largest, 1e-3))
     for i, j in zip(*np.nonzero(counts), strict=True) if num <= _MAX_WRITTEN else ():
@@ -105,14 +105,14 @@ def class_bars(
     precision: np.ndarray, recall: np.ndarray, f1: np.ndarray, names: Sequence[str]
 ) -> Figure:
     """Draws three scores per class, [C] each."""
-    figure, axis = _subplots(2.8)
+    figure, axis = subplots(2.8)
     axis.plot(precision, "v", color=SKY, label="precision", ms=8)
     axis.plot(recall, "^", color=ORANGE, label="recall", ms=8)
     axis.plot(f1, "o", color="black", label="F1", ms=8)
     axis.set(xlabel="class", ylabel="score")
     if (most := _name_ticks(axis.xaxis, names, 370)) > 20:
         figure.set_figheight(2.8 + most / 72)  # names stand upright
-    _tidy(axis)
+    tidy(axis)
     axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
@@ -149,7 +149,7 @@ def sequence(image: np.ndarray, x: np.ndarray, read_at: np.ndarray, title: str) 
     if size == 1:
         axis.fill_between(np.arange(1, num_steps + 1), x[:, 0], step="mid", color=BLUE, lw=0)
         axis.set(xlim=(0.5, num_steps + 0.5), ylabel="value")
-        _tidy(axis)
+        tidy(axis)
     else:
         axis.imshow(x.T, extent=(0.5, num_steps + 0.5, size + 0.5, 0.5), **_GRAY)
         if num_steps <= 60:  # gaps between time steps
@@ -174,7 +174,7 @@ def unrolled(x: np.ndarray, probabilities: np.ndarray, model: Any, names: Sequen
     if len(layers) > 3:
         layers = [0, None, len(layers) - 1]
     height = 1.25 * (len(layers) - 1)
-    figure, axis = _subplots(4.0 + 0.62 * height)
+    figure, axis = subplots(4.0 + 0.62 * height)
     _draw_inputs(axis, x, steps)
     _draw_states(axis, steps, layers, model.bidirectional)
     last, peak = len(steps) - 1, height + 1.75
@@ -293,14 +293,14 @@ def accuracy_by_step(accuracy: np.ndarray, confidence: np.ndarray, num_classes: 
 
     Guessing is right once in `num_classes`.
     """
-    figure, axis = _subplots(2.9)
+    figure, axis = subplots(2.9)
     steps = np.arange(1, len(accuracy) + 1)
     axis.plot(steps, accuracy, color=BLUE, lw=2, label="accuracy")
     axis.plot(steps, confidence, "--", color=VERMILION, lw=2, label="probability of the true class")
     axis.axhline(1 / num_classes, color=GREY, lw=1, ls=":", label="guessing")
     axis.set(xlabel="time steps read", ylabel="mean", ylim=(0, 1.02), xlim=(1, len(accuracy)))
     axis.legend(frameon=False, loc="upper left")
-    _tidy(axis)
+    tidy(axis)
     return figure
 
 
@@ -310,7 +310,7 @@ def hidden_states(examples: Sequence[Example]) -> Figure:
     Units are sorted by their last output for the first example.
     """
     num = len(examples)
-    figure, axes = _subplots(2.7 * num, num, sharex=True, squeeze=False)
+    figure, axes = subplots(2.7 * num, num, sharex=True, squeeze=False)
     limit = max(np.abs(example.states).max() for example in examples)
     order = np.argsort(examples[0].states[-1])
     for axis, example in zip(axes[:, 0], examples, strict=True):
@@ -325,7 +325,7 @@ def hidden_states(examples: Sequence[Example]) -> Figure:
 
 def gradient_norms(norms: np.ndarray) -> Figure:
     """Draws ‖∂loss/∂h_t‖, [D, T, N], by time step: the median and the middle half of examples."""
-    figure, axis = _subplots(3.0)
+    figure, axis = subplots(3.0)
     steps = np.arange(1, norms.shape[1] + 1)
     names = ("reading forwards", "reading backwards") if len(norms) > 1 else (None,)
     largest = norms.max() if norms.max() > 0 else 1.0
@@ -336,7 +336,7 @@ def gradient_norms(norms: np.ndarray) -> Figure:
     axis.set(yscale="log", xlabel="time step t", ylabel="gradient norm", xlim=(1, steps[-1]))
     if len(norms) > 1:
         axis.legend(frameon=False)
-    _tidy(axis)
+    tidy(axis)
     return figure
 
 
@@ -380,12 +380,14 @@ def _name_ticks(side, names, length):
     return longest if is_upright else size
 
 
-def _subplots(height, rows=1, **options):
+def subplots(height: float, rows: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Returns a figure of this height, in inches, and its axes, one below the other."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots(rows, **options)
 
 
-def _tidy(axis):
+def tidy(axis: Any) -> None:
+    """Removes what an axis does not need."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="#dddddd", lw=0.6)
     axis.set_axisbelow(True)

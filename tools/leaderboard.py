@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from seqmnist.workdir import Workdir
 from tools import cli, figures, report
-from tools.sections import Section
-from tools.sections import _picture as picture
+from tools.sections import Section, picture
 
 _COLUMNS = {
     "network": "",
@@ -184,7 +183,7 @@ def scores_against(
     label: str, values: Mapping[str, float], scores: Mapping[str, Mapping[str, Any]]
 ) -> Any:
     """Draws test accuracy with its 95 % interval against a cost, a point for each entry."""
-    figure, axis = figures._subplots(4.2)
+    figure, axis = figures.subplots(4.2)
     for i, (name, value) in enumerate(values.items()):
         mean, interval = scores[name]["mean"], scores[name]["interval"]
         if mean is None:
@@ -195,15 +194,16 @@ def scores_against(
         axis.errorbar([value], [mean], yerr=errors, fmt="o", color=color, capsize=4, label=name)
     axis.set(xlabel=label, ylabel="test accuracy")
     axis.margins(0.15)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
     axis.legend(frameon=False, fontsize=9, loc="best")
-    figures._tidy(axis)
+    figures.tidy(axis)
     return figure
 
 
 def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
     """Draws the mean validation loss of each entry against a field that was selected."""
-    figure, axis = figures._subplots(3.8)
+    figure, axis = figures.subplots(3.8)
     for i, (name, entry) in enumerate(entries.items()):
         best: dict[float, float] = {}
         for each in entry["tried"]:
@@ -223,7 +223,7 @@ def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
         axis.set_xscale("log")
     axis.set(xlabel=field, ylabel="validation loss", yscale="log")
     axis.legend(frameon=False, fontsize=9)
-    figures._tidy(axis)
+    figures.tidy(axis)
     return figure
 
 

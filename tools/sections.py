@@ -117,7 +117,7 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
         rows.append([*row, len(metrics[name]), seconds, *card.scores(results).values()])
     alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
     text = "Mean and standard deviation for runs with several members."
-    pictures = _picture("compare", figures.learning_curves(metrics), alt)
+    pictures = picture("compare", figures.learning_curves(metrics), alt)
     return Section("Runs side by side", text, pictures, rows)
 
 
@@ -143,7 +143,7 @@ def _learning_curves(found):
     text += "scores are measured at its end."
     if isinstance(metrics[-1].get("train/loss"), list):
         text += " Bands are one standard deviation over members."
-    return Section("Learning curves", text, _picture("curves", figure, alt))
+    return Section("Learning curves", text, picture("curves", figure, alt))
 
 
 def _classes(found):
@@ -156,10 +156,10 @@ def _classes(found):
         f"{names[i]} as {names[j]} ({counts[i, j]} times)" for i, j in pairs if mistakes[i, j]
     )
     alt = f"Confusion matrix; most frequent mistakes: {worst or 'none'}"
-    pictures = _picture("confusion", figures.confusion(counts, found.drawn_names), alt)
+    pictures = picture("confusion", figures.confusion(counts, found.drawn_names), alt)
     alt = f"Precision, recall and F1 by class; lowest F1: class {names[f1.argmin()]}, "
     alt += f"{f1.min():.3f}"
-    pictures |= _picture(
+    pictures |= picture(
         "classes", figures.class_bars(precision, recall, f1, found.drawn_names), alt
     )
     table = [["class", "precision", "recall", "F1", "examples"]]
@@ -184,7 +184,7 @@ def _mistakes(found):
     figure = figures.mistakes(
         found.images[most], found.labels[most], found.probabilities[most], found.drawn_names
     )
-    pictures = _picture("mistakes", figure, f"Images classified wrongly: {shown}, …")
+    pictures = picture("mistakes", figure, f"Images classified wrongly: {shown}, …")
     text = "The predicted class, its probability, and the image's label."
     return Section("The most confident mistakes", text, pictures)
 
@@ -197,7 +197,7 @@ def _sequence(found):
     alt = f"An image of class {found.names[example.label]}, the time step of each pixel, and the "
     alt += "sequence"
     text = f"The network reads {num_steps} time steps of {size} number{'s' * (size > 1)} each."
-    return Section("The image as a sequence", text, _picture("sequence", figure, alt))
+    return Section("The image as a sequence", text, picture("sequence", figure, alt))
 
 
 def _unrolled(found):
@@ -206,13 +206,13 @@ def _unrolled(found):
     alt = f"{card.describe(model)}, drawn as a chain of states; prediction: {example.title}"
     text = "Each state h is computed from the state one time step earlier and from the layer below."
     text += " All time steps share the same weights."
-    return Section("The network, unrolled over it", text, _picture("unrolled", figure, alt))
+    return Section("The network, unrolled over it", text, picture("unrolled", figure, alt))
 
 
 def _beliefs(found):
     figure = figures.beliefs(found.correct, found.wrong)
     alt = f"Heat maps of class probabilities by time step; predictions: {_titles(found.examples)}"
-    pictures = _picture("beliefs", figure, alt)
+    pictures = picture("beliefs", figure, alt)
     text = "The prediction if the sequence ended at each time step, for correct predictions and "
     text += "for the most confident mistakes."
     if found.network.config.model.bidirectional:
@@ -224,7 +224,7 @@ def _beliefs(found):
         )
         alt = f"Accuracy after each time step over {found.num_by_step:,} test examples; half of the"
         alt += f" final accuracy is reached after time step {half}"
-        pictures |= _picture("by_step", figure, alt)
+        pictures |= picture("by_step", figure, alt)
     return Section("Belief by time step", text, pictures)
 
 
@@ -234,7 +234,7 @@ def _hidden_states(found):
     text = "The outputs of the top layer at each time step."
     if found.network.config.model.bidirectional:
         text += " The second half of the units reads backwards, from the last time step."
-    pictures = _picture("states", figures.hidden_states(examples), alt)
+    pictures = picture("states", figures.hidden_states(examples), alt)
     return Section("Hidden states", text, pictures)
 
 
@@ -246,7 +246,7 @@ def _gradients(found):
     text = "How strongly the loss depends on the top layer's state after each time step. If this "
     text += "is small, training learns little from what was read before. Line: median; band: the "
     text += f"middle half of {norms.shape[2]} test examples."
-    pictures = _picture("gradients", figures.gradient_norms(norms), alt)
+    pictures = picture("gradients", figures.gradient_norms(norms), alt)
     return Section("Gradient by time step", text, pictures)
 
 
@@ -260,7 +260,8 @@ def _titles(examples):
     return "; ".join(example.title for example in examples)
 
 
-def _picture(name, figure, alt):
+def picture(name: str, figure: Any, alt: str) -> dict[str, tuple[bytes, str]]:
+    """Returns the pictures of a section that has one: a figure with its alternative text."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
     return {f"{name}.png": (file.getvalue(), alt)}
