@@ -83,6 +83,8 @@ def test_a_redrawn_digit_is_prepared_and_paths_may_be_relative(finished_run, tmp
 class Network:
     """Believes in the class whose number is the brightness of the image's last pixel."""
 
+    step = 0
+
     def __init__(self, spec):
         self.spec = spec
 
@@ -110,7 +112,7 @@ NAMED = {
 @pytest.mark.parametrize("names", NAMED, ids=len)
 def test_answers_are_names(names, channels, tmp_path, monkeypatch, capsys):
     spec = ImageSpec(8, 6, channels, names)
-    monkeypatch.setattr(trained, "load", lambda *_: Network(spec))
+    monkeypatch.setattr(trained, "load", lambda *_, **__: Network(spec))
     picture = Image.new("RGB", (6, 8), (1, 1, 1))
     picture.resize((60, 80)).save(tmp_path / "a.webp", lossless=True)
     picture.save(tmp_path / "b.bmp")
@@ -156,7 +158,9 @@ def test_answers_are_names(names, channels, tmp_path, monkeypatch, capsys):
 def test_a_mistake_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     load, network = trained.load, types.SimpleNamespace(spec=MNIST)
-    monkeypatch.setattr(trained, "load", lambda x, *y: network if x == "mnist" else load(x, *y))
+    monkeypatch.setattr(
+        trained, "load", lambda x, *y, **z: network if x == "mnist" else load(x, *y, **z)
+    )
     drawn = np.zeros((40, 30), np.uint8)
     drawn[10:30, 14:17] = 255
     Image.fromarray(drawn).save(tmp_path / "large.png")

@@ -102,7 +102,7 @@ def untrained(monkeypatch, digits, tmp_path):
         )
         workdir = workdir_lib.Workdir(tmp_path)
         network = trained.Trained(workdir, config, system, params, results, 0, "", member)
-        monkeypatch.setattr(trained, "load", lambda workdir, member: network)
+        monkeypatch.setattr(trained, "load", lambda *_, **__: network)
         monkeypatch.setattr(trained.Trained, "test_set", lambda self: [a[:60] for a in digits])
         monkeypatch.setattr(sections, "DPI", 50)  # faster
 
@@ -142,6 +142,8 @@ SPECS = [
 
 class Pretended:
     """What `sections` asks of a network that reads rows, for images of any kind: random numbers."""
+
+    step = 0
 
     def __init__(self, spec, workdir):
         self.spec, self.workdir, self.results, self.member = spec, workdir, {}, None
@@ -189,7 +191,7 @@ def rows_read_at(model, spec):
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape} {spec.num_classes}")
 def test_images_and_classes_of_any_kind_are_drawn(spec, monkeypatch, tmp_path):
     network = Pretended(spec, workdir_lib.Workdir(tmp_path))
-    monkeypatch.setattr(trained, "load", lambda workdir, member: network)
+    monkeypatch.setattr(trained, "load", lambda *_, **__: network)
     monkeypatch.setattr(views, "sequence", rows_of)
     monkeypatch.setattr(views, "read_at", rows_read_at)
     monkeypatch.setattr(sections, "DPI", 50)  # faster

@@ -177,10 +177,10 @@ def _find(name, config, root, say) -> _Source:
     """Finds out under which name the content of a source is prepared, without reading it all."""
     suffix = "_gray" if config.grayscale else ""
     suffix += f"_{config.size}" if config.size else ""
-    if name in LOADERS:
-        return _Source(name + suffix, LOADERS[name])
     manual = config.manual_dir
     manual = None if manual is None else paths.resolve(manual, "config.data.manual_dir")
+    if name in LOADERS:
+        return _Source(name + suffix, LOADERS[name])
     if name.startswith(_TFDS):
         own = name.removeprefix(_TFDS)
         key = from_tfds.found(root, own)

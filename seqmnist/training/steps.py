@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
@@ -79,6 +80,8 @@ def check_names(config: Config) -> None:
     choose(READOUTS, config.model.readout, "model.readout")
     choose(AUGMENTATIONS, config.train.augment, "train.augment")
     settings = members.settings(config)
+    swept = {name: np.float32(value) for name, value in settings[0].items()}
+    make_cell(config.model, _options(_of("model", swept)))
     for setting in settings if any(map(option_group, settings[0])) else settings[:1]:
         one = override(config, setting)
         make_cell(one.model)
@@ -174,8 +177,7 @@ def eval_step(system: System, params: Any, batch: Batch) -> Sums:
 
 def _make_model(config, spec, seed, settings) -> SequenceClassifier:
     rngs = nnx.Rngs(params=keys.key(seed, "params"))
-    options = {name.rpartition(".")[2]: value for name, value in settings.items()}
-    return SequenceClassifier(config.model, spec, rngs=rngs, cell_options=options)
+    return SequenceClassifier(config.model, spec, rngs=rngs, cell_options=_options(settings))
 
 
 def _make_graphdef(config, spec, settings):
@@ -192,6 +194,10 @@ def _make_graphdef(config, spec, settings):
             if isinstance(value, jax.core.Tracer):
                 raise UserError(f"{refused}keep its attribute `{name}` as a cells.Constant")
     return nnx.graphdef(model)
+
+
+def _options(settings):
+    return {name.rpartition(".")[2]: value for name, value in settings.items()}
 
 
 def _of(group, settings):
