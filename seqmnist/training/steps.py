@@ -136,7 +136,8 @@ def train_step(
 
     trained, constants = nnx.split_state(state.params, nnx.Param, ...)
     grads, sums = jax.grad(total_loss, has_aux=True)(trained)
-    grads, sums = devices.add_up((grads, sums), axis)
+    grads, examples = devices.add_up((grads, sums[:3]), axis)  # norms are those of the whole
+    sums = Sums(*examples, *sums[3:])
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda grad: grad / sums.count.astype(grad.dtype), grads)
         loss = sums.loss / sums.count.astype(sums.loss.dtype)
