@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from close import assert_close, random_module, random_params
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis.extra import numpy as hnp
 
 from seqmnist.config import Config, ModelConfig
 from seqmnist.networks import scans
@@ -27,12 +29,15 @@ def make(dtype=jnp.float32, **fields):
 
 
 def loss_and_gradients(graphdef, read_all):
-    """Returns a compiled function of (params, x): logits, and gradients of a mixture of them."""
+    """Returns a compiled function: logits, and gradients of a mixture of them.
+
+    Its arguments are params and x, and the further arguments of `read_all`.
+    """
 
     @jax.jit
-    def both(params, x):
+    def both(params, x, *arguments):
         def total(params, x):
-            logits = read_all(nnx.merge(graphdef, params), x)
+            logits = read_all(nnx.merge(graphdef, params), x, *arguments)
             return jnp.sum(jnp.sin(jnp.arange(logits.size, dtype=x.dtype)) * logits.ravel()), logits
 
         (_, logits), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(params, x)
@@ -88,7 +93,21 @@ def test_stretches_equal_one_go(length, monkeypatch):
 
 
 DIRECTIONS = {"forwards": {}, "both": {"bidirectional": True}}
-LENGTHS = np.array([9, 1, 5])
+LONGEST = 4
+MASKS = hnp.arrays(bool, (LONGEST, B)).filter(lambda mask: mask.any(0).all())
+
+
+def place(x, mask):
+    """Moves each sequence of x [T, B, F] to where the mask is True, in order."""
+    return jnp.take_along_axis(x, jnp.maximum(mask.cumsum(0) - 1, 0)[..., None], axis=0)
+
+
+def read_with_a_mask(network, x, mask):
+    """Reads in parts of fixed shape; the mask says where in them each sequence lies."""
+    state = network.initial_state(B)
+    for part in zip(*(jnp.split(a, [1, 3]) for a in (place(x, mask), mask)), strict=True):
+        state = network.read(state, *part)
+    return network.answer(state)
 
 
 @pytest.mark.slow
@@ -96,31 +115,43 @@ LENGTHS = np.array([9, 1, 5])
 @pytest.mark.parametrize(
     ("cell", "readout", "block"),
     [
-        ("simple_rnn", "last", "residual"),
+        ("simple_rnn", "last", "plain"),
         ("irnn", "mean", "plain"),
         ("gru", "max", "plain"),
         ("lstm", "last", "plain"),
         ("min_gru", "max", "plain"),
-        ("lru", "mean", "residual"),
+        ("lru", "mean", "plain"),
+        ("lru", "last", "residual"),
     ],
 )
 def test_a_padded_sequence_is_read_as_it_is_alone(cell, readout, block, direction):
     dtype = jnp.float32 if block == "residual" else jnp.float64
+    fields = {"cell": cell, "readout": readout, "block": block, **DIRECTIONS[direction]}
     with jax.enable_x64(dtype == jnp.float64):
-        fields = {"cell": cell, "readout": readout, "block": block, **DIRECTIONS[direction]}
         graphdef, params = make(dtype, num_layers=2, **fields)
-        lengths = jnp.array(LENGTHS)
+        x = jnp.array(X[:LONGEST], dtype)
 
-        def padded(network, x):
-            return network.classify(x, lengths)
+    def padded(network, x, mask):
+        return network.classify(x, mask.sum(0))
 
-        def alone(network, x):
-            each = [network.classify(x[:n, i : i + 1]) for i, n in enumerate(LENGTHS)]
-            return jnp.concatenate(each)
+    def alone(network, x, mask):
+        """Reads all beginnings without a mask, and chooses that of each sequence's length."""
+        each = jnp.stack([network.classify(x[: n + 1]) for n in range(LONGEST)])
+        return each[mask.sum(0) - 1, jnp.arange(B)]
 
-        x = jnp.array(X, dtype)
-        got, expected = (loss_and_gradients(graphdef, f)(params, x) for f in (padded, alone))
-        assert_close(got, expected, TOLERANCES[dtype])
+    reads = [padded] if direction == "both" else [padded, read_with_a_mask]
+    expected, *got = (loss_and_gradients(graphdef, read) for read in (alone, *reads))
+
+    @settings(max_examples=20, deadline=None)
+    @given(MASKS)
+    def check(mask):
+        with jax.enable_x64(dtype == jnp.float64):
+            for function in got:
+                assert_close(
+                    function(params, x, mask), expected(params, x, mask), TOLERANCES[dtype]
+                )
+
+    check()
 
 
 def test_a_state_stays_where_nothing_is_read():
