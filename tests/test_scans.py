@@ -19,13 +19,8 @@ def random_like(tree, seed, dtype):
     leaves, structure = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
 
-    def draw(leaf):
-        values = rng.normal(size=leaf.shape)
-        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            return jnp.array(values + 1j * rng.normal(size=leaf.shape), leaf.dtype)
-        return jnp.array(values, dtype)
-
-    return jax.tree.unflatten(structure, [draw(leaf) for leaf in leaves])
+    values = [jnp.array(rng.normal(size=leaf.shape), dtype) for leaf in leaves]
+    return jax.tree.unflatten(structure, values)
 
 
 def outputs_and_cotangents(function, *inputs):
@@ -70,30 +65,41 @@ def test_product_equals_the_plain_product(shape, dtype):
         assert_close(got, expected, 1e-12 if dtype == jnp.float64 else 1e-5)
 
 
-def linear_slow(a, b, carry):
-    a = jnp.broadcast_to(a, b.shape)
-    return jax.lax.scan(lambda h, ab: (ab[0] * h + ab[1],) * 2, carry, (a, b))[1]
+def linear_slow(a, b, state):
+    """The same with complex numbers, one step at a time."""
+
+    def join(x):
+        return jax.lax.complex(*x) if isinstance(x, tuple) else x
+
+    def part(x):
+        return (x.real, x.imag) if isinstance(b, tuple) else x
+
+    a, b_t, state = map(join, (a, b, state))
+    a = jnp.broadcast_to(a, b_t.shape)
+    last, h = jax.lax.scan(lambda h, ab: (ab[0] * h + ab[1],) * 2, state, (a, b_t))
+    return part(last), part(h)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("is_complex", [False, True])
 @pytest.mark.parametrize("shape", [(784, 2, 3), (1, 1, 3), (784, 1, 3)])
-def test_linear_equals_the_plain_scan(form, is_complex, shape, double):
-    with jax.enable_x64(double):
-        dtype = jnp.complex64 if is_complex else jnp.float32
-        if double:
-            dtype = jnp.complex128 if is_complex else jnp.float64
-        real = jnp.zeros((), dtype).real.dtype
-        a = random_like(jnp.zeros(shape, dtype), 0, real)
+def test_linear_equals_the_plain_scan(form, is_complex, shape, dtype):
+    with jax.enable_x64(dtype == jnp.float64):
+
+        def draw(seed, *shape):
+            zeros = jnp.zeros(shape, dtype)
+            return random_like((zeros, zeros) if is_complex else zeros, seed, dtype)
+
+        a = draw(0, *shape)
         # The hardest stable case: memory over all 784 steps.
-        a = a / (1.001 * jnp.abs(a)).astype(a.dtype)
-        b = random_like(jnp.zeros((784, 2, 3), dtype), 1, real)
-        carry = random_like(jnp.zeros((2, 3), dtype), 2, real)
+        modulus = jnp.hypot(*a) if is_complex else jnp.abs(a)
+        a = jax.tree.map(lambda part: part / (1.001 * modulus), a)
+        inputs = a, draw(1, 784, 2, 3), draw(2, 2, 3)
         fast = functools.partial(scans.linear, form=form)
-        got, expected = (outputs_and_cotangents(f, a, b, carry) for f in (fast, linear_slow))
-        assert_close(got, expected, 1e-10 if double else 1e-4)
+        got, expected = (outputs_and_cotangents(f, *inputs) for f in (fast, linear_slow))
+        assert_close(got, expected, 1e-10 if dtype == jnp.float64 else 1e-4)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -105,17 +111,20 @@ def test_linear_equals_a_float64_loop(form):
     for t in range(784):
         h = a[t] * h + b[t]
         expected.append(h)
-    inputs = [jnp.array(x, jnp.complex64) for x in (a, b, np.zeros((2, 3)))]
-    got = jax.jit(scans.linear, static_argnums=3)(*inputs, form)
-    assert_close(got, np.array(expected), 1e-4)
+    inputs = [
+        (jnp.array(x.real, jnp.float32), jnp.array(x.imag, jnp.float32))
+        for x in (a, b, np.zeros((2, 3), complex))
+    ]
+    _, (real, imaginary) = jax.jit(scans.linear, static_argnums=3)(*inputs, form)
+    assert_close(np.asarray(real) + 1j * np.asarray(imaginary), np.array(expected), 1e-4)
 
 
-def linear_and_gradients(a, b, carry):
+def linear_and_gradients(a, b, state):
     def total(*inputs):
-        h = scans.linear(*inputs)
-        return jnp.sum(h**2), h
+        last, h = scans.linear(*inputs)
+        return jnp.sum(h**2) + jnp.sum(last), h
 
-    (_, h), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(a, b, carry)
+    (_, h), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(a, b, state)
     return h, grads
 
 

@@ -9,13 +9,13 @@ Shapes: B batch, T time steps, L time steps that are read in one go, F features 
 units, K gates.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from seqmnist.networks import scans
 
@@ -168,8 +168,8 @@ class SimpleRNN(GatedCell):
         return self.activation(*scans.gate_inputs(*self.recurrence(), state, z))
 
     def recur(self, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        h = scans.ungated(self.activation, self.slope, self.recurrent_kernel[...], state, z)
-        return h[-1], h
+        kernel = self.recurrent_kernel[...]
+        return scans.ungated(self.activation, self.slope, kernel, state, z)
 
 
 class IRNN(SimpleRNN):
@@ -273,12 +273,12 @@ class LinearCell(Cell):
         raise NotImplementedError
 
     def step(self, state: jax.Array, z: jax.Array) -> jax.Array:
-        a, b = self.coefficients(z)
-        return a * state + b
+        return self.recur(state, z[None], scans.linear_sequential)[0]
 
-    def recur(self, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        h = scans.linear(*self.coefficients(z), state)
-        return h[-1], h
+    def recur(
+        self, state: jax.Array, z: jax.Array, linear: Callable = scans.linear
+    ) -> tuple[jax.Array, jax.Array]:
+        return linear(*self.coefficients(z), state)
 
 
 class MinGRU(LinearCell):
@@ -318,7 +318,8 @@ class LRU(LinearCell):
 
     Initially, λ is uniform on the part of the ring r_min <= |λ| <= r_max whose phase is at most
     `max_phase`, and γ normalizes the variance of the state; both are trained. D, one number per
-    channel, exists only if F = H. N is `state_size`, or H if that is 0.
+    channel, exists only if F = H. N is `state_size`, or H if that is 0. The state is [B, 2·N]: real
+    and imaginary parts side by side.
 
     Source: A. Orvieto et al., Resurrecting recurrent neural networks for long sequences, arXiv
     2303.06349, appendix A.
@@ -355,8 +356,7 @@ class LRU(LinearCell):
         self.D = nnx.Param(normal(1, h)) if f == h else None
 
     def initial_state(self, batch_size: int) -> jax.Array:
-        zeros = jnp.zeros((batch_size, self.nu_log.shape[0]), self.nu_log.dtype)
-        return lax.complex(zeros, zeros)
+        return jnp.zeros((batch_size, 2 * self.nu_log.shape[0]), self.nu_log.dtype)
 
     def project(self, x: jax.Array) -> jax.Array:
         """[..., F] -> z [..., 2·N]: real and imaginary parts of γ x_t B, side by side."""
@@ -364,15 +364,20 @@ class LRU(LinearCell):
         kernel = jnp.concatenate([self.B_re[...] * gamma, self.B_im[...] * gamma], axis=1)
         return scans.product(x, kernel)
 
-    def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def coefficients(self, z: jax.Array) -> tuple[Any, Any]:
         modulus, phase = jnp.exp(-jnp.exp(self.nu_log[...])), jnp.exp(self.theta_log[...])
-        a = lax.complex(modulus * jnp.cos(phase), modulus * jnp.sin(phase))
-        b = lax.complex(*jnp.split(z, 2, axis=-1))
-        return a.reshape((1,) * (z.ndim - 1) + (-1,)), b
+        a = modulus * jnp.cos(phase), modulus * jnp.sin(phase)
+        return tuple(part[None, None] for part in a), tuple(jnp.split(z, 2, axis=-1))
+
+    def recur(
+        self, state: jax.Array, z: jax.Array, linear: Callable = scans.linear
+    ) -> tuple[jax.Array, jax.Array]:
+        pairs = linear(*self.coefficients(z), tuple(jnp.split(state, 2, axis=-1)))
+        last, h = (jnp.concatenate(pair, axis=-1) for pair in pairs)
+        return last, h
 
     def emit(self, h: jax.Array, x: jax.Array) -> jax.Array:
-        parts = jnp.concatenate([h.real, h.imag], axis=-1)
-        y = scans.product(parts, jnp.concatenate([self.C_re[...], -self.C_im[...]], axis=0))
+        y = scans.product(h, jnp.concatenate([self.C_re[...], -self.C_im[...]], axis=0))
         return y if self.D is None else y + x * self.D[...].reshape(1, 1, -1)
 
 
