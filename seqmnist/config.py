@@ -290,6 +290,9 @@ def validated(config: Config) -> Config:
     config = from_dict(to_dict(config))
     files = [paths.resolve(path, "config.plugins") for path in config.plugins.split(",") if path]
     config.plugins = ",".join(map(str, files))  # a workdir is read from any folder
+    for name in ("data_dir", "manual_dir"):
+        if (folder := getattr(config.data, name)) is not None:
+            setattr(config.data, name, str(paths.resolve(folder, f"config.data.{name}")))
     for name in _ACTS_WITH:
         if get(config, name) != fields()[name].default:
             check_acts(config, name)

@@ -181,7 +181,7 @@ def as_trained(config: Config, results: Mapping[str, Any]) -> Config:
 
     `results` are those of the run, empty if it has not finished.
     """
-    fell_back = results and results["dataset"]["name"] == "mnist_5k"
+    fell_back = results and results["dataset"]["name"].startswith("mnist_5k")
     if config.data.name == "auto" and fell_back:
         return config_lib.override(config, {"data.name": "mnist_5k"})
     return config
