@@ -3,7 +3,9 @@
 Command:
   python -m tools.study experiments/studies/cells_digits.py --workdir=runs/cells_digits
 
-@RESULT@
+Duration: a minute on two CPU cores. Test accuracy (mean ± sd over 10 seeds): gru 0.984 ± 0.004,
+simple_rnn 0.983 ± 0.005, lstm 0.982 ± 0.007, lru 0.970 ± 0.007, min_gru 0.954 ± 0.009, irnn
+0.925 ± 0.029, at most 3,000 parameters each; the first three do not differ significantly.
 """
 
 from seqmnist import config as config_lib

@@ -3,7 +3,7 @@
 Command:
   python -m tools.study experiments/studies/cells_rows.py --workdir=runs/cells_rows
 
-@RESULT@
+Duration: not run in full.
 """
 
 from seqmnist import config as config_lib

@@ -3,7 +3,7 @@
 Command:
   python -m tools.study experiments/studies/learning_rates.py --workdir=runs/learning_rates
 
-@RESULT@
+Duration: not run in full.
 """
 
 from seqmnist import config as config_lib
