@@ -135,7 +135,10 @@ def test_members_stop_one_by_one(make_config, losses_from):
 def test_a_run_that_resumes_stops_as_one_that_does_not(make_config, monkeypatch):
     stop = run.StopRequest()
     config = make_config(
-        30, train={"early_stopping": 1}, checkpoint={"every_steps": 7}, optimizer={"name": "sgd"}
+        8,
+        train={"early_stopping": 1},
+        checkpoint={"every_steps": 7},
+        optimizer={"learning_rate": 0.03},
     )
     whole = run.train(config, "whole")
     advance, seen = run.Session.advance, []
@@ -143,7 +146,7 @@ def test_a_run_that_resumes_stops_as_one_that_does_not(make_config, monkeypatch)
     def interrupted(session, progress, debug_nans):
         advance(session, progress, debug_nans)
         seen.append(progress)
-        if len(seen) % 5 == 0:
+        if len(seen) % 7 == 0:
             stop.number = 15
 
     monkeypatch.setattr(run.Session, "advance", interrupted)

@@ -184,8 +184,7 @@ def get_study():
         config.train.num_epochs = 2
         config.checkpoint.every_steps = 7
         entries[cell] = config
-    rates, warmup = [0.001, 0.01, 1e36], [0.0, 0.1]
-    select = {"optimizer.learning_rate": rates, "optimizer.warmup_fraction": warmup}
+    select = {"optimizer.learning_rate": [0.001, 0.01, 1e36]}
     return Study(entries, range(5, 8), select, range(2), 500)
 """
 
@@ -221,10 +220,10 @@ def test_a_study_that_is_stopped_ends_as_one_that_is_not(data_dir, tmp_path):
         assert set(json.loads(path.read_text())["test"]["accuracy"]) == {None}
     assert "simple\\_rnn" in (whole / "study.tex").read_text()
     assert len((whole / "study.csv").read_text().splitlines()) == 3
-    assert (whole / "study.html").read_text().count("<img") == 5
+    assert (whole / "study.html").read_text().count("<img") == 4
 
     rng = np.random.default_rng(0)
-    for number in (signal.SIGINT, signal.SIGKILL, signal.SIGTERM, None):
+    for number in (signal.SIGINT, signal.SIGKILL, None):
         process = study(data_dir, "parts", tmp_path)
         if number:
             time.sleep(rng.uniform(4, 9))
