@@ -30,9 +30,12 @@ def read(path: pathlib.Path) -> Splits:
         fault = "is no regular file" if path.exists() else "does not exist"
         raise UserError(f"config.data.manual_dir={path} {fault}; name a .npz file")
     try:
+        if not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path} is damaged, or no .npz file; save the arrays {', '.join(_NAMES)} with "
+                "numpy.savez"
+            )
         with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one array, not several by name")
             if missing := [name for name in _NAMES if name not in file]:
                 raise UserError(
                     f"{path} holds no {', '.join(missing)}; found {', '.join(file) or 'nothing'}; "
@@ -50,9 +53,16 @@ def read(path: pathlib.Path) -> Splits:
             raise UserError(f"{path} holds {array.dtype} as {name}; numbers are needed")
         return pictures.to_bytes(array, path)
 
-    def labels(array):
-        return array[:, 0] if array.ndim == 2 and array.shape[1] == 1 else array
+    def labels(array, name):
+        if array.dtype.kind not in "iu" or array.ndim > 2 or array.shape[1:] not in ((), (1,)):
+            raise UserError(
+                f"{path} holds {array.dtype} {list(array.shape)} as {name}; one whole number for "
+                "each image is needed: see numpy.argmax for one-hot labels, and numpy.unique with "
+                "return_inverse for others"
+            )
+        return array.reshape(-1)
 
     return Splits(
-        (images(x_train, "x_train"), labels(y_train)), (images(x_test, "x_test"), labels(y_test))
+        (images(x_train, "x_train"), labels(y_train, "y_train")),
+        (images(x_test, "x_test"), labels(y_test, "y_test")),
     )

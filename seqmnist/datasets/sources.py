@@ -132,20 +132,23 @@ def notices(
 
     `splits` are example numbers, "train" and "validation" those of the archive.
     """
-    known, held_out = (set(labels[splits[name]].tolist()) for name in ("train", "validation"))
+    known, held_out = (np.unique(labels[splits[name]]) for name in ("train", "validation"))
     found = []
-    if unknown := sorted(held_out - known):
-        names = ", ".join(spec.class_names[label] for label in unknown[:5])
-        found.append(
-            f"validation, the last {len(splits['validation']):,} examples, holds {len(unknown)} "
-            f"classes that training has not seen ({names}); shuffle the training archive"
-        )
+    for unknown, where in (
+        (np.setdiff1d(held_out, known), "that validation, the archive's end, holds; shuffle it"),
+        (np.setdiff1d(np.arange(spec.num_classes), labels), "of the labels; see whether they fit"),
+    ):
+        if len(unknown):
+            names = ", ".join(spec.class_names[label] for label in unknown[:5])
+            more = ", …" if len(unknown) > 5 else ""
+            found.append(f"training has not seen {len(unknown)} classes ({names}{more}) {where}")
     some = images[:: max(1, len(images) // _SAMPLE)].astype(np.float32)
     if len(some) > 1 and some.std(axis=0).mean() < _ALIKE:
         found.append("nearly all images are alike; see whether they were converted correctly")
     return found
 
 
+_MOST_CLASSES = 1 << 16
 _SAMPLE = 500  # images that are compared
 _ALIKE = 1.0  # bytes by which images differ, on average; MNIST's differ by 44
 
@@ -273,6 +276,11 @@ def _converted(splits, config) -> Splits:
                 f"{split} holds {len(images):,} images and labels of {labels.dtype} "
                 f"{list(labels.shape)}; one whole number for each image is needed"
             )
+        if labels.min() < 0 or labels.max() >= _MOST_CLASSES:
+            raise UserError(
+                f"{split} holds the labels {labels.min()} to {labels.max()}; labels are whole "
+                f"numbers from 0 to at most {_MOST_CLASSES - 1}"
+            )
         converted[split] = _resized(images, config), labels.astype(np.int32)
     (images, labels), (test_images, test_labels) = converted.values()
     if images.shape[1:] != test_images.shape[1:]:
@@ -282,10 +290,10 @@ def _converted(splits, config) -> Splits:
         )
     labels = np.concatenate([labels, test_labels])
     names = splits.class_names or tuple(map(str, range(labels.max() + 1)))
-    if labels.min() < 0 or labels.max() >= len(names) or len(names) < 2:
+    if labels.max() >= len(names) or len(names) < 2:
         raise UserError(
-            f"labels are {labels.min()} to {labels.max()}, and there are {len(names)} classes; "
-            "labels are numbers from 0, of at least two classes"
+            f"labels are {labels.min()} to {labels.max()}, and classes {len(names)} in number; "
+            "labels are whole numbers from 0, of at least two classes"
         )
     return Splits(**converted, class_names=names)
 

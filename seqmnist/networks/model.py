@@ -201,7 +201,8 @@ class SequenceClassifier(nnx.Module):
         if num_steps < 2:
             raise UserError(
                 f"config.model.view={config.view} with config.model.subsample={config.subsample} "
-                f"gives {num_steps} time step; choose a smaller subsample, or another view"
+                f"reads images of {spec.height} × {spec.width} pixels in {num_steps} time step; "
+                "choose a smaller subsample or another view"
             )
         width = config.hidden_size * (2 if config.bidirectional else 1)
         encoder = None

@@ -102,7 +102,8 @@ def patches(images: jax.Array, size: int) -> jax.Array:
     batch_size, height, width = images.shape[:3]
     if size < 1 or height % size or width % size:
         side = math.gcd(height, width)
-        sizes = ", ".join(f"patches_{k}" for k in range(1, side + 1) if side % k == 0)
+        several = (k for k in range(1, side + 1) if side % k == 0 and height * width > k * k)
+        sizes = ", ".join(f"patches_{k}" for k in several)
         raise UserError(
             f"config.model.view=patches_{size} does not divide images of {height} × {width} "
             f"pixels; choose one of: {sizes}"

@@ -268,7 +268,10 @@ def test_a_file_that_changes_is_read_again(tmp_path):
         ({"y_test": None}, ["holds no y_test", "x_train, y_train, x_test"]),
         ({"x_train": SPLITS.train[0][:-1]}, ["29 images", "[30]"]),
         ({"x_test": np.zeros((12, 8, 8), np.uint8)}, ["[28, 28]", "[8, 8]", "data.size"]),
-        ({"y_train": np.full(30, -1)}, ["labels are -1"]),
+        ({"y_train": np.full(30, -1)}, ["the labels -1 to"]),
+        ({"y_train": np.full(30, 2**32 + 1)}, ["4294967297"]),
+        ({"y_train": np.full(30, 10**6)}, ["1000000", "at most 65535"]),
+        ({"y_train": np.eye(30)}, ["float64 [30, 30] as y_train", "argmax"]),
         ({"y_train": np.zeros(30), "y_test": np.zeros(12)}, ["float64"]),
         ({"x_train": np.full((30, 28, 28), np.nan)}, ["outside 0 to 255"]),
         ({"x_train": np.zeros((30, 28, 28, 2), np.uint8)}, ["[30, 28, 28, 2]"]),
@@ -287,6 +290,19 @@ def test_npz_files_that_cannot_be_used(change, words, tmp_path):
         prepare(tmp_path, "npz", path)
     assert_one_line(caught, *words)
     assert not (tmp_path / "data" / "mnist_family").exists()
+
+
+@pytest.mark.parametrize("content", ["array", "text", "half"])
+def test_what_is_no_npz_file_is_said_so(content, tmp_path):
+    path = save_npz(tmp_path / "mnist.npz")
+    whole = path.read_bytes()
+    if content == "array":
+        np.save(path.open("wb"), SPLITS.train[0])
+    else:
+        path.write_bytes(b"nothing" if content == "text" else whole[: len(whole) // 2])
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, "npz", path)
+    assert_one_line(caught, path, "no .npz file", "numpy.savez")
 
 
 @pytest.mark.parametrize("name", ["mnist", "npz", "folder", "cifar10"])
@@ -344,8 +360,10 @@ def test_notices():
     mixed = np.arange(100) % 3
     assert sources.notices(images, mixed, splits, spec) == []
     (line,) = sources.notices(images, np.repeat([0, 1, 2], [40, 40, 20]), splits, spec)
-    assert "1 class" in line
+    assert "1 classes" in line
     assert "owl" in line
+    (line,) = sources.notices(images, np.arange(100) % 2 + 1, splits, spec)
+    assert "cat" in line
     (line,) = sources.notices(np.zeros_like(images), mixed, splits, spec)
     assert "alike" in line
 
@@ -434,9 +452,9 @@ def test_class_sorted_images_are_told(tmp_path):
         "--config.train.num_epochs=1",
     )
     assert shown.returncode == 0, shown.stderr
-    assert "that training has not seen" in shown.stdout
+    assert "training has not seen" in shown.stdout
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert "that training has not seen" in results["dataset"]["notice"]
+    assert "training has not seen" in results["dataset"]["notice"]
 
 
 LOADER = """
