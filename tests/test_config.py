@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import pathlib
 
 import pytest
 
@@ -86,7 +87,7 @@ def test_an_experiment_changes_its_own_copy():
     config = config_lib.get_config()
     config.data.manual_dir = "somewhere"
     config.train.num_epochs = 7
-    assert config_lib.validated(config).data.manual_dir == "somewhere"
+    assert config_lib.validated(config).data.manual_dir == str(pathlib.Path("somewhere").absolute())
     assert config_lib.get_config() == Config()
 
 
