@@ -126,6 +126,18 @@ def test_validation_chooses_and_test_is_not_seen():
     assert not plan.at_edges(study, {"optimizer.learning_rate": 0.01, "model.num_layers": 1})
 
 
+@pytest.mark.parametrize("diverged", [None, float("nan")])
+def test_a_seed_that_diverged_is_counted(diverged):
+    study = Study({"a": Config()}, range(9, 12))
+    scores = {"loss": [0.2, diverged, 0.4], "accuracy": [0.9, diverged, 0.7]}
+    results = {"validation": scores, "test": scores, "parameters": 6602}
+    results["sequence"] = {"time_steps": 28}
+    entry = plan.describe(study, {}, [], study.entries["a"], results, MNIST)
+    assert entry["diverged"] == 1
+    assert entry["scores"]["test/accuracy"] == [0.9, None, 0.7]
+    assert entry["test/accuracy"]["mean"] == pytest.approx(0.8)
+
+
 def test_differences_are_those_of_scipy():
     rng = np.random.default_rng(0)
     scores = {name: rng.normal(mean, 0.01, 10) for name, mean in zip("abc", (0.9, 0.91, 0.93))}  # noqa: B905

@@ -227,8 +227,13 @@ def describe(
 ) -> dict[str, Any]:
     """Returns what `study.json` holds of an entry; nothing in it depends on time or machine."""
     several = len(study.seeds) > 1
+
+    def listed(values):  # of a run that has just ended they are NaN, of one that is read, None
+        values = np.array(values if several else [values], float).tolist()
+        return [value if math.isfinite(value) else None for value in values]
+
     scores = {
-        f"{split}/{key}": results[split][key] if several else [results[split][key]]
+        f"{split}/{key}": listed(results[split][key])
         for split in ("validation", "test")
         for key in ("loss", "accuracy")
     }
