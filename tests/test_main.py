@@ -51,7 +51,7 @@ def test_a_run_writes_what_it_promises(trained):
     assert (results["parameters"], results["epochs"], results["steps"]) == (6602, 2, 50)
     assert results["validation"]["loss"] == lines[-1]["validation/loss"]
     assert results["versions"]["jax"]
-    assert set(results["programs"]) == {"train", "evaluate", "total"}
+    assert set(results["programs"]) == {"train", "evaluate"}
     assert all(cost["compile_seconds"] > 0 for cost in results["programs"].values())
     assert results["programs"]["train"]["hlo_flops"] > 0
     assert 0 < results["seconds"]["train"] < results["seconds"]["total"]

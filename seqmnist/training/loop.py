@@ -127,17 +127,12 @@ class Loop:
 
             return lax.scan(body, sums, window)[0]
 
-        def total(sums):
-            return devices.add_up(jax.tree.map(lambda x: x[0], sums), "data")
-
         batch, all_alike = P(None, "data"), (P(), P(), P())
         train = over_mesh(train, own=(P(), P(), batch), shared=all_alike, out=P())
-        # Each device keeps sums of its own, [1], until all windows are read.
+        # Each device keeps sums of its own, [1].
         evaluate = over_mesh(evaluate, own=(P(), P("data")), shared=(batch, P()), out=P("data"))
-        total = over_mesh(total, own=(P("data"),), shared=(), out=P())
         self._train = jit(train, donate_argnums=(0, 1), out_shardings=self.placement)
         self._evaluate = jit(evaluate, donate_argnums=1)
-        self._total = jit(total)
         self._evaluate_ensemble = jit(_make_ensemble(system, feed, over_mesh))
 
     def start(self, state: TrainState, sums: Sums | None = None) -> Progress:
@@ -166,11 +161,11 @@ class Loop:
             yield Progress(state, jax.block_until_ready(sums), stop, last)
 
     def evaluate(self, params: Any, rows: np.ndarray) -> Sums:
-        """Returns the sums over all examples of rows int32 [steps, B]."""
+        """Returns the sums over all examples of rows int32 [steps, B], in NumPy."""
         sums = self._partial_sums(params)
         for _, _, window in self._feed.windows(rows, 0, self._evaluation_place):
             sums = self._evaluate(params, sums, window, self._arrays)
-        return self._total(sums)
+        return jax.tree.map(lambda x: x.sum(-1, dtype=x.dtype), devices.gather(sums))
 
     def evaluate_ensemble(self, params: Any, rows: np.ndarray, weights: np.ndarray) -> Sums:
         """Returns the sums of the mean prediction of S members over rows int32 [steps, B].
@@ -184,7 +179,7 @@ class Loop:
     def programs(
         self, state: TrainState, sums: Sums, rows: tuple[int, ...], held_out: tuple[int, ...]
     ) -> dict[str, jax.stages.Lowered]:
-        """Returns "train", "evaluate" and "total", to be compiled before their first calls.
+        """Returns "train" and "evaluate", to be compiled before their first calls.
 
         `state` and `sums` are shapes, dtypes and shardings, as `start` places them; `rows` and
         `held_out` the shapes of an epoch's rows and an evaluation's.
@@ -195,7 +190,6 @@ class Loop:
         return {
             "train": self._train.lower(state, sums, training, 0, 1, self._arrays),
             "evaluate": self._evaluate.lower(state.params, partial, evaluation, self._arrays),
-            "total": self._total.lower(partial),
         }
 
     def _partial_sums(self, params):

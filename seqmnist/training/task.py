@@ -100,7 +100,7 @@ class Task(NamedTuple):
         """
         if not self.splits[split]:
             return {"loss": None, "accuracy": None}
-        means = devices.gather(self.loop.evaluate(params, self.rows[split])).means()
+        means = self.loop.evaluate(params, self.rows[split]).means()
         return {name: np.where(diverged, np.nan, value).tolist() for name, value in means.items()}
 
     def describe_data(self) -> dict[str, Any]:
