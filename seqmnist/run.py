@@ -431,8 +431,8 @@ def _check_data(task, workdir, fingerprint):
     if fingerprint != task.dataset.fingerprint:
         raise UserError(
             f"--workdir={workdir} was trained on other data than {task.dataset.name} in "
-            f"{task.dataset.directory}; name its dataset with config.data.name, or choose another "
-            "--workdir"
+            f"{task.dataset.directory}; give config.data.name, manual_dir, size and grayscale as "
+            "it was trained, or choose another --workdir"
         )
 
 

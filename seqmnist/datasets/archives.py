@@ -72,24 +72,30 @@ class Splits:
         return iter((self.train, self.test))
 
 
+class File(NamedTuple):
+    """A file that has been read, and where it was found: a path or an address."""
+
+    origin: str
+    content: bytes
+
+
 class Published(NamedTuple):
     """How a dataset is published.
 
     `files` are those of train and of test; `packed` is one archive that holds all of them. `parse`
-    takes the contents of the files of a split, under their full names, and the dataset; it returns
-    images and labels.
+    takes the files of a split and the dataset; it returns images and labels.
     """
 
     class_names: tuple[str, ...]
     files: dict[str, tuple[str, ...]]
-    parse: Callable[[dict[str, bytes], "Published"], tuple[np.ndarray, np.ndarray]]
+    parse: Callable[[list[File], "Published"], tuple[np.ndarray, np.ndarray]]
     packed: str | None = None
     first_label: int = 0
     is_transposed: bool = False
 
 
-def _parse_idx(contents, published):
-    (images_name, images), (labels_name, labels) = contents.items()
+def _parse_idx(files, published):
+    (images_name, images), (labels_name, labels) = files
     first, count = published.first_label, len(published.class_names)
     images = idx.read_images(images_name, content=images)
     labels = idx.read_labels(labels_name, content=labels, classes=range(first, first + count))
@@ -102,9 +108,9 @@ def _parse_idx(contents, published):
     return images, labels - first
 
 
-def _parse_npz(contents, published):
+def _parse_npz(files, published):
     arrays = []
-    for name, content in contents.items():
+    for name, content in files:
         try:
             arrays.append(np.load(io.BytesIO(content), allow_pickle=False)["arr_0"])
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
@@ -113,9 +119,9 @@ def _parse_npz(contents, published):
     return tuple(arrays)
 
 
-def _parse_cifar(contents, published):
+def _parse_cifar(files, published):
     records = []
-    for name, content in contents.items():
+    for name, content in files:
         if not content or len(content) % (1 + 3 * 32 * 32):
             raise UserError(f"{name} holds no whole images of CIFAR-10; download it again")
         records.append(np.frombuffer(content, np.uint8).reshape(-1, 1 + 3 * 32 * 32))
@@ -169,18 +175,24 @@ def checksums(dataset: str) -> dict[str, str]:
     return {name: sha256 for url, _, sha256, name in lines if url == URLS[dataset] + name}
 
 
-def unregistered(dataset: str, contents: dict[str, bytes]) -> list[str]:
-    """Returns the files that are not the registered ones, however they are compressed."""
+def unregistered(dataset: str, files: dict[str, File]) -> list[str]:
+    """Returns which files are not the registered ones, however they are compressed."""
     registered = checksums(dataset)
 
     def is_known(name, content):
-        if hashlib.sha256(content).hexdigest() == registered.get(name):
-            return True
-        if dataset != "mnist":  # of the others, only archives are on record
+        if name not in registered:
             return False
-        return _CONTENTS.get(content_hash(content)) == name
+        if hashlib.sha256(content).hexdigest() == registered[name]:
+            return True
+        # Of the others, only archives are on record.
+        return dataset == "mnist" and _CONTENTS.get(content_hash(content)) == name
 
-    return [name for name, content in contents.items() if not is_known(name, content)]
+    return [name for name, file in files.items() if not is_known(name, file.content)]
+
+
+def recognized(files: dict[str, File]) -> str | None:
+    """Returns the dataset whose registered files these are, or None."""
+    return next((name for name in PUBLISHED if not unregistered(name, files)), None)
 
 
 def content_hash(content: bytes) -> str:
@@ -188,7 +200,7 @@ def content_hash(content: bytes) -> str:
     return hashlib.sha256(idx.decompressed(content)).hexdigest()
 
 
-def read_folder(folder: pathlib.Path, dataset: str = "mnist") -> dict[str, bytes]:
+def read_folder(folder: pathlib.Path, dataset: str = "mnist") -> dict[str, File]:
     """Reads the files of a dataset, by their published names; raises UserError if it cannot.
 
     They may be compressed or not, spelled `train-images.idx3-ubyte`, and lie in sub-folders or in
@@ -225,12 +237,12 @@ def _spellings(name):
 
 
 def _files(folder):
-    """Returns a function that reads each file in a folder, by its name; the upper ones first."""
+    """Returns functions that read the files in a folder, by their names; the upper ones first."""
     found, level, zipped = {}, [folder], []
     for _ in range(_DEPTH + 1):
         paths = sorted(path for each in level for path in each.iterdir())
         for path in filter(pathlib.Path.is_file, paths):  # a FIFO would be waited for
-            found.setdefault(path.name, path.read_bytes)
+            found.setdefault(path.name, functools.partial(_read_file, path))
             zipped += [path] if zipfile.is_zipfile(path) else []
         level = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
     for path in zipped:
@@ -241,39 +253,44 @@ def _files(folder):
     return found
 
 
+def _read_file(path):
+    return File(str(path), path.read_bytes())
+
+
 def _read_member(path, member):
     with zipfile.ZipFile(path) as file:
-        return file.read(member)
+        return File(f"{path}/{member}", file.read(member))
 
 
-def parse(contents: dict[str, bytes], origin: str | os.PathLike, dataset: str = "mnist") -> Splits:
-    """Parses the files of a dataset, which came from the folder or address `origin`.
+def parse(files: dict[str, File], dataset: str = "mnist") -> Splits:
+    """Parses the files of a dataset.
 
     Raises UserError if one is damaged, or two do not belong together.
     """
     published = PUBLISHED[dataset]
-    if published.packed in contents:
-        contents = _unpacked(contents[published.packed], published, f"{origin}/{published.packed}")
-    parts = {}
-    for split, names in published.files.items():
-        files = {f"{origin}/{name}": contents[name] for name in names}
-        parts[split] = published.parse(files, published)
+    if published.packed in files:
+        files = _unpacked(*files[published.packed], published)
+    parts = {
+        split: published.parse([files[name] for name in names], published)
+        for split, names in published.files.items()
+    }
     return Splits(**parts, class_names=published.class_names)
 
 
-def _unpacked(content, published, origin):
+def _unpacked(origin, content, published):
     names, found = set(sum(published.files.values(), ())), {}
     try:
         if published.packed.endswith(".zip"):
             with zipfile.ZipFile(io.BytesIO(content)) as file:
                 for member in file.namelist():
                     if (name := pathlib.PurePosixPath(member).name) in names:
-                        found[name] = file.read(member)
+                        found[name] = File(f"{origin}/{member}", file.read(member))
         else:
             with tarfile.open(fileobj=io.BytesIO(content)) as file:
                 for member in filter(tarfile.TarInfo.isfile, file):
                     if (name := pathlib.PurePosixPath(member.name).name) in names:
-                        found[name] = file.extractfile(member).read()
+                        content = file.extractfile(member).read()
+                        found[name] = File(f"{origin}/{member.name}", content)
     except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
         reason = f"{origin} cannot be read ({one_line(error)})"
         raise UserError(f"{reason}; download it again") from error
@@ -317,23 +334,23 @@ def read_scikit_learn() -> Splits:
     return Splits((images[~is_test], labels[~is_test]), (images[is_test], labels[is_test]))
 
 
-def download(dataset: str) -> dict[str, bytes]:
-    """Downloads the archives of a dataset, by file name; raises DownloadError if it cannot.
+def download(dataset: str) -> dict[str, File]:
+    """Downloads the archives of a dataset, by their names; raises DownloadError if it cannot.
 
     TFDS's own downloader retries for minutes; this one fails within seconds without a network.
     """
-    published, contents = PUBLISHED[dataset], {}
+    published, files = PUBLISHED[dataset], {}
     names = (published.packed,) if published.packed else sum(published.files.values(), ())
     for name in names:
         url = URLS[dataset] + name
         try:
             with _open(url) as response:
-                contents[name] = response.read()
+                files[name] = File(url, response.read())
         except (OSError, http.client.HTTPException) as error:
             says_more = isinstance(error, urllib.error.HTTPError)
             reason = error if says_more else getattr(error, "reason", error)
             raise DownloadError(f"{url} could not be downloaded ({one_line(reason)})") from error
-    return contents
+    return files
 
 
 def _open(url):

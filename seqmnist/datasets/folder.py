@@ -15,6 +15,7 @@ from seqmnist.errors import UserError
 
 _LAYOUTS = "train/CLASS/* and test/CLASS/*, or in CLASS/*"
 _SPLITS = ("train", "test")
+_ALIKE = {"val", "valid", "validation", "dev", "eval"}  # what others call what they score with
 # What systems and programs leave in folders, besides names that begin with a dot.
 _HIDDEN = {"Thumbs.db", "desktop.ini", "__MACOSX"}
 _TEST_EVERY = 5  # of each class, without a test folder, the last of five pictures is for testing
@@ -122,6 +123,12 @@ def _split_folders(folder, skipped):
         if not any(os.path.isdir(path) for path in _listdir(root)):
             return {}  # a class of this name
         other = _SPLITS[split == "train"]
+        alike = [path for path in _listdir(folder) if path.name.lower() in _ALIKE and path.is_dir()]
+        if split == "train" and alike:
+            raise UserError(
+                f"{folder} contains folders train and {alike[0].name} but no folder test; rename "
+                f"{alike[0].name} to test, or name with config.data.manual_dir a folder that has it"
+            )
         raise UserError(
             f"{folder} contains a folder {split} of classes but no folder {other}; add it, or move "
             f"the class folders of {split} up, where every fifth picture is for testing"

@@ -183,6 +183,8 @@ def _find(name, config, root, say) -> _Source:
     manual = config.manual_dir
     manual = None if manual is None else paths.resolve(manual, "config.data.manual_dir")
     if name in LOADERS:
+        if manual is not None:
+            raise UserError(f"{name} needs no files; leave out config.data.manual_dir={manual}")
         return _Source(name + suffix, LOADERS[name])
     if name.startswith(_TFDS):
         own = name.removeprefix(_TFDS)
@@ -208,13 +210,13 @@ def _find_published(name, config, manual, suffix, say):
     if config.verify_checksums:
         read = functools.partial(_read_verified, name, manual)
         return _Source(name + suffix, read, None, class_names)
-    contents = archives.read_folder(manual, name)
+    files = _read_archives(name, manual)
     key, notice = name, None
-    if archives.unregistered(name, contents):
-        hashes = "".join(map(archives.content_hash, contents.values()))
+    if archives.unregistered(name, files):
+        hashes = "".join(archives.content_hash(file.content) for file in files.values())
         key = f"{name}_{hashlib.sha256(hashes.encode()).hexdigest()[:8]}"
         notice = f"the archives in {manual} are not the registered ones of {name}"
-    read = functools.partial(archives.parse, contents, manual, name)
+    read = functools.partial(archives.parse, files, name)
     return _Source(key + suffix, read, notice, class_names)
 
 
@@ -226,25 +228,38 @@ def _download(name, say):
             "false"
         )
     say(f"Downloading {name} from {archives.URLS[name]}")
-    contents = archives.download(name)
-    if archives.unregistered(name, contents):
+    files = archives.download(name)
+    if archives.unregistered(name, files):
         raise archives.DownloadError(
             f"{archives.URLS[name]} does not hold the registered archives of {name}"
         )
-    return archives.parse(contents, archives.URLS[name], name)
+    return archives.parse(files, name)
 
 
 def _read_verified(name, manual):
-    contents = archives.read_folder(manual, name)
-    if others := archives.unregistered(name, contents):
-        found = hashlib.sha256(contents[others[0]]).hexdigest()
+    files = _read_archives(name, manual)
+    if others := archives.unregistered(name, files):
+        origin, content = files[others[0]]
+        found = hashlib.sha256(content).hexdigest()
         registered = archives.checksums(name).get(others[0])
         there = f"not {registered[:8]}…" if registered else "and none is on record"
         raise UserError(
-            f"{manual / others[0]} is not the registered archive of {name} (SHA-256 {found[:8]}…, "
+            f"{origin} is not the registered archive of {name} (SHA-256 {found[:8]}…, "
             f"{there}); download it again, or accept it with --config.data.verify_checksums=false"
         )
-    return archives.parse(contents, manual, name)
+    return archives.parse(files, name)
+
+
+def _read_archives(name, manual):
+    """Reads the files of a dataset in a folder, unless they are those of another one."""
+    files = archives.read_folder(manual, name)
+    other = archives.recognized(files) or name
+    if other != name and archives.unregistered(name, files):
+        raise UserError(
+            f"the archives in {manual} are those of {other}, not of {name}; read them with "
+            f"--config.data.name={other}"
+        )
+    return files
 
 
 def _beside(name, root):

@@ -232,6 +232,12 @@ def test_other_layouts_are_refused(tmp_path):
     assert "without pictures: test/a" in line
 
 
+def test_a_validation_folder_in_place_of_test_is_told(tmp_path):
+    write_classes(tmp_path / "train")
+    write_classes(tmp_path / "val")
+    assert "rename val to test" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_splits_must_agree(tmp_path, split):
     write_classes(tmp_path / split, ("a", "b", "c"))

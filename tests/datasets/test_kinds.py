@@ -98,15 +98,33 @@ def test_archives_in_a_zip_file(plain, tmp_path):
 
 
 def test_an_archive_that_is_compressed_anew_is_the_registered_one(plain, tmp_path, monkeypatch):
-    contents = archives.read_folder(plain)
-    known = {archives.content_hash(content): name for name, content in contents.items()}
+    files = archives.read_folder(plain)
+    known = {archives.content_hash(file.content): name for name, file in files.items()}
     monkeypatch.setattr(archives, "_CONTENTS", known)
     spell(plain, lambda name: f"{name}.gz")
     prepared = prepare(tmp_path, "mnist", plain)
     assert (prepared.name, prepared.notice) == ("mnist", None)
+    for fields in ({}, {"verify_checksums": False}):
+        with pytest.raises(UserError) as caught:
+            prepare(tmp_path, "fashion_mnist", plain, **fields)
+        assert_one_line(caught, "those of mnist, not of fashion_mnist", "--config.data.name=mnist")
+
+
+def test_a_file_that_is_refused_is_named_as_it_lies_there(plain, tmp_path):
+    path = plain / "train-labels-idx1-ubyte"
+    path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError) as caught:
-        prepare(tmp_path, "fashion_mnist", plain)
-    assert_one_line(caught, "not the registered archive of fashion_mnist", "verify_checksums=false")
+        prepare(tmp_path, "mnist", plain, verify_checksums=False)
+    assert_one_line(caught, f"{path} ")
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, "mnist", plain)
+    assert_one_line(caught, f"{plain / 't'}", "idx3-ubyte is not the registered archive of mnist")
+
+
+def test_a_dataset_without_files_refuses_a_folder(tmp_path):
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, "digits", tmp_path)
+    assert_one_line(caught, "digits needs no files", "config.data.manual_dir")
 
 
 def test_a_missing_file_names_what_lies_beside(plain, tmp_path):

@@ -36,8 +36,8 @@ def manual_dir(tmp_path):
 @pytest.fixture
 def registered(manual_dir, tmp_path, monkeypatch):
     """Lets the small archives pass for the registered ones of mnist."""
-    contents = archives.read_folder(manual_dir)
-    hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    files = archives.read_folder(manual_dir)
+    hashes = {name: hashlib.sha256(file.content).hexdigest() for name, file in files.items()}
     url = "http://127.0.0.1:9/"  # a closed port: no network
     monkeypatch.setitem(archives.URLS, "mnist", url)
     lines = [f"{url}{name}\t0\t{sha256}\t{name}\n" for name, sha256 in hashes.items()]
@@ -482,7 +482,7 @@ def test_processes_may_prepare_together(tmp_path):
 
 
 def test_the_subset_is_stratified_and_does_not_change(tmp_path, data_dir):
-    config = DataConfig("mnist_5k", data_dir, tmp_path / "nowhere", verify_checksums=False)
+    config = DataConfig("mnist_5k", data_dir)
     prepared = sources.prepare(config)
     for split, size in (("train", 4000), ("test", 1000)):
         images, labels = prepared.arrays(split)
@@ -511,7 +511,7 @@ def test_addresses_and_checksums_are_those_of_tfds():
 def test_full_mnist_holds_what_its_archives_do(full_mnist):
     prepared = sources.prepare(DataConfig("mnist", full_mnist))
     assert [prepared.num_examples(split) for split in ("train", "test")] == [60000, 10000]
-    whole = archives.parse(archives.read_folder(MNIST), MNIST)
+    whole = archives.parse(archives.read_folder(MNIST))
     for split, arrays in zip(("train", "test"), whole, strict=True):
         chex.assert_trees_all_equal(prepared.arrays(split)[0], arrays[0])
         chex.assert_trees_all_equal(prepared.arrays(split)[1], arrays[1].astype(np.int32))
