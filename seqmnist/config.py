@@ -142,7 +142,7 @@ class OptimizerConfig(_Group):
     )
     recurrent_factor: float = _field(
         1.0,
-        "learning rate of RecurrentParams (eigenvalues and input kernels of the lru) as a share",
+        "learning rate of RecurrentParams (how long linear cells remember) as a share",
         within="[0, 1]",
     )
 
@@ -245,7 +245,7 @@ NEUTRAL += tuple(f"checkpoint.{field.name}" for field in dataclasses.fields(Chec
 _ACTS_WITH = {
     "optimizer.momentum": ("optimizer.name", ("sgd",)),
     "optimizer.weight_decay": ("optimizer.name", ("adamw",)),
-    "optimizer.recurrent_factor": ("model.cell", ("lru",)),
+    "optimizer.recurrent_factor": ("model.cell", ("lru", "rg_lru", "s5", "s6")),
     "optimizer.plateau_factor": ("optimizer.schedule", ("plateau",)),
     "optimizer.plateau_patience": ("optimizer.schedule", ("plateau",)),
 }

@@ -70,9 +70,89 @@ def lru(p, x):
         yield (h @ c).real + (x_t * p["D"] if "D" in p else 0)
 
 
+def lem(p, x):
+    w, b = np.split(p["kernel"], 4, axis=1), np.split(p["bias"], 4)
+    u, v = np.split(p["recurrent_kernel"], 3, axis=1), p["slow_kernel"]
+    h, z = np.zeros((B, H)), np.zeros((B, H))
+    for x_t in x:
+        d, e = (sigmoid(x_t @ w[k] + b[k] + h @ u[k]) for k in (0, 1))
+        z = (1 - d) * z + d * np.tanh(x_t @ w[2] + b[2] + h @ u[2])
+        h = (1 - e) * h + e * np.tanh(x_t @ w[3] + b[3] + z @ v)
+        yield h
+
+
+def slstm(p, x):
+    """The equations without the stabilizer."""
+    w, u = np.split(p["kernel"], 4, axis=1), np.split(p["recurrent_kernel"], 4, axis=1)
+    b, h, c, n = np.split(p["bias"], 4), np.zeros((B, H)), np.zeros((B, H)), np.zeros((B, H))
+    for x_t in x:
+        i, f, g, o = (x_t @ w[k] + h @ u[k] + b[k] for k in range(4))
+        c = sigmoid(f) * c + np.exp(i) * np.tanh(g)
+        n = sigmoid(f) * n + np.exp(i)
+        h = sigmoid(o) * c / n
+        yield h
+
+
+def min_lstm(p, x):
+    w, b, h = np.split(p["kernel"], 3, axis=1), np.split(p["bias"], 3), np.zeros((B, H))
+    for x_t in x:
+        f, i = (sigmoid(x_t @ w[k] + b[k]) for k in (0, 1))
+        h = (f * h + i * (x_t @ w[2] + b[2])) / (f + i)
+        yield h
+
+
+def rg_lru(p, x):
+    w, b, h = np.split(p["kernel"], 3, axis=1), np.split(p["bias"], 3), np.zeros((B, H))
+    for x_t in x:
+        r, i = (sigmoid(x_t @ w[k] + b[k]) for k in (0, 1))
+        a = sigmoid(p["Lambda"]) ** (8 * r)
+        h = a * h + np.sqrt(1 - a**2) * i * (x_t @ w[2] + b[2])
+        yield h
+
+
+def s5(p, x):
+    eigenvalues, dt = -np.exp(p["decay_log"]) + 1j * p["frequency"], np.exp(p["step_log"])
+    b, c = p["B_re"] + 1j * p["B_im"], p["C_re"] + 1j * p["C_im"]
+    h = np.zeros((B, len(dt)), complex)
+    for x_t in x:
+        hold = (np.exp(eigenvalues * dt) - 1) / eigenvalues
+        h = np.exp(eigenvalues * dt) * h + hold * (x_t @ b)
+        yield (h @ c).real + (x_t * p["D"] if "D" in p else 0)
+
+
+def s6(p, x):
+    n = p["A_log"].shape[1]
+    w_u, w_dt, w_b, w_c = np.split(p["kernel"], [H, 2 * H, 2 * H + n], axis=1)
+    h = np.zeros((B, H, n))
+    for x_t in x:
+        u, dt = x_t @ w_u, np.log1p(np.exp(x_t @ w_dt + p["bias"]))
+        a = np.exp(np.einsum("bh,hn->bhn", dt, -np.exp(p["A_log"])))
+        h = a * h + np.einsum("bh,bn->bhn", dt * u, x_t @ w_b)
+        yield np.einsum("bhn,bn->bh", h, x_t @ w_c) + p["D"] * u
+
+
+def delta_net(p, x):
+    heads = p["bias"].size - 3 * H
+    s = np.zeros((B, heads, H // heads, H // heads))
+    for x_t in x:
+        q, k, v, beta = np.split(x_t @ p["kernel"] + p["bias"], [H, 2 * H, 3 * H], axis=1)
+        q, k, v = (np.reshape(y * sigmoid(y), (B, heads, -1)) for y in (q, k, v))
+        q, k = (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
+        h = np.zeros((B, heads, H // heads))
+        for example in range(B):
+            for head in range(heads):
+                matrix, key = s[example, head], k[example, head]
+                matrix += np.outer(
+                    sigmoid(beta[example, head]) * (v[example, head] - matrix @ key), key
+                )
+                h[example, head] = matrix @ q[example, head]
+        yield h.reshape(B, H)
+
+
 ORACLES = {
-    "simple_rnn": simple_rnn, "irnn": irnn, "gru": gru, "lstm": lstm,
-    "min_gru": min_gru, "lru": lru,
+    "simple_rnn": simple_rnn, "irnn": irnn, "gru": gru, "lstm": lstm, "lem": lem, "slstm": slstm,
+    "min_gru": min_gru, "min_lstm": min_lstm, "rg_lru": rg_lru, "lru": lru, "s5": s5, "s6": s6,
+    "delta_net": delta_net,
 }  # fmt: skip
 
 
@@ -87,7 +167,13 @@ def pure(cell):
 
 @pytest.mark.parametrize(
     ("name", "input_size", "options"),
-    [*((name, size, {}) for name in CELLS for size in (F, H)), ("lru", H, {"state_size": 4})],
+    [
+        *((name, size, {}) for name in CELLS for size in (F, H)),
+        ("lru", H, {"state_size": 4}),
+        ("s5", H, {"state_size": 4}),
+        ("s6", H, {"state_size": 3}),
+        ("delta_net", F, {"num_heads": H}),
+    ],
 )
 def test_a_cell_equals_a_float64_loop(name, input_size, options):
     cell = make(name, input_size, **options)
@@ -126,6 +212,13 @@ COUNTS = {
     "lstm": 4 * H * (F + H + 1),
     "min_gru": 2 * H * (F + 1),
     "lru": H * (2 * F + 2 * H + 3),
+    "lem": 4 * H * (F + H + 1),
+    "slstm": 4 * H * (F + H + 1),
+    "min_lstm": 3 * H * (F + 1),
+    "rg_lru": H * (3 * F + 4),
+    "s5": H * (2 * F + 2 * H + 3),
+    "s6": H * (2 * F + 16 + 2) + 2 * F * 16,
+    "delta_net": (F + 1) * (3 * H + 1),
 }
 
 
@@ -167,6 +260,42 @@ def test_lru_starts_on_its_ring_with_unit_variance():
     # White noise in, unit variance out, in the long run.
     variance = np.exp(2 * cell.gamma_log[...]) / (1 - modulus**2)
     np.testing.assert_allclose(variance, 1, rtol=1e-3)
+
+
+def test_rg_lru_starts_between_its_bounds():
+    cell = CELLS["rg_lru"](3, 2000, rngs=nnx.Rngs(0))
+    a = sigmoid(np.float64(cell.Lambda[...])) ** 8
+    np.testing.assert_allclose([a.min(), a.mean(), a.max()], [0.9, 0.9495, 0.999], atol=2e-3)
+
+
+def test_s5_starts_with_the_eigenvalues_of_hippo():
+    """Those of HiPPO-LegS plus the low-rank term that makes it normal, from its definition."""
+    n = 6
+    i, j = np.mgrid[: 2 * n, : 2 * n]
+    hippo = -np.where(i > j, np.sqrt((2 * i + 1) * (2 * j + 1)), np.where(i == j, i + 1, 0))
+    normal = hippo + np.sqrt(np.outer(i[:, 0] + 0.5, i[:, 0] + 0.5))
+    expected = np.linalg.eigvals(normal)
+    cell = CELLS["s5"](1, 4, rngs=nnx.Rngs(0), state_size=n)
+    np.testing.assert_allclose(-np.exp(cell.decay_log[...]), [-0.5] * n, rtol=1e-6)
+    np.testing.assert_allclose(
+        np.sort(cell.frequency[...]), np.sort(expected.imag[expected.imag > 0]), rtol=1e-5
+    )
+
+
+def test_s6_starts_with_its_time_scales():
+    cell = CELLS["s6"](3, 2000, rngs=nnx.Rngs(0))
+    dt = np.log1p(np.exp(np.float64(cell.bias[...])))
+    np.testing.assert_allclose([dt.min(), dt.max()], [0.001, 0.1], rtol=0.02)
+    np.testing.assert_allclose(np.median(dt), 0.01, rtol=0.1)
+    np.testing.assert_allclose(np.exp(cell.A_log[...][7]), np.arange(1, 17), rtol=1e-5)
+
+
+def test_slstm_reads_large_gates():
+    """Inputs at which an exponential gate would overflow without the stabilizer."""
+    cell = make("slstm")
+    y, pullback = jax.vjp(cell, jnp.full((T, B, F), 200, jnp.float32))
+    assert np.isfinite(y).all()
+    assert np.isfinite(pullback(jnp.ones_like(y))[0]).all()
 
 
 @pytest.mark.parametrize("name", CELLS)

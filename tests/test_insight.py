@@ -105,11 +105,11 @@ def test_gradient_norms_are_finite_differences(name, bidirectional, digits):
         for i, leaf in enumerate(leaves):
             direction = i * len(cells) // len(leaves)
             for t in range(len(x)):
-                for unit in range(leaf.shape[-1]):
+                for unit in np.ndindex(leaf.shape[2:]):
                     changed = []
                     for sign in (1, -1):
                         moved = leaf.copy()
-                        moved[t, :, unit] = sign * 1e-4
+                        moved[t, :, *unit] = sign * 1e-4
                         parts = [*leaves[:i], moved, *leaves[i + 1 :]]
                         changed.append(losses(jax.tree.unflatten(structure, parts)))
                     squares[direction, t] += ((changed[0] - changed[1]) / 2e-4) ** 2

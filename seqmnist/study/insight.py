@@ -75,7 +75,7 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
     states = [cell.initial_state(x.shape[1]) for cell in cells]
     nudges = jax.tree.map(lambda leaf: jnp.zeros((len(x), *leaf.shape), leaf.dtype), states)
     norms = [
-        jnp.sqrt(sum(jnp.sum(jnp.abs(leaf) ** 2, -1) for leaf in jax.tree.leaves(grad)))
+        jnp.sqrt(sum(jnp.sum(leaf**2, range(2, leaf.ndim)) for leaf in jax.tree.leaves(grad)))
         for grad in jax.grad(total_loss)(nudges)
     ]
     return jnp.stack([norms[0], *(norm[::-1] for norm in norms[1:])])

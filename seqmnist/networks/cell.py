@@ -1,0 +1,115 @@
+"""What a recurrent layer is: the contract of all cells, as Flax NNX modules.
+
+A cell has a time-parallel half and a recurrent half. `project` computes the input products of
+several time steps at once, as one large matrix product; `step` computes what depends on the
+previous step; `emit` turns states into outputs, again for several time steps at once. A new cell is
+a subclass of `Cell` with `step`, an entry in `cells.CELLS`, and an oracle in the tests.
+
+Shapes: B batch, T time steps, L time steps that are read in one go, F features per step, H hidden
+units, K gates.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from seqmnist.networks import scans
+
+
+class RecurrentParam(nnx.Param):
+    """A parameter that sets how long a linear recurrence remembers.
+
+    The papers train it with a smaller learning rate and no weight decay; see `optim`.
+    """
+
+
+class Constant(nnx.Variable):
+    """A number that a cell computes with and that is not trained, such as an option to be swept."""
+
+    def __init__(self, value: Any, **metadata: Any):
+        super().__init__(jnp.asarray(value, jnp.float32), **metadata)
+
+
+class Cell(nnx.Module):
+    """A recurrent layer; constructed as `cell(F, H, rngs=rngs)`, and options as further keywords.
+
+    A subclass defines `step`, and either a `kernel` W [F, K·H] and a `bias` b [K·H], or `project`
+    and `initial_state` of its own; the rest follows. Reading a sequence in one go, in parts or step
+    by step gives the same numbers.
+
+    Its options are keywords of `__init__` with a default; each is a field of the configuration,
+    `model.cell_options.NAME`. A float may come as an array, if it is swept; what is needed of it
+    after initialization is kept as a `Constant`.
+    """
+
+    num_gates = 1
+    # Time steps that a CPU reads in one go when it trains on a long sequence; see `in_stretches`.
+    # Milliseconds of a training step on pixels, B = 128, H = 128, two cores, by this number:
+    #                           2     4     7    14    28   uncut
+    #   SimpleRNN              90    84    82    82    83     136
+    #   GRU                   302   296   299   319   342     563
+    #   LSTM                  404   392   383   409   423     639
+    #   MinGRU                 56    47    43    45    45     107
+    #   LRU                   119    76    63    52    47     148
+    #   four residual MinGRU       1523  1475  1409  1409
+    #   four residual LRU          2104  1927  1878  2165
+    stretch = 7
+
+    def initial_state(self, batch_size: int) -> Any:
+        """Returns the state before the first step, a pytree of [B, …] whose first array is h_0."""
+        return jnp.zeros((batch_size, self.bias.shape[0] // self.num_gates), self.bias.dtype)
+
+    def project(self, x: jax.Array) -> jax.Array:
+        """[..., F] -> z [..., K·H]: what the inputs contribute; by default x W + b."""
+        y = scans.product(x, self.kernel[...])
+        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + self.bias.shape)
+
+    def step(self, state: Any, z: jax.Array) -> Any:
+        """(state, z_t [B, K·H]) -> the next state, whose first array is h_t."""
+        raise NotImplementedError
+
+    def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
+        """(state, z [L, B, K·H]) -> (state, h [L, B, H]): `step` over time, or a faster equivalent.
+
+        Forward-mode derivatives need `scans.plain`, which `read` uses if it is given a mask.
+        """
+        return scans.plain(self.step, state, z)
+
+    def emit(self, h: jax.Array, x: jax.Array) -> jax.Array:
+        """(h, x [L, B, F]) -> outputs [L, B, H]: h itself, unless overridden."""
+        return h
+
+    def read(
+        self, state: Any, x: jax.Array, mask: jax.Array | None = None, last: bool = False
+    ) -> tuple[Any, jax.Array]:
+        """Reads the next time steps: (state, x [L, B, F]) -> (state, outputs [L, B, H]).
+
+        Where the mask, bool [L, B], is False, the state stays, and the output has no meaning. If
+        only the `last` output is needed, it is the only one, [1, B, H].
+        """
+        with jax.named_scope("project"):
+            z = self.project(x)
+        with jax.named_scope("recurrence"):
+            if mask is None:
+                state, h = self.recur(state, z)
+            else:
+                state, h = scans.plain(self.step, state, z, mask)
+        with jax.named_scope("emit"):
+            return state, self.emit(h[-1:], x[-1:]) if last else self.emit(h, x)
+
+    def __call__(
+        self, x: jax.Array, lengths: jax.Array | None = None, truncate: int = 0
+    ) -> jax.Array:
+        """Returns the outputs for whole sequences: [T, B, F] -> [T, B, H].
+
+        Of example b, the first `lengths[b]` time steps are read, or all without lengths, int [B];
+        further outputs have no meaning. `truncate` as in `scans.in_stretches`.
+        """
+
+        def read(state, at_t):
+            return self.read(state, *at_t)
+
+        state, at_t = self.initial_state(x.shape[1]), (x, scans.mask(x, lengths))
+        return scans.in_stretches(read, state, at_t, self.stretch, truncate)[1]
