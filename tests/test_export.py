@@ -201,7 +201,7 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
     text = card.model_card("name", config, results, 1, MNIST, export.usage(MNIST))
     for word in (
         "mnist, 48,000 train, 12,000 validation",
-        "| test loss | 0.1250 (all members: 0.3125 ± 0.2652) |",
+        "| test loss | 0.1250 (all seeds: 0.3125 ± 0.2652) |",
         "| versions | jax 1.2.3 |",
         "| seed | 7 |",
         "rmsprop, learning rate 0.02 |",

@@ -3,7 +3,10 @@
 import html.parser
 import io
 import json
+import shlex
 import shutil
+import types
+from xml.etree import ElementTree
 
 import jax
 import numpy as np
@@ -18,7 +21,8 @@ from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.networks import views
 from seqmnist.spec import ImageSpec
-from seqmnist.study import trained
+from seqmnist.study import card, trained
+from seqmnist.training import members
 from seqmnist.training.steps import init_state, make_system
 from tools import figures, report, sections
 
@@ -29,11 +33,16 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.images, self.links, self.titles, self.metas, self._in = [], [], [], [], None
+        self.parts, self.rows, self.texts = [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self._in = tag
+        if tag == "h2":
+            self.parts.append(attrs["id"])
+        if tag == "tr":
+            self.rows.append([])
         if tag == "img":
             self.images.append(attrs)
         if tag == "meta":
@@ -41,8 +50,11 @@ class Page(html.parser.HTMLParser):
         self.links += [attrs[key] for key in ("href", "src") if key in attrs and tag != "img"]
 
     def handle_data(self, data):
+        self.texts.append(data)
         if self._in in ("h1", "h2") and data.strip():
             self.titles.append(data)
+        if self._in in ("td", "th"):
+            self.rows[-1].append(data)
 
 
 @pytest.mark.slow
@@ -67,18 +79,24 @@ def test_the_tool_writes_a_page_that_needs_nothing_else(finished_run, tmp_path):
     for title in ("Learning curves", "Runs side by side", "Belief by time step", "Hidden states"):
         assert title in page.titles
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.metas
-    assert not page.links
+    assert page.links == [f"#{part}" for part in page.parts]
+    assert len(page.parts) == len(page.titles) - 1
     assert "://" not in text
+    assert shlex.join(["python", "-m", "tools.report", *paths]) in page.texts
+    assert ["optimizer.learning_rate", "0.001"] in page.rows
     assert "second &lt;b&gt;" in text
     assert f"{results['test']['accuracy']:.4f}" in text
     names = {path.name for path in (first / "report").iterdir()}
     assert len(page.images) == len(names) == 11
     for image in page.images:
         assert len(image["alt"]) > 20
-        assert image["src"].startswith("data:image/png;base64,")
-    for name in names:
-        with Image.open(first / "report" / name) as picture:
-            picture.verify()
+        assert image["src"].startswith(("data:image/png;base64,", "data:image/svg+xml;base64,"))
+    for path in (first / "report").iterdir():
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        else:
+            with Image.open(path) as picture:
+                picture.verify()
     assert not list(first.glob("*.partial"))
 
 
@@ -129,7 +147,8 @@ def test_every_kind_of_network_is_drawn(model, untrained, tmp_path):
     assert np.sum(found["confusion"]) == 60
     for section in shown:
         for content, _ in section.pictures.values():
-            assert Image.open(io.BytesIO(content)).width == 300
+            if content.startswith(b"\x89PNG"):
+                assert Image.open(io.BytesIO(content)).width == 300
 
 
 SPECS = [
@@ -252,8 +271,8 @@ def test_scores_of_diverged_members_are_left_out(untrained, tmp_path):
         workdir_lib.append_line(tmp_path / "metrics.jsonl", line(1, pair, pair))
     shown, found = sections.examine(tmp_path, 1)
     facts = dict(shown[0].table[1:])
-    assert facts["validation accuracy"] == "0.5000 (all members: 0.3750 ± 0.1768 (2 of 3 members))"
-    assert facts["test accuracy"] == "– (all members: – (0 of 3 members))"
+    assert facts["validation accuracy"] == "0.5000 (all seeds: 0.3750 ± 0.1768 (2 of 3 seeds))"
+    assert facts["test accuracy"] == "– (all seeds: – (0 of 3 seeds))"
     assert found["member"] == 1
 
 
@@ -304,13 +323,65 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_report(finished_run, tmp
 def test_files_of_the_user_are_kept_and_old_pictures_are_not(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "notes.txt").write_text("mine")
-    (tmp_path / "report" / "compare.png").write_bytes(b"of an earlier page with --compare")
-    pictures = {"curves.png": (b"new", "curves")}
+    for name in ("compare.svg", "curves.png"):
+        (tmp_path / "report" / name).write_bytes(b"of an earlier page")
+    pictures = {"curves.svg": (b"new", "curves")}
     page = report.write(tmp_path, "title", [sections.Section("a", "b", pictures)])
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "report" / "curves.png").read_bytes() == b"new"
-    assert not (tmp_path / "report" / "compare.png").exists()
+    assert (tmp_path / "report" / "curves.svg").read_bytes() == b"new"
+    assert len(list((tmp_path / "report").iterdir())) == 2
+
+
+def sweep_of(num_settings):
+    """A configuration of a sweep with two seeds, and a line of its metrics.jsonl."""
+    config = Config()
+    config.members.num = 2
+    config.members.sweep = json.dumps(
+        [{"optimizer.learning_rate": 0.1**i} for i in range(num_settings)]
+    )
+    losses = [1 + abs(i - 3.5) / 10 + seed for i in range(num_settings) for seed in (0, 0.5)]
+    return config, line(1, (losses, losses), (losses, losses))
+
+
+def test_curves_are_those_of_each_setting():
+    config, metrics = sweep_of(3)
+    curves = sections._by_setting(config, [metrics], "run")
+    figure = figures.learning_curves(curves)
+    assert list(curves) == ["learning_rate 1", "learning_rate 0.1", "learning_rate 0.01"]
+    drawn = [each.get_ydata().item() for each in figure.axes[0].lines]
+    np.testing.assert_allclose(
+        drawn, np.repeat(np.reshape(metrics["train/loss"], (3, 2)).mean(1), 2)
+    )
+    config, metrics = sweep_of(11)
+    assert len(sections._by_setting(config, [metrics], "run")) == 8
+    assert "learning_rate 1e-10" not in sections._by_setting(config, [metrics], "run")
+
+
+def test_a_sweep_is_told_by_setting(tmp_path):
+    config, metrics = sweep_of(2)
+    scores = {"loss": metrics["train/loss"], "accuracy": [0.5, 0.7, 0.8, 0.9]}
+    test = {"loss": [None, None, 0.1, 0.2], "accuracy": [None, None, 0.75, 0.85]}
+    diverged = np.zeros(4, bool)
+    own = {"validation": scores, "test": test, "members": members.list_members(config), "best": 1}
+    own["settings"] = members.summarize(config, diverged, scores, test)
+    own["ensemble"] = {"members": [2, 3], "test": {"loss": 0.1, "accuracy": 0.875}}
+    results = {**RESULTS, **own}
+    found = types.SimpleNamespace(network=types.SimpleNamespace(config=config, results=results))
+    section = sections._members(found)
+    _, *rows = section.table
+    assert [row[0] for row in rows] == ["learning_rate 1", "learning_rate 0.1 (best)"]
+    accuracies = [[row[i] for row in rows] for i in (3, 4)]
+    assert accuracies == [["0.6000 ± 0.1414", "0.8500 ± 0.0707"], ["–", "0.8000 ± 0.0707"]]
+    assert "0.8750" in section.text
+
+    workdir_lib.write_json(tmp_path / "config.json", config_lib.to_dict(config))
+    workdir_lib.append_line(tmp_path / "metrics.jsonl", metrics)
+    workdir_lib.write_json(tmp_path / "results.json", results)
+    section = sections.compare([tmp_path])
+    assert section.table[1][-3:] == ["0.8500 ± 0.0707", "0.8000 ± 0.0707", "0.1500 ± 0.0707"]
+    facts = card.facts(config, results, 2)
+    assert facts["validation accuracy"] == "0.8000 (all seeds: 0.8500 ± 0.0707)"
 
 
 def test_a_mistake_is_named(tmp_path, finished_run):

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from seqmnist.study import card
 from seqmnist.workdir import Workdir
 from tools import cli, figures, report
 from tools.sections import Section, picture
 
+_MARKERS = "osv^"  # where there are more entries than colors
 _COLUMNS = {
     "network": "",
     "parameters": "",
@@ -27,7 +29,7 @@ _COLUMNS = {
 
 
 def write(workdir: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
-    """Writes study.csv, study.md, study.tex and study.html; returns the path of the page."""
+    """Writes study.csv, .md, .tex and .html, and pictures/; returns the path of the page."""
     measured = {name: _measured(workdir / "final" / name, found) for name in found["entries"]}
     rows = table(found, measured)
     pairs = differences_table(found)
@@ -37,15 +39,13 @@ def write(workdir: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
         "study.csv": text.getvalue(),
         "study.md": _markdown(rows) + "\n" + _markdown(pairs),
         "study.tex": _latex(rows) + "\n" + _latex(pairs),
-        "study.html": report.render(
-            f'Study "{workdir.name}"', _sections(workdir, found, measured, rows, pairs)
-        ),
     }
     for name, content in contents.items():
         aside = workdir / f"{name}.partial"
         aside.write_text(content, encoding="utf-8")
         aside.replace(workdir / name)
-    return workdir / "study.html"
+    sections = _sections(workdir, found, measured, rows, pairs)
+    return report.write(workdir, f'Study "{workdir.name}"', sections, "study.html", "pictures")
 
 
 def show(workdir: pathlib.Path, found: Mapping[str, Any]) -> None:
@@ -67,7 +67,8 @@ def table(found: Mapping[str, Any], measured: Mapping[str, Any]) -> list[list[An
         interval = test["interval"]
         rows.append([
             name, entry["parameters"], entry["flops_per_image"], f"{own['seconds']:.2f}",
-            f"{own['bytes'] / 2**20:,.0f}", _score(entry["validation/accuracy"]), _score(test),
+            f"{own['bytes'] / 2**20:,.0f}",
+            card.format_spread(entry["validation/accuracy"]), card.format_spread(test),
             f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "–", entry["diverged"],
         ])  # fmt: skip
     return [list(_COLUMNS), *rows]
@@ -109,12 +110,6 @@ def _measured(folder, found):
         "seconds": float(np.median([line["seconds"] for line in metrics])) / (seeds[1] - seeds[0]),
         "bytes": cost.get("argument_bytes", 0) + cost.get("temporary_bytes", 0),
     }
-
-
-def _score(spread):
-    if spread["mean"] is None:
-        return "–"
-    return f"{spread['mean']:.4f}" + (f" ± {spread['sd']:.4f}" if spread["sd"] is not None else "")
 
 
 def _remarks(found):
@@ -163,18 +158,20 @@ def _sections(workdir, found, measured, rows, pairs):
          {key: own["seconds"] for key, own in measured.items()}),
     ):  # fmt: skip
         spreads = {key: entries[key]["test/accuracy"] for key in values}
-        alt = "; ".join(f"{key}: {values[key]:,.4g}, {_score(spreads[key])}" for key in values)
+        alt = "; ".join(
+            f"{key}: {values[key]:,.4g}, {card.format_spread(spreads[key])}" for key in values
+        )
         figure = scores_against(label, values, spreads)
-        sections.append(Section(title, "", picture(name, figure, f"{title}: {alt}")))
+        sections.append(Section(title, "", picture(name, figure, f"{title}: {alt}", is_drawn=True)))
     metrics = {name: own["metrics"] for name, own in measured.items()}
     alt = "Validation accuracy by epoch, mean and standard deviation over seeds"
-    curves = picture("curves", figures.learning_curves(metrics), alt)
+    curves = picture("curves", figures.learning_curves(metrics), alt, is_drawn=True)
     sections.append(Section("Learning curves", "Bands are one standard deviation.", curves))
     for field, tried in select.items():
         if len(tried) > 1 and all(isinstance(value, int | float) for value in tried):
             alt = f"Lowest mean validation loss by {field}, a line for each network"
             text = f"Mean validation loss by {field}; for each value, the best of the other fields."
-            pictures = picture(field, sensitivity(field, entries), alt)
+            pictures = picture(field, sensitivity(field, entries), alt, is_drawn=True)
             sections.append(Section(f"Sensitivity to {field}", text, pictures))
     return sections
 
@@ -189,14 +186,17 @@ def scores_against(
         if mean is None:
             continue
         low, high = interval or (mean, mean)
-        color = figures.COLORS[i % len(figures.COLORS)]
-        errors = [[mean - low], [high - mean]]
-        axis.errorbar([value], [mean], yerr=errors, fmt="o", color=color, capsize=4, label=name)
+        again, color = divmod(i, len(figures.COLORS))
+        errors, look = [[mean - low], [high - mean]], {"color": figures.COLORS[color], "capsize": 4}
+        axis.errorbar([value], [mean], yerr=errors, fmt=_MARKERS[again % 4], label=name, **look)
     axis.set(xlabel=label, ylabel="test accuracy")
     axis.margins(0.15)
-    axis.xaxis.set_major_locator(MaxNLocator(5))
+    if min(values.values()) > 0 and max(values.values()) > 5 * min(values.values()):
+        axis.set_xscale("log")
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    axis.legend(frameon=False, fontsize=9, loc="best")
+    figure.legend(frameon=False, fontsize=9, loc="outside right center")
     figures.tidy(axis)
     return figure
 
@@ -222,7 +222,7 @@ def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
     if min(numbers) > 0 and max(numbers) > 10 * min(numbers):
         axis.set_xscale("log")
     axis.set(xlabel=field, ylabel="validation loss", yscale="log")
-    axis.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside right center")
     figures.tidy(axis)
     return figure
 

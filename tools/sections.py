@@ -8,10 +8,13 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import matplotlib
 import numpy as np
 
+from seqmnist import config as config_lib
 from seqmnist.networks import views
 from seqmnist.study import card, insight, trained
+from seqmnist.training import members
 from seqmnist.workdir import Workdir
 from tools import figures
 
@@ -28,7 +31,7 @@ class Section(NamedTuple):
 
     title: str
     text: str  # paragraphs, one per line
-    pictures: dict[str, tuple[bytes, str]]  # file name -> PNG and alternative text
+    pictures: dict[str, tuple[bytes, str]]  # file name -> PNG or SVG, and alternative text
     # Rows of cells. The first row holds the headings; if it is empty, the first column does.
     table: Sequence[Sequence[Any]] = ()
 
@@ -111,13 +114,17 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
     metrics = {}
     for workdir, name in zip(workdirs, names, strict=True):
         config, results = workdir.read_config(), workdir.read_results()
-        metrics[name] = workdir.read_metrics()
+        lines = workdir.read_metrics()
+        metrics[name], own = lines, _by_setting(config, lines, name)
+        if len(own) > 1 and results.get("best") is not None:  # of a sweep, its chosen setting
+            metrics[name] = own[_label(config, results["best"])]
         seconds = (results.get("seconds") or {}).get("train", "–")
         row = [name, card.describe(config.model), results.get("parameters", "–")]
         rows.append([*row, len(metrics[name]), seconds, *card.scores(results).values()])
     alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
-    text = "Mean and standard deviation for runs with several members."
-    pictures = picture("compare", figures.learning_curves(metrics), alt)
+    text = "Mean and standard deviation for runs with several members; of a sweep, the curves of "
+    text += "the setting that validation chose."
+    pictures = picture("compare", figures.learning_curves(metrics), alt, is_drawn=True)
     return Section("Runs side by side", text, pictures, rows)
 
 
@@ -125,7 +132,8 @@ def _what_was_run(found):
     network, results = found.network, found.network.results
     text = f"The accuracy on the test set, measured for this page, is {found.accuracy:.4f}."
     if network.member is not None:
-        text += f" All pictures except the learning curves show member {network.member} only."
+        text += f" All pictures except the learning curves show member {network.member} only; "
+        text += "without --member, that is the best by validation loss."
     if not results:
         text += "\nNOTICE: the run has not ended; this is its latest checkpoint."
     if notice := results.get("dataset", {}).get("notice"):
@@ -134,16 +142,78 @@ def _what_was_run(found):
     return Section("What was run", text, {}, [[], *facts.items()])
 
 
+def _members(found):
+    """A table of the settings of a sweep, or of the members as one."""
+    results = found.network.results
+    if not results.get("settings"):
+        return None
+    chosen, stops = results["best"], results.get("early_stopping", {}).get("stopped")
+    count = found.network.config.members.num
+    heads = ["setting", "seeds", "validation loss", "validation accuracy", "test accuracy"]
+    heads += ["diverged", *(["stopped early"] if stops else [])]
+    rows = []
+    for i, setting in enumerate(results["settings"]):
+        held_out, test = setting["validation"] or {}, setting["test"]
+        scores = [held_out.get("loss"), held_out.get("accuracy"), test["accuracy"]]
+        row = [_label(found.network.config, i) + (" (best)" if i == chosen else ""), count]
+        row += [*map(card.format_spread, scores), setting["diverged"]]
+        rows.append(row + ([sum(stops[i * count : (i + 1) * count])] if stops else []))
+    together = results["ensemble"]["test"]["accuracy"]
+    text = "Mean ± standard deviation over seeds, without those that diverged. The best setting "
+    text += "has the lowest validation loss; of several settings, only that is scored on the test "
+    text += (
+        f"set. The mean prediction of its networks has the accuracy {card.format_score(together)}."
+    )
+    return Section("Settings" if len(rows) > 1 else "Members", text, {}, [heads, *rows])
+
+
+def _label(config, i):
+    """Names a setting of a sweep by its values."""
+    values = members.settings(config)[i].items()
+    return ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in values) or "all"
+
+
+def _by_setting(config, lines, name):
+    """Splits the lines of `metrics.jsonl` by setting; of more than can be told apart, the best."""
+    count, num = config.members.num, len(members.settings(config))
+
+    def part(line, i):
+        own = slice(i * count, (i + 1) * count)
+        return {key: x[own] if isinstance(x, list) else x for key, x in line.items()}
+
+    def loss(i):
+        losses = [x for x in part(lines[-1], i).get("validation/loss") or [] if x is not None]
+        return np.mean(losses) if losses else np.inf
+
+    if num == 1:
+        return {name: lines}
+    best = sorted(sorted(range(num), key=loss)[: len(figures.COLORS)])
+    return {_label(config, i): [part(line, i) for line in lines] for i in best}
+
+
+def _configuration(found):
+    config = found.network.config
+    values = ((name, config_lib.get(config, name)) for name in config_lib.fields())
+    rows = [[name, "none" if value is None else str(value)] for name, value in values]
+    return Section("Configuration", "", {}, [[], *rows])
+
+
 def _learning_curves(found):
-    metrics = found.metrics
-    figure = figures.learning_curves({found.network.workdir.path.name: metrics})
-    final = card.format_score(metrics[-1].get("validation/accuracy"))
-    alt = f"Loss and accuracy over {len(metrics)} epochs; final validation accuracy {final}"
+    metrics, config = found.metrics, found.network.config
+    curves = _by_setting(config, metrics, found.network.workdir.path.name)
+    figure = figures.learning_curves(curves)
+    final = "; ".join(
+        f"{name}: {card.format_score(lines[-1].get('validation/accuracy'))}"
+        for name, lines in curves.items()
+    )
+    alt = f"Loss and accuracy over {len(metrics)} epochs; final validation accuracy of {final}"
     text = "Training scores are means over an epoch in which the parameters change; validation "
     text += "scores are measured at its end."
     if isinstance(metrics[-1].get("train/loss"), list):
         text += " Bands are one standard deviation over members."
-    return Section("Learning curves", text, picture("curves", figure, alt))
+    if (num := len(members.settings(config))) > len(curves):
+        text += f" Of {num} settings, the {len(curves)} with the lowest validation loss are shown."
+    return Section("Learning curves", text, picture("curves", figure, alt, is_drawn=True))
 
 
 def _classes(found):
@@ -159,9 +229,8 @@ def _classes(found):
     pictures = picture("confusion", figures.confusion(counts, found.drawn_names), alt)
     alt = f"Precision, recall and F1 by class; lowest F1: class {names[f1.argmin()]}, "
     alt += f"{f1.min():.3f}"
-    pictures |= picture(
-        "classes", figures.class_bars(precision, recall, f1, found.drawn_names), alt
-    )
+    bars = figures.class_bars(precision, recall, f1, found.drawn_names)
+    pictures |= picture("classes", bars, alt, is_drawn=True)
     table = [["class", "precision", "recall", "F1", "examples"]]
     for c, scores in enumerate(zip(precision, recall, f1, strict=True)):
         drawn = found.drawn_names[c]
@@ -224,7 +293,7 @@ def _beliefs(found):
         )
         alt = f"Accuracy after each time step over {found.num_by_step:,} test examples; half of the"
         alt += f" final accuracy is reached after time step {half}"
-        pictures |= picture("by_step", figure, alt)
+        pictures |= picture("by_step", figure, alt, is_drawn=True)
     return Section("Belief by time step", text, pictures)
 
 
@@ -246,13 +315,13 @@ def _gradients(found):
     text = "How strongly the loss depends on the top layer's state after each time step. If this "
     text += "is small, training learns little from what was read before. Line: median; band: the "
     text += f"middle half of {norms.shape[2]} test examples."
-    pictures = picture("gradients", figures.gradient_norms(norms), alt)
+    pictures = picture("gradients", figures.gradient_norms(norms), alt, is_drawn=True)
     return Section("Gradient by time step", text, pictures)
 
 
 _SECTIONS = (
-    _what_was_run, _learning_curves, _classes, _mistakes, _sequence, _unrolled, _beliefs,
-    _hidden_states, _gradients,
+    _what_was_run, _members, _learning_curves, _classes, _mistakes, _sequence, _unrolled, _beliefs,
+    _hidden_states, _gradients, _configuration,
 )  # fmt: skip
 
 
@@ -260,8 +329,14 @@ def _titles(examples):
     return "; ".join(example.title for example in examples)
 
 
-def picture(name: str, figure: Any, alt: str) -> dict[str, tuple[bytes, str]]:
-    """Returns the pictures of a section that has one: a figure with its alternative text."""
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI)
-    return {f"{name}.png": (file.getvalue(), alt)}
+def picture(
+    name: str, figure: Any, alt: str, is_drawn: bool = False
+) -> dict[str, tuple[bytes, str]]:
+    """Returns the pictures of a section that has one: a figure with its alternative text.
+
+    What `is_drawn` consists of lines and becomes SVG, the same for the same figure; the rest PNG.
+    """
+    file, kind = io.BytesIO(), "svg" if is_drawn else "png"
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(file, format=kind, dpi=DPI, metadata={"Date": None} if is_drawn else None)
+    return {f"{name}.{kind}": (file.getvalue(), alt)}

@@ -11,7 +11,10 @@ simple_rnn 0.983 ± 0.005, lstm 0.982 ± 0.007, lru 0.970 ± 0.007, min_gru 0.95
 from seqmnist import config as config_lib
 from seqmnist.study.plan import Study
 
-CELLS = ("simple_rnn", "irnn", "gru", "lstm", "min_gru", "lru")
+CELLS = (
+    "simple_rnn", "irnn", "gru", "lstm", "lem", "slstm",
+    "min_gru", "min_lstm", "rg_lru", "lru", "s5", "s6", "delta_net",
+)  # fmt: skip
 
 
 def get_study():

@@ -47,14 +47,34 @@ def format_score(score: Any, member: int | None = None) -> str:
     if len(values) > 1:
         text += f" ± {np.std(values, ddof=1):.4f}"
     if len(values) < len(score):
-        text += f" ({len(values)} of {len(score)} members)"
-    return text if member is None else f"{format_score(score[member])} (all members: {text})"
+        text += f" ({len(values)} of {len(score)} seeds)"
+    return text if member is None else f"{format_score(score[member])} (all seeds: {text})"
+
+
+def format_spread(spread: dict[str, Any] | None) -> str:
+    """Formats what `members.spread` returns as mean ± standard deviation; – if there is no mean."""
+    if not spread or spread["mean"] is None:
+        return "–"
+    return f"{spread['mean']:.4f}" + (f" ± {spread['sd']:.4f}" if spread["sd"] is not None else "")
 
 
 def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]:
-    """Returns the scores in `results.json` as text, e.g. {"test accuracy": "0.9447", …}."""
+    """Returns the scores in `results.json` as text, e.g. {"test accuracy": "0.9447", …}.
+
+    Of a sweep, they are those of the member's setting, or of the one that validation chose.
+    """
+    num_settings, own = len(results.get("settings") or [None]), slice(None)
+    if num_settings > 1:
+        count = len(results["members"]) // num_settings
+        setting = (results["best"] or 0) if member is None else member // count
+        own = slice(setting * count, (setting + 1) * count)
+        member = member and member % count
+
+    def text(score):
+        return format_score(score[own] if isinstance(score, list) else score, member)
+
     return {
-        f"{split} {name}": format_score(results.get(split, {}).get(name), member)
+        f"{split} {name}": text(results.get(split, {}).get(name))
         for split, name in (("validation", "accuracy"), ("test", "accuracy"), ("test", "loss"))
     }
 
