@@ -1,11 +1,12 @@
 """The page against its run: its numbers, its pictures, and that it needs nothing else."""
 
+import base64
+import html
 import html.parser
 import io
 import json
-import shlex
+import re
 import shutil
-import types
 from xml.etree import ElementTree
 
 import jax
@@ -17,12 +18,11 @@ from test_predict import tool
 
 from seqmnist import config as config_lib
 from seqmnist import workdir as workdir_lib
-from seqmnist.config import Config, ModelConfig
+from seqmnist.config import Config, MembersConfig, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.networks import views
 from seqmnist.spec import ImageSpec
-from seqmnist.study import card, trained
-from seqmnist.training import members
+from seqmnist.study import trained
 from seqmnist.training.steps import init_state, make_system
 from tools import figures, report, sections
 
@@ -32,29 +32,34 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.images, self.links, self.titles, self.metas, self._in = [], [], [], [], None
-        self.parts, self.rows, self.texts = [], [], []
+        self.images, self.links, self.titles, self.metas, self.ids = [], [], [], [], []
+        self.tables, self._in = [], None  # rows of cells
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        self._in = tag
-        if tag == "h2":
-            self.parts.append(attrs["id"])
-        if tag == "tr":
-            self.rows.append([])
+        self._in = tag if tag != "wbr" else self._in
         if tag == "img":
             self.images.append(attrs)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        self.ids += [attrs["id"]] if "id" in attrs else []
         if tag == "meta":
             self.metas.append(attrs)
         self.links += [attrs[key] for key in ("href", "src") if key in attrs and tag != "img"]
 
+    def handle_endtag(self, tag):
+        self._in = None
+
     def handle_data(self, data):
-        self.texts.append(data)
         if self._in in ("h1", "h2") and data.strip():
             self.titles.append(data)
         if self._in in ("td", "th"):
-            self.rows[-1].append(data)
+            self.tables[-1][-1][-1] += data
 
 
 @pytest.mark.slow
@@ -79,24 +84,28 @@ def test_the_tool_writes_a_page_that_needs_nothing_else(finished_run, tmp_path):
     for title in ("Learning curves", "Runs side by side", "Belief by time step", "Hidden states"):
         assert title in page.titles
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.metas
-    assert page.links == [f"#{part}" for part in page.parts]
-    assert len(page.parts) == len(page.titles) - 1
+    assert page.links == [f"#{anchor}" for anchor in page.ids]
+    assert len(set(page.ids)) == len(page.ids) == len(page.titles) - 1
+    assert "python -m tools.report --workdir=first &#x27;--compare=second &lt;b&gt;&#x27;" in text
+    config = json.loads((first / "config.json").read_text())
+    assert html.escape(json.dumps(config, indent=2)) in text
     assert "://" not in text
-    assert shlex.join(["python", "-m", "tools.report", *paths]) in page.texts
-    assert ["optimizer.learning_rate", "0.001"] in page.rows
     assert "second &lt;b&gt;" in text
     assert f"{results['test']['accuracy']:.4f}" in text
     names = {path.name for path in (first / "report").iterdir()}
+    lines = {"classes.svg", "compare.svg", "curves.svg", "by_step.svg", "gradients.svg"}
+    assert {name for name in names if name.endswith(".svg")} == lines
+    assert "beliefs.png" in names  # by which a workdir knows the folder as its own
     assert len(page.images) == len(names) == 11
+    contents = {(first / "report" / name).read_bytes() for name in names}
     for image in page.images:
         assert len(image["alt"]) > 20
-        assert image["src"].startswith(("data:image/png;base64,", "data:image/svg+xml;base64,"))
-    for path in (first / "report").iterdir():
-        if path.suffix == ".svg":
-            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+        kind, _, data = image["src"].partition(";base64,")
+        assert base64.b64decode(data) in contents
+        if kind == "data:image/svg+xml":
+            assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
         else:
-            with Image.open(path) as picture:
-                picture.verify()
+            Image.open(io.BytesIO(base64.b64decode(data))).verify()
     assert not list(first.glob("*.partial"))
 
 
@@ -110,8 +119,8 @@ MODELS = [
 def untrained(monkeypatch, digits, tmp_path):
     """Makes `trained.load` return a network with random parameters, tested on toy digits."""
 
-    def prepare(model, results, member=None):
-        config = Config(model=model)
+    def prepare(model, results, member=None, **members):
+        config = Config(model=model, members=MembersConfig(**members))
         system = make_system(config)
         shapes = jax.eval_shape(lambda: init_state(config, system, 0)).params
         rng = np.random.default_rng(0)
@@ -146,9 +155,11 @@ def test_every_kind_of_network_is_drawn(model, untrained, tmp_path):
     assert "the run has not ended" in page
     assert np.sum(found["confusion"]) == 60
     for section in shown:
-        for content, _ in section.pictures.values():
-            if content.startswith(b"\x89PNG"):
+        for name, (content, _) in section.pictures.items():
+            if name.endswith(".png"):
                 assert Image.open(io.BytesIO(content)).width == 300
+            else:
+                assert ElementTree.fromstring(content).get("width") == "432pt"
 
 
 SPECS = [
@@ -265,7 +276,9 @@ RESULTS = {
 def test_scores_of_diverged_members_are_left_out(untrained, tmp_path):
     scores = {"loss": [None, 1.0, 2.0], "accuracy": [None, 0.5, 0.25]}
     nothing = {"loss": [None] * 3, "accuracy": [None] * 3}
-    untrained(ModelConfig(hidden_size=4), {**RESULTS, "validation": scores, "test": nothing}, 1)
+    untrained(
+        ModelConfig(hidden_size=4), {**RESULTS, "validation": scores, "test": nothing}, 1, num=3
+    )
     for values in (scores, nothing):
         pair = (values["loss"], values["accuracy"])
         workdir_lib.append_line(tmp_path / "metrics.jsonl", line(1, pair, pair))
@@ -291,7 +304,8 @@ def test_runs_of_several_members_are_drawn_with_their_spread(tmp_path):
     for drawn in figure.axes[0].lines:
         np.testing.assert_allclose(drawn.get_ydata(), [1.5, 0.6])
     (band, _) = (collection.get_paths()[0] for collection in figure.axes[0].collections)
-    assert {round(y, 6) for y in band.vertices[:, 1]} == {1.0, 2.0, 0.2}
+    expected = [1.5 - 0.5**0.5, 1.5 + 0.5**0.5, 0.6 - 0.32**0.5, 0.6 + 0.32**0.5]
+    assert {round(y, 6) for y in band.vertices[:, 1]} == {round(y, 6) for y in expected}
 
     workdir_lib.write_json(tmp_path / "config.json", config_lib.to_dict(Config()))
     for each in lines:
@@ -303,12 +317,164 @@ def test_runs_of_several_members_are_drawn_with_their_spread(tmp_path):
     assert table[1][-2:] == ["0.8500 ± 0.0707", "0.6000 ± 0.1414"]
 
 
+def spread(mean, sd):
+    return {"mean": mean, "sd": sd, "interval": None}
+
+
+# Two settings of two seeds; the best member is of the first, the best mean is that of the second.
+SWEEP = {"num": 2, "sweep": '{"optimizer.learning_rate": [0.1, 0.01]}'}
+SWEPT = {
+    **RESULTS,
+    "validation": {"loss": [0.1, 1.9, 0.5, 0.7], "accuracy": [0.9, 0.5, 0.8, 0.6]},
+    "test": {"loss": [None, None, 0.25, 0.75], "accuracy": [None, None, 0.75, 0.5]},
+    "members": [
+        {"seed": seed, "optimizer.learning_rate": rate} for rate in (0.1, 0.01) for seed in (0, 1)
+    ],
+    "settings": [
+        {
+            "optimizer.learning_rate": 0.1,
+            "diverged": 0,
+            "validation": {"loss": spread(1.0, 1.2728), "accuracy": spread(0.7, 0.2828)},
+            "test": {"loss": spread(None, None), "accuracy": spread(None, None)},
+        },
+        {
+            "optimizer.learning_rate": 0.01,
+            "diverged": 0,
+            "validation": {"loss": spread(0.6, 0.1414), "accuracy": spread(0.7, 0.1414)},
+            "test": {"loss": spread(0.5, 0.3536), "accuracy": spread(0.625, 0.1768)},
+        },
+    ],
+    "best": 1,
+    "ensemble": {"members": [2, 3], "test": {"loss": 0.375, "accuracy": 0.875}},
+    "early_stopping": {"best_epochs": [2, 1, 2, 1], "stopped": [False, True, False, True]},
+}
+
+
+def write_sweep(folder):
+    """Writes config, metrics and results of SWEPT."""
+    config = config_lib.to_dict(Config(members=MembersConfig(**SWEEP)))
+    workdir_lib.write_json(folder / "config.json", config)
+    workdir_lib.write_json(folder / "results.json", SWEPT)
+    # What has stopped early has no training loss.
+    first, last, train = [4.0, 2.0, 1.0, 3.0], SWEPT["validation"]["loss"], [0.1, None, 0.5, None]
+    for epoch, pair in enumerate(((first, first), (train, last)), start=1):
+        losses = ((each, [0.5] * 4) for each in pair)
+        workdir_lib.append_line(folder / "metrics.jsonl", line(epoch, *losses))
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Collects the figures of learning curves."""
+    result, draw = [], figures.learning_curves
+    monkeypatch.setattr(
+        figures, "learning_curves", lambda runs: result.append(draw(runs)) or result[-1]
+    )
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error")
+def test_settings_of_a_sweep_are_told_apart(untrained, drawn, tmp_path):
+    untrained(ModelConfig(hidden_size=4), SWEPT, 0, **SWEEP)
+    write_sweep(tmp_path)
+    shown, _ = sections.examine(tmp_path, None)
+    by_title = {section.title: section for section in shown}
+    page = Page(report.render("title", shown))
+    assert page.tables[1] == [
+        ["setting", "optimizer.learning_rate", "seeds", "validation loss", "validation accuracy",
+         "test accuracy", "diverged", "stopped early"],
+        ["1", "0.1", "0–1", "1.0000 ± 1.2728", "0.7000 ± 0.2828", "–", "0", "1"],
+        ["★ 2, best", "0.01", "0–1", "0.6000 ± 0.1414", "0.7000 ± 0.1414", "0.6250 ± 0.1768", "0",
+         "1"],
+    ]  # fmt: skip
+    assert page.tables[2][1:] == [
+        ["2", "0", "0.5000", "0.8000", "0.2500", "0.7500", "–"],
+        ["3", "1", "0.7000", "0.6000", "0.7500", "0.5000", "stopped early, best epoch 1"],
+    ]
+    text = by_title["Members"].text
+    assert "2 members has a test accuracy of 0.8750 and a loss of 0.3750" in text
+    text = by_title["What was run"].text
+    assert "member 0 (seed = 0, learning_rate = 0.1), which has the lowest valid" in text
+    assert "NOTICE: this member is not of setting 2, which validation chose" in text
+    facts = dict(by_title["What was run"].table[1:])
+    assert facts["validation accuracy"] == "0.9000 (all seeds: 0.7000 ± 0.2828)"
+    assert facts["test accuracy"].startswith("– (all seeds: –")
+
+    # Train and validation of the chosen setting, then of the other.
+    curves = [drawn[0].axes[0].lines[i].get_ydata() for i in range(4)]
+    np.testing.assert_allclose(curves, [[2.0, 0.5], [2.0, 0.6], [3.0, 0.1], [3.0, 1.0]])
+    names = [text.get_text().strip() for text in drawn[0].legends[0].get_texts()]
+    assert [name.partition(":")[0] for name in names] == ["setting 2", "setting 1"]
+
+    again, _ = sections.examine(tmp_path, None)
+    pages = [report.render("title", each).splitlines() for each in (shown, again)]
+    dated = [i for i, text in enumerate(pages[0]) if "UTC by" in text]
+    assert len(dated) == 1
+    for page in pages:
+        assert re.fullmatch(
+            r"<p>Page made on \d{4}-\d\d-\d\d at \d\d:\d\d UTC by</p>", page.pop(*dated)
+        )
+    assert pages[0] == pages[1]
+    asked, _ = sections.examine(tmp_path, 0)
+    assert "as --member asks" in asked[0].text
+
+
+def test_a_sweep_is_compared_by_the_setting_that_validation_chose(drawn, tmp_path):
+    write_sweep(tmp_path)
+    (row,) = sections.compare([tmp_path]).table[1:]
+    assert "setting 2: learning_rate = 0.01" in row[0]
+    assert row[-3:] == ["0.7000 ± 0.1414", "0.6250 ± 0.1768", "0.5000 ± 0.3536"]
+    np.testing.assert_allclose(drawn[0].axes[0].lines[1].get_ydata(), [2.0, 0.6])
+    # As if a member of setting 2 had diverged: a higher mean loss is chosen.
+    workdir_lib.write_json(tmp_path / "results.json", SWEPT | {"best": 0})
+    (row,) = sections.compare([tmp_path]).table[1:]
+    assert "setting 1: learning_rate = 0.1" in row[0]
+    np.testing.assert_allclose(drawn[1].axes[0].lines[1].get_ydata(), [3.0, 1.0])
+
+
+@pytest.mark.slow
+def test_of_many_settings_the_best_are_drawn(untrained, drawn, tmp_path):
+    rates = json.dumps({"optimizer.learning_rate": [i / 16 for i in range(1, 11)]})
+    untrained(ModelConfig(hidden_size=4), {}, 0, sweep=rates)
+    losses = [5.0, 4.0, None, 2.0, 1.0, 6.0, 7.0, 8.0, 9.0, 10.0]
+    pair = (losses, losses)
+    workdir_lib.append_line(tmp_path / "metrics.jsonl", line(1, pair, pair))
+    shown, _ = sections.examine(tmp_path, None)
+    (curves,) = (section for section in shown if section.title == "Learning curves")
+    assert "Shown are the best 8 of 10 settings" in curves.text
+    lines = drawn[0].axes[0].lines[::2]  # one split
+    assert [curve.get_ydata()[0] for curve in lines] == [1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
+
+
+@pytest.mark.parametrize(("num", "name"), [(10, "a.svg"), (1000, "a.png")])
+def test_lines_are_svg_unless_that_is_large(num, name):
+    names = list(map(str, range(num)))
+    ((file, (content, alt)),) = sections.picture(
+        "a", figures.class_bars(*np.ones((3, num)), names), "alt"
+    ).items()
+    assert (file, alt) == (name, "alt")
+    assert content.startswith(b"<?xml" if name == "a.svg" else b"\x89PNG")
+    assert len(content) < 250_000
+
+
+def test_names_of_runs_are_below_the_curves():
+    names = ["_hidden", "x" * 150, "$a$", *"bcde"]
+    figure = figures.learning_curves({name: [line(1, (2, 0.5), (2, 0.5))] for name in names})
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == len(names)
+    box, size = legend.get_window_extent(), figure.bbox
+    assert 0 <= box.x0 < box.x1 <= size.x1
+    assert 0 <= box.y0 < box.y1 < figure.axes[1].get_tightbbox().y0 + 1
+    assert figure.axes[1].get_window_extent().height > 150  # of 100 pixels per inch
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_report(finished_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished_run, workdir)
     (workdir / "report").mkdir()
-    earlier = (workdir / "report.html", workdir / "report" / "curves.png")
+    earlier = (workdir / "report.html", workdir / "report" / "curves.svg")
     for path in earlier:
         path.write_text("earlier")
     result = run_on_a_full_disk("report", f"--workdir={workdir}")
@@ -323,7 +489,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_report(finished_run, tmp
 def test_files_of_the_user_are_kept_and_old_pictures_are_not(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "notes.txt").write_text("mine")
-    for name in ("compare.svg", "curves.png"):
+    for name in ("compare.svg", "compare.png", "curves.png"):
         (tmp_path / "report" / name).write_bytes(b"of an earlier page")
     pictures = {"curves.svg": (b"new", "curves")}
     page = report.write(tmp_path, "title", [sections.Section("a", "b", pictures)])
@@ -331,57 +497,6 @@ def test_files_of_the_user_are_kept_and_old_pictures_are_not(tmp_path):
     assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "report" / "curves.svg").read_bytes() == b"new"
     assert len(list((tmp_path / "report").iterdir())) == 2
-
-
-def sweep_of(num_settings):
-    """A configuration of a sweep with two seeds, and a line of its metrics.jsonl."""
-    config = Config()
-    config.members.num = 2
-    config.members.sweep = json.dumps(
-        [{"optimizer.learning_rate": 0.1**i} for i in range(num_settings)]
-    )
-    losses = [1 + abs(i - 3.5) / 10 + seed for i in range(num_settings) for seed in (0, 0.5)]
-    return config, line(1, (losses, losses), (losses, losses))
-
-
-def test_curves_are_those_of_each_setting():
-    config, metrics = sweep_of(3)
-    curves = sections._by_setting(config, [metrics], "run")
-    figure = figures.learning_curves(curves)
-    assert list(curves) == ["learning_rate 1", "learning_rate 0.1", "learning_rate 0.01"]
-    drawn = [each.get_ydata().item() for each in figure.axes[0].lines]
-    np.testing.assert_allclose(
-        drawn, np.repeat(np.reshape(metrics["train/loss"], (3, 2)).mean(1), 2)
-    )
-    config, metrics = sweep_of(11)
-    assert len(sections._by_setting(config, [metrics], "run")) == 8
-    assert "learning_rate 1e-10" not in sections._by_setting(config, [metrics], "run")
-
-
-def test_a_sweep_is_told_by_setting(tmp_path):
-    config, metrics = sweep_of(2)
-    scores = {"loss": metrics["train/loss"], "accuracy": [0.5, 0.7, 0.8, 0.9]}
-    test = {"loss": [None, None, 0.1, 0.2], "accuracy": [None, None, 0.75, 0.85]}
-    diverged = np.zeros(4, bool)
-    own = {"validation": scores, "test": test, "members": members.list_members(config), "best": 1}
-    own["settings"] = members.summarize(config, diverged, scores, test)
-    own["ensemble"] = {"members": [2, 3], "test": {"loss": 0.1, "accuracy": 0.875}}
-    results = {**RESULTS, **own}
-    found = types.SimpleNamespace(network=types.SimpleNamespace(config=config, results=results))
-    section = sections._members(found)
-    _, *rows = section.table
-    assert [row[0] for row in rows] == ["learning_rate 1", "learning_rate 0.1 (best)"]
-    accuracies = [[row[i] for row in rows] for i in (3, 4)]
-    assert accuracies == [["0.6000 ± 0.1414", "0.8500 ± 0.0707"], ["–", "0.8000 ± 0.0707"]]
-    assert "0.8750" in section.text
-
-    workdir_lib.write_json(tmp_path / "config.json", config_lib.to_dict(config))
-    workdir_lib.append_line(tmp_path / "metrics.jsonl", metrics)
-    workdir_lib.write_json(tmp_path / "results.json", results)
-    section = sections.compare([tmp_path])
-    assert section.table[1][-3:] == ["0.8500 ± 0.0707", "0.8000 ± 0.0707", "0.1500 ± 0.0707"]
-    facts = card.facts(config, results, 2)
-    assert facts["validation accuracy"] == "0.8000 (all seeds: 0.8500 ± 0.0707)"
 
 
 def test_a_mistake_is_named(tmp_path, finished_run):

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import font_manager, patches, rcParams
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 WIDTH = 6.0
 # The palette of M. Okabe and K. Ito, distinguishable with any kind of colour vision.
@@ -50,11 +51,12 @@ class Example(NamedTuple):
 def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     """Draws loss and accuracy by epoch; with several members, their mean and standard deviation.
 
-    `runs` maps names of runs to the lines of their `metrics.jsonl`, whose scores may be null.
+    `runs` maps names of runs or settings to the lines of their `metrics.jsonl`, whose scores may be
+    null.
     """
     figure, axes = subplots(5.6, 2, sharex=True)
     for axis, score in zip(axes, ("loss", "accuracy"), strict=True):
-        for i, (name, lines) in enumerate(runs.items()):
+        for i, lines in enumerate(runs.values()):
             epochs, color = [line["epoch"] for line in lines], COLORS[i % len(COLORS)]
             for split, style in (("train", "--"), ("validation", "-")):
                 # [epochs, S]; null is NaN, and a run with one member has one number per epoch.
@@ -62,9 +64,9 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                 values = np.ma.masked_invalid(np.array(scores, float))
                 if values.mask.all():
                     continue
-                mean, sd = (x.filled(np.nan) for x in (values.mean(1), values.std(1)))
-                label = split if len(runs) == 1 else (name if split == "validation" else None)
-                marker = "o" if len(lines) <= 20 else None
+                mean, sd = (x.filled(np.nan) for x in (values.mean(1), values.std(1, ddof=1)))
+                label = split if len(runs) == 1 else None
+                marker = "o" if len(lines) * len(runs) <= 20 or len(lines) == 1 else None
                 axis.plot(epochs, mean, style, color=color, label=label, marker=marker, ms=4)
                 if values.shape[1] > 1:
                     axis.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
@@ -72,9 +74,28 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
         tidy(axis)
     axes[1].set_xlabel("epoch" if len(runs) == 1 else "epoch (solid: validation, dashed: train)")
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    if axes[1].lines:
+    if len(runs) > 1:
+        _name_runs(figure, runs)
+        drawn = np.concatenate([line.get_ydata() for line in axes[0].lines] or [[]])
+        if np.nanmax(drawn, initial=0) > 10 * np.nanmin(drawn, initial=np.inf):
+            axes[0].set_yscale("log", subs=[])  # some settings of a sweep fail
+            axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes[0].yaxis.set_major_formatter("{x:g}")
+    elif axes[1].lines:
         axes[1].legend(frameon=False)
     return figure
+
+
+def _name_runs(figure, names):
+    """Adds a legend below the axes, and makes the figure higher by as much."""
+    # The space is for names that begin with "_", which matplotlib 3.9 leaves out.
+    labels = [" " * name.startswith("_") + _plain(textwrap.fill(name, 64)) for name in names]
+    colors = (COLORS[i % len(COLORS)] for i in range(len(labels)))
+    handles = [Line2D([], [], color=color) for color in colors]
+    figure.legend(handles, labels, frameon=False, loc="outside lower left")
+    figure.set_figheight(
+        figure.get_figheight() + 0.21 * (len(labels) + sum(label.count("\n") for label in labels))
+    )
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:

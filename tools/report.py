@@ -4,86 +4,109 @@ Example:
   python -m tools.report --workdir=runs/notebook
   python -m tools.report --workdir=runs/lstm --compare runs/notebook runs/gru
 
-The page needs no network and no other file. Its pictures are also written to DIR/report. Runs to
-compare with share one table and one set of axes with DIR.
+The page needs no network and no other file. Its pictures are also written to DIR/report: SVG where
+they are lines, PNG otherwise. Runs to compare with share one table and one set of axes with DIR.
 """
 
 import base64
+import datetime
 import html
 import os
 import pathlib
+import re
 import shlex
 import sys
-import time
 
 from seqmnist.errors import explain_storage
 from tools import cli
 
 PAGE, FOLDER = "report.html", "report"
-_KINDS = {".png": "image/png", ".svg": "image/svg+xml"}
-# Pictures that not every page has, and what earlier versions drew as pixels.
-_OPTIONAL = {"compare.svg", "mistakes.png", "by_step.svg"}
-_OPTIONAL |= {f"{name}.png" for name in ("compare", "by_step", "curves", "classes", "gradients")}
-
-_MOST_COLUMNS = 5  # of a table on a phone; a row of a wider one becomes a list there
+# Pictures that an earlier page may have had, and this one has not, or not as this kind of file.
+_FORMER = {"mistakes.png"} | {
+    f"{name}.{kind}"
+    for name in ("compare", "by_step", "curves", "classes", "gradients")
+    for kind in ("png", "svg")
+}
+_CARDS_ABOVE = 5  # columns: on a phone, each row of such a table is a list of labeled values
+_LONG = 24  # letters: such cells are broken anywhere
 
 _STYLE = """
-:root { color-scheme: light dark; --text: #222; --line: #ddd; --page: #fff; }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page);
-  max-width: 42rem; margin: 0 auto; padding: 1rem; }
-p, h1, h2, code, th + td:last-child { overflow-wrap: anywhere; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-nav { columns: 15rem; } nav a { display: block; padding: .2rem 0; color: inherit; }
-img { max-width: 100%; height: auto; display: block; margin: 1rem auto; background: #fff;
-  border-radius: 4px; }
-.made { font-size: .85rem; }
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 48rem; margin: 0 auto; padding: 1rem; }
+p, h1, h2, li, pre, .long { overflow-wrap: anywhere; }
+p { max-width: 42rem; } h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+pre { white-space: pre-wrap; font-size: .8rem; border-left: 4px solid #8886; padding-left: .8rem; }
+nav ul { columns: 14rem; padding-left: 1.2rem; }
+img { max-width: 100%; height: auto; display: block; margin: 1rem auto; background: white; }
+img[src^="data:image/svg"] { width: 100%; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
-th, td { text-align: left; padding: .25rem .5rem; border-bottom: 1px solid var(--line);
+th, td { text-align: left; padding: .25rem .4rem; border-bottom: 1px solid #8886;
   vertical-align: top; }
+.facts td { overflow-wrap: anywhere; } .facts th { min-width: 6rem; }
+.long { min-width: 7em; } .cards { font-size: .875em; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .notice { border-left: 4px solid #E69F00; padding-left: .8rem; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #ddd; --line: #444; --page: #181818; } img { opacity: .92; } }
-@media screen and (max-width: 40rem) {
-  .cards thead { display: none; } .cards, .cards tbody, .cards tr { display: block; }
-  .cards tr { border-bottom: 2px solid var(--line); padding: .5rem 0; }
-  .cards td { display: flex; justify-content: space-between; gap: 1rem; border: 0;
-    text-align: right; white-space: normal; overflow-wrap: anywhere; }
-  .cards td::before { content: attr(data-head); text-align: left; font-weight: 600; flex: none; } }
+@media (prefers-color-scheme: dark) { img { border: .5rem solid white; box-sizing: border-box; } }
+@media screen and (max-width: 44rem) {
+  .plain { font-size: .875em; }
+  .cards thead { display: none; }
+  .cards, .cards tbody, .cards tr { display: block; font-size: 1rem; }
+  .cards tr { border-bottom: 1px solid #8886; padding: .5rem 0; }
+  .cards td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: 0;
+    min-width: 0; text-align: right; white-space: normal; }
+  .cards td::before { content: attr(data-label); text-align: left; flex: none; max-width: 55%; }
+  .cards td:first-child { font-weight: bold; }
+}
 @media print {
-  body { max-width: none; padding: 0; font-size: 10pt; } nav { display: none; }
-  h1, h2, p { break-after: avoid; } img, tr, .cards { break-inside: avoid; }
-  img { max-height: 200mm; width: auto; } .wide { overflow: visible; }
-  table { font-size: 8pt; } .number { white-space: normal; }
-  th, td { padding: .15rem .3rem; overflow-wrap: break-word; } }
+  :root { color-scheme: light; } body { max-width: none; padding: 0; font-size: 10pt; }
+  h2 { break-after: avoid; margin-top: 1.5rem; } p { orphans: 3; widows: 3; }
+  .together, img, tr { break-inside: avoid; } .together:not(:has(img)) { break-after: avoid; }
+  summary { display: none; }
+  img, img[src^="data:image/svg"] { max-width: 13cm; max-height: 20cm; margin: .5rem auto; }
+  .wide { overflow: visible; } th, td { padding: .15rem .3rem; }
+  section:has(details) { break-before: page; } details pre { columns: 2; }
+  details::details-content { content-visibility: visible; block-size: auto; }
+}
 """
 
 
 def render(title: str, sections) -> str:
     """Returns an HTML page of `sections.Section`s, with their pictures inside.
 
-    It says when it was made, and by which command line.
+    It says when it was made, in a line of its own, and by which command line.
     """
-    made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    now = datetime.datetime.now(datetime.UTC)
+    anchors = [re.sub(r"\W+", "-", section.title.lower()).strip("-") for section in sections]
     parts = [
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
-        f'<p class="made">{made}, by <code>{html.escape(_command())}</code></p><nav>',
-        *(f'<a href="#part{i}">{html.escape(each.title)}</a>' for i, each in enumerate(sections)),
-        "</nav>",
+        f"<p>Page made on {now:%Y-%m-%d at %H:%M} UTC by</p>",
+        f"<pre>{html.escape(_command())}</pre>",
+        '<nav aria-label="Contents"><ul>',
+        *(
+            f'<li><a href="#{anchor}">{html.escape(section.title)}</a></li>'
+            for anchor, section in zip(anchors, sections, strict=True)
+        ),
+        "</ul></nav>",
     ]
-    for i, section in enumerate(sections):
-        parts.append(f'<h2 id="part{i}">{html.escape(section.title)}</h2>')
+    for anchor, section in zip(anchors, sections, strict=True):
+        # The heading is printed on one page with the first picture.
+        parts.append(f'<section id="{anchor}"><div class="together">')
+        parts.append(f"<h2>{html.escape(section.title)}</h2>")
         for line in filter(None, section.text.split("\n")):
             notice = ' class="notice"' if line.startswith("NOTICE") else ""
             parts.append(f"<p{notice}>{html.escape(line)}</p>")
-        for name, (content, alt) in section.pictures.items():
-            kind, data = _KINDS[pathlib.Path(name).suffix], base64.b64encode(content).decode()
-            parts.append(f'<img alt="{html.escape(alt)}" src="data:{kind};base64,{data}">')
+        images = map(_image, section.pictures, section.pictures.values())
+        first, *others = [*images] or [""]
+        parts += [first, "</div>", *others]
         if section.table:
             parts.append(f'<div class="wide">{_table(section.table)}</div>')
+        if section.code:
+            code = html.escape(section.code)
+            parts.append(f"<details><summary>Show</summary><pre>{code}</pre></details>")
+        parts.append("</section>")
     return "\n".join([*parts, "</body></html>\n"])
 
 
@@ -107,7 +130,7 @@ def write(
             aside = new.with_name(name)
             aside.write_text(render(title, sections), encoding="utf-8")
             os.replace(aside, page)
-        for key in _OPTIONAL - pictures.keys():
+        for key in _FORMER - pictures.keys():
             (final / key).unlink(missing_ok=True)
     return page
 
@@ -119,25 +142,40 @@ def _command():
     return shlex.join(["python", *program, *sys.argv[1:]])
 
 
+def _image(name, picture):
+    content, alt = picture
+    kind, data = "svg+xml" if name.endswith(".svg") else "png", base64.b64encode(content).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
+
+
 def _table(table):
     heads, *rows = table
-    kind = ' class="cards"' if len(heads) > _MOST_COLUMNS else ""
-    parts = [f"<table{kind}>"]
-    if heads:
-        parts.append(f"<thead><tr>{''.join(_cell(head, 'th') for head in heads)}</tr></thead>")
-    for first, *others in rows:
-        cells = [_cell(first, "td" if heads else "th", *heads[:1])]
-        labels = heads[1:] or [""] * len(others)
-        cells += [_cell(value, "td", head) for value, head in zip(others, labels, strict=True)]
-        parts.append(f"<tr>{''.join(cells)}</tr>")
-    return "".join([*parts, "</table>"])
+    if not heads:
+        lines = [[_cell(first, "th"), *map(_cell, others)] for first, *others in rows]
+        return f'<table class="facts">{_lines(lines)}</table>'
+    kind, top = "cards" if len(heads) > _CARDS_ABOVE else "plain", [_cell(x, "th") for x in heads]
+    lines = [[_cell(x, "td", head) for x, head in zip(row, heads, strict=True)] for row in rows]
+    return f'<table class="{kind}"><thead>{_lines([top])}</thead>{_lines(lines)}</table>'
 
 
-def _cell(value, tag, head=""):
-    text = f"{value:,}" if isinstance(value, int) else str(value)
-    kind = ' class="number"' if isinstance(value, int | float) else ""
-    label = f' data-head="{html.escape(str(head))}"' if head else ""
-    return f"<{tag}{kind}{label}>{html.escape(text)}</{tag}>"
+def _lines(lines):
+    return "\n".join(f"<tr>{''.join(cells)}</tr>" for cells in lines)
+
+
+def _cell(value, tag="td", label=None):
+    text = html.escape(f"{value:,}" if isinstance(value, int) else str(value))
+    kind = (
+        "number"
+        if isinstance(value, int | float)
+        else "long"
+        if tag == "td" and len(text) > _LONG
+        else ""
+    )
+    # Where a long name may be broken; in headings, also names of fields.
+    text = re.sub(r"(?<=[_.])" if tag == "th" else "(?<=_)", "<wbr>", text)
+    kind = f' class="{kind}"' if kind else ""
+    label = f' data-label="{html.escape(str(label))}"' if label else ""
+    return f"<{tag}{kind}{label}>{text}</{tag}>"
 
 
 def _main(arguments):

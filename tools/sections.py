@@ -3,19 +3,22 @@
 Shapes: N test examples, T time steps, C classes, U outputs of the top layer, D directions.
 """
 
+import datetime
 import io
+import json
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
+from matplotlib import rc_context
 
 from seqmnist import config as config_lib
 from seqmnist.networks import views
 from seqmnist.study import card, insight, trained
 from seqmnist.training import members
-from seqmnist.workdir import Workdir
+from seqmnist.workdir import RESULTS, Workdir
 from tools import figures
 
 DPI = 150
@@ -24,6 +27,8 @@ _NUM_EXAMPLES = 3  # of correct predictions, and as many of wrong ones
 _NUM_GRADIENTS = 200
 # Accuracy by time step reads at most so many time steps, all examples together.
 _MAX_STEPS, _MAX_EXAMPLES, _MIN_EXAMPLES = 1 << 21, 2000, 50
+_NUM_CURVES = 8  # of settings, in one figure
+_LARGEST_SVG = 250_000  # bytes
 
 
 class Section(NamedTuple):
@@ -31,17 +36,22 @@ class Section(NamedTuple):
 
     title: str
     text: str  # paragraphs, one per line
-    pictures: dict[str, tuple[bytes, str]]  # file name -> PNG or SVG, and alternative text
+    pictures: dict[str, tuple[bytes, str]]  # file name -> SVG or PNG, and alternative text
     # Rows of cells. The first row holds the headings; if it is empty, the first column does.
     table: Sequence[Sequence[Any]] = ()
+    code: str = ""  # shown if asked for, and on paper
 
 
 class Found:
     """What a trained network does on its test set; `n` examples stand for some of the N."""
 
-    def __init__(self, network: trained.Trained, metrics: list[dict[str, Any]]):
-        """Reads the test set; `metrics` are the lines of `metrics.jsonl`."""
-        self.network, self.metrics = network, metrics
+    def __init__(self, network: trained.Trained, metrics: list[dict[str, Any]], is_asked: bool):
+        """Reads the test set; `metrics` are the lines of `metrics.jsonl`.
+
+        `is_asked` tells whether the user chose the member.
+        """
+        self.network, self.metrics, self.is_asked = network, metrics, is_asked
+        self.settings = _by_setting(network.config, network.results, metrics)
         self.names = network.spec.class_names
         self.drawn_names = figures.drawable(self.names)  # in figures
         self.images, self.labels = images, labels = network.test_set()
@@ -87,7 +97,8 @@ def examine(
     Raises UserError if the workdir holds no usable run, or its data is not available.
     """
     metrics = Workdir(workdir).read_metrics()
-    found = Found(trained.load(workdir, member, checkpoint=checkpoint), metrics)
+    network = trained.load(workdir, member, checkpoint=checkpoint)
+    found = Found(network, metrics, member is not None)
     sections = [section for make in _SECTIONS if (section := make(found))]
     by_step, num_mistakes = found.accuracy_by_step, len(found.mistakes)
     test = {"accuracy": found.accuracy, "examples": len(found.labels), "mistakes": num_mistakes}
@@ -115,16 +126,17 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
     for workdir, name in zip(workdirs, names, strict=True):
         config, results = workdir.read_config(), workdir.read_results()
         lines = workdir.read_metrics()
-        metrics[name], own = lines, _by_setting(config, lines, name)
-        if len(own) > 1 and results.get("best") is not None:  # of a sweep, its chosen setting
-            metrics[name] = own[_label(config, results["best"])]
+        _, setting, own = _by_setting(config, results, lines)[0]
+        if setting:
+            name = f"{name} ({setting})"
+        metrics[name] = own
         seconds = (results.get("seconds") or {}).get("train", "–")
         row = [name, card.describe(config.model), results.get("parameters", "–")]
-        rows.append([*row, len(metrics[name]), seconds, *card.scores(results).values()])
+        rows.append([*row, len(lines), seconds, *card.scores(results).values()])
     alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
-    text = "Mean and standard deviation for runs with several members; of a sweep, the curves of "
-    text += "the setting that validation chose."
-    pictures = picture("compare", figures.learning_curves(metrics), alt, is_drawn=True)
+    text = "Mean and standard deviation for runs with several members; of a sweep, those of the "
+    text += "setting that validation ranks first."
+    pictures = picture("compare", figures.learning_curves(metrics), alt)
     return Section("Runs side by side", text, pictures, rows)
 
 
@@ -132,88 +144,141 @@ def _what_was_run(found):
     network, results = found.network, found.network.results
     text = f"The accuracy on the test set, measured for this page, is {found.accuracy:.4f}."
     if network.member is not None:
-        text += f" All pictures except the learning curves show member {network.member} only; "
-        text += "without --member, that is the best by validation loss."
+        text += _which_member(found)
     if not results:
         text += "\nNOTICE: the run has not ended; this is its latest checkpoint."
     if notice := results.get("dataset", {}).get("notice"):
         text += f"\nNOTICE: {notice}"
     facts = card.facts(network.config, results, network.member, network.step)
+    if (file := network.workdir.path / RESULTS).exists():
+        ended = datetime.datetime.fromtimestamp(file.stat().st_mtime, datetime.UTC)
+        facts["ended"] = f"{ended:%Y-%m-%d at %H:%M} UTC, by the date of {RESULTS}"
     return Section("What was run", text, {}, [[], *facts.items()])
 
 
-def _members(found):
-    """A table of the settings of a sweep, or of the members as one."""
-    results = found.network.results
-    if not results.get("settings"):
+def _which_member(found):
+    network, results = found.network, found.network.results
+    member, losses = network.member, (results.get("validation") or {}).get("loss") or [None]
+    each = members.list_members(network.config)[member]
+    reason = "which has the lowest validation loss"
+    if found.is_asked:
+        reason = "as --member asks"
+    elif all(loss is None for loss in losses):
+        reason = "the first, as no validation losses are there to choose by"
+    text = " All pictures except the learning curves, and all scores of classes, are of member "
+    text += f"{member} ({_named(each)}), {reason}."
+    best = results.get("best")
+    if len(found.settings) > 1 and best not in (None, member // network.config.members.num):
+        text += (
+            f"\nNOTICE: this member is not of setting {best + 1}, which validation chose by the "
+        )
+        text += "mean over seeds."
+    return text
+
+
+def _by_setting(config, results, metrics):
+    """Returns [(number, name, its members' metrics)], the setting that validation chose first.
+
+    The others follow by their mean validation loss. Without a sweep, it is one setting named "".
+    """
+    settings, num, best = members.settings(config), config.members.num, results.get("best")
+    if len(settings) == 1:
+        return [(0, "", metrics)]
+    losses = (results.get("validation") or metrics[-1]).get("loss", metrics[-1]["validation/loss"])
+    losses = np.broadcast_to(np.array(losses, float), len(settings) * num).reshape(-1, num)
+    losses = np.ma.masked_invalid(losses).mean(1).filled(np.inf)
+    found = []
+    for i in sorted(range(len(settings)), key=lambda i: (i != best, losses[i])):
+        name = f"setting {i + 1}: " + _named(settings[i])
+        own = slice(i * num, (i + 1) * num)
+        lines = [
+            {key: value[own] if isinstance(value, list) else value for key, value in line.items()}
+            for line in metrics
+        ]
+        found.append((i, name, lines))
+    return found
+
+
+def _named(setting):
+    short = {name.rpartition(".")[2]: value for name, value in setting.items()}
+    named = short if len(short) == len(setting) else setting
+    return ", ".join(f"{name} = {value}" for name, value in named.items())
+
+
+def _settings(found):
+    config, results = found.network.config, found.network.results
+    settings, best = members.settings(config), results.get("best")
+    if len(settings) < 2 or "settings" not in results:
         return None
-    chosen, stops = results["best"], results.get("early_stopping", {}).get("stopped")
-    count = found.network.config.members.num
-    heads = ["setting", "seeds", "validation loss", "validation accuracy", "test accuracy"]
-    heads += ["diverged", *(["stopped early"] if stops else [])]
-    rows = []
-    for i, setting in enumerate(results["settings"]):
-        held_out, test = setting["validation"] or {}, setting["test"]
-        scores = [held_out.get("loss"), held_out.get("accuracy"), test["accuracy"]]
-        row = [_label(found.network.config, i) + (" (best)" if i == chosen else ""), count]
-        row += [*map(card.format_spread, scores), setting["diverged"]]
-        rows.append(row + ([sum(stops[i * count : (i + 1) * count])] if stops else []))
-    together = results["ensemble"]["test"]["accuracy"]
-    text = "Mean ± standard deviation over seeds, without those that diverged. The best setting "
-    text += "has the lowest validation loss; of several settings, only that is scored on the test "
-    text += (
-        f"set. The mean prediction of its networks has the accuracy {card.format_score(together)}."
-    )
-    return Section("Settings" if len(rows) > 1 else "Members", text, {}, [heads, *rows])
+    first, num = config.seed, config.members.num
+    stopped = (results.get("early_stopping") or {}).get("stopped")
+    heads = ["setting", *settings[0], "seeds", "validation loss", "validation accuracy"]
+    rows = [[*heads, "test accuracy", "diverged", *(["stopped early"] if stopped else [])]]
+    for i, entry in enumerate(results["settings"]):
+        own = slice(i * num, (i + 1) * num)
+        validation, test = entry.get("validation") or {}, entry.get("test") or {}
+        rows.append([
+            f"★ {i + 1}, best" if i == best else str(i + 1), *map(str, settings[i].values()),
+            f"{first}–{first + num - 1}" if num > 1 else str(first),
+            *(card.format_spread(validation.get(score)) for score in ("loss", "accuracy")),
+            card.format_spread(test.get("accuracy")), entry["diverged"],
+            *([sum(stopped[own])] if stopped else []),
+        ])  # fmt: skip
+    text = "Mean ± standard deviation over the seeds of each setting. "
+    if best is None:
+        text += "Without validation data, no setting is chosen."
+    else:
+        text += f"Validation chose setting {best + 1} ({_named(settings[best])}): the lowest mean "
+        text += "validation loss among those in which the fewest seeds diverged. Only this setting "
+        text += "is scored on the test set."
+    return Section("Settings", text, {}, rows)
 
 
-def _label(config, i):
-    """Names a setting of a sweep by its values."""
-    values = members.settings(config)[i].items()
-    return ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in values) or "all"
-
-
-def _by_setting(config, lines, name):
-    """Splits the lines of `metrics.jsonl` by setting; of more than can be told apart, the best."""
-    count, num = config.members.num, len(members.settings(config))
-
-    def part(line, i):
-        own = slice(i * count, (i + 1) * count)
-        return {key: x[own] if isinstance(x, list) else x for key, x in line.items()}
-
-    def loss(i):
-        losses = [x for x in part(lines[-1], i).get("validation/loss") or [] if x is not None]
-        return np.mean(losses) if losses else np.inf
-
-    if num == 1:
-        return {name: lines}
-    best = sorted(sorted(range(num), key=loss)[: len(figures.COLORS)])
-    return {_label(config, i): [part(line, i) for line in lines] for i in best}
-
-
-def _configuration(found):
-    config = found.network.config
-    values = ((name, config_lib.get(config, name)) for name in config_lib.fields())
-    rows = [[name, "none" if value is None else str(value)] for name, value in values]
-    return Section("Configuration", "", {}, [[], *rows])
+def _members(found):
+    network, results = found.network, found.network.results
+    if "members" not in results:
+        return None
+    number, setting, _ = found.settings[0]
+    num = network.config.members.num
+    # Training losses of members that stopped early are null, too.
+    losses = results["validation"]["loss"] or found.metrics[-1]["train/loss"]
+    stopped = results.get("early_stopping")
+    scores = [("validation", "loss"), ("validation", "accuracy"), ("test", "loss")]
+    scores.append(("test", "accuracy"))
+    rows = [["member", "seed", *map(" ".join, scores), "notes"]]
+    for i in range(number * num, (number + 1) * num):
+        notes = ["in the pictures"] if i == network.member else []
+        notes += ["diverged"] if losses[i] is None else []
+        if stopped and stopped["stopped"][i]:
+            notes.append(f"stopped early, best epoch {stopped['best_epochs'][i]}")
+        own = [card.format_score((results[split][name] or {i: None})[i]) for split, name in scores]
+        rows.append([i, str(results["members"][i]["seed"]), *own, ", ".join(notes) or "–"])
+    text = f"The members of {setting}." if setting else "Members differ by their seeds."
+    ensemble = results.get("ensemble") or {}
+    if (test := ensemble.get("test") or {}).get("accuracy") is not None:
+        text += f"\nEnsemble: the mean of the probabilities of {len(ensemble['members'])} members "
+        text += f"has a test accuracy of {test['accuracy']:.4f} and a loss of {test['loss']:.4f}."
+    return Section("Members", text, {}, rows)
 
 
 def _learning_curves(found):
-    metrics, config = found.metrics, found.network.config
-    curves = _by_setting(config, metrics, found.network.workdir.path.name)
-    figure = figures.learning_curves(curves)
+    metrics, name = found.metrics, found.network.workdir.path.name
+    shown = {setting or name: lines for _, setting, lines in found.settings[:_NUM_CURVES]}
     final = "; ".join(
-        f"{name}: {card.format_score(lines[-1].get('validation/accuracy'))}"
-        for name, lines in curves.items()
+        f"{key}: {card.format_score(lines[-1].get('validation/accuracy'))}"
+        for key, lines in shown.items()
     )
     alt = f"Loss and accuracy over {len(metrics)} epochs; final validation accuracy of {final}"
     text = "Training scores are means over an epoch in which the parameters change; validation "
     text += "scores are measured at its end."
     if isinstance(metrics[-1].get("train/loss"), list):
         text += " Bands are one standard deviation over members."
-    if (num := len(members.settings(config))) > len(curves):
-        text += f" Of {num} settings, the {len(curves)} with the lowest validation loss are shown."
-    return Section("Learning curves", text, picture("curves", figure, alt, is_drawn=True))
+    if len(shown) < len(found.settings):
+        text += (
+            f"\nShown are the best {len(shown)} of {len(found.settings)} settings by validation."
+        )
+    pictures = picture("curves", figures.learning_curves(shown), alt)
+    return Section("Learning curves", text, pictures)
 
 
 def _classes(found):
@@ -229,8 +294,9 @@ def _classes(found):
     pictures = picture("confusion", figures.confusion(counts, found.drawn_names), alt)
     alt = f"Precision, recall and F1 by class; lowest F1: class {names[f1.argmin()]}, "
     alt += f"{f1.min():.3f}"
-    bars = figures.class_bars(precision, recall, f1, found.drawn_names)
-    pictures |= picture("classes", bars, alt, is_drawn=True)
+    pictures |= picture(
+        "classes", figures.class_bars(precision, recall, f1, found.drawn_names), alt
+    )
     table = [["class", "precision", "recall", "F1", "examples"]]
     for c, scores in enumerate(zip(precision, recall, f1, strict=True)):
         drawn = found.drawn_names[c]
@@ -293,7 +359,7 @@ def _beliefs(found):
         )
         alt = f"Accuracy after each time step over {found.num_by_step:,} test examples; half of the"
         alt += f" final accuracy is reached after time step {half}"
-        pictures |= picture("by_step", figure, alt, is_drawn=True)
+        pictures |= picture("by_step", figure, alt)
     return Section("Belief by time step", text, pictures)
 
 
@@ -315,13 +381,18 @@ def _gradients(found):
     text = "How strongly the loss depends on the top layer's state after each time step. If this "
     text += "is small, training learns little from what was read before. Line: median; band: the "
     text += f"middle half of {norms.shape[2]} test examples."
-    pictures = picture("gradients", figures.gradient_norms(norms), alt, is_drawn=True)
+    pictures = picture("gradients", figures.gradient_norms(norms), alt)
     return Section("Gradient by time step", text, pictures)
 
 
+def _configuration(found):
+    code = json.dumps(config_lib.to_dict(found.network.config), indent=2)
+    return Section("Configuration", "All fields of the run's configuration.", {}, code=code)
+
+
 _SECTIONS = (
-    _what_was_run, _members, _learning_curves, _classes, _mistakes, _sequence, _unrolled, _beliefs,
-    _hidden_states, _gradients, _configuration,
+    _what_was_run, _settings, _members, _learning_curves, _classes, _mistakes, _sequence, _unrolled,
+    _beliefs, _hidden_states, _gradients, _configuration,
 )  # fmt: skip
 
 
@@ -329,14 +400,22 @@ def _titles(examples):
     return "; ".join(example.title for example in examples)
 
 
-def picture(
-    name: str, figure: Any, alt: str, is_drawn: bool = False
-) -> dict[str, tuple[bytes, str]]:
+def picture(name: str, figure: Any, alt: str) -> dict[str, tuple[bytes, str]]:
     """Returns the pictures of a section that has one: a figure with its alternative text.
 
-    What `is_drawn` consists of lines and becomes SVG, the same for the same figure; the rest PNG.
+    It is SVG if it shows no image or heat map and is not too large, else PNG. Letters are paths:
+    they look alike everywhere.
     """
-    file, kind = io.BytesIO(), "svg" if is_drawn else "png"
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(file, format=kind, dpi=DPI, metadata={"Date": None} if is_drawn else None)
-    return {f"{name}.{kind}": (file.getvalue(), alt)}
+    if not any(axis.images for axis in figure.axes):
+        file = io.BytesIO()
+        with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):  # the same names of parts
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        # A hundredth of a point is precise enough for a path.
+        content = re.sub(
+            rb'(?<= d=")[^"]*', lambda d: re.sub(rb"(\.\d\d)\d+", rb"\1", d[0]), file.getvalue()
+        )
+        if len(content) <= _LARGEST_SVG:
+            return {f"{name}.svg": (content, alt)}
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return {f"{name}.png": (file.getvalue(), alt)}
