@@ -220,7 +220,7 @@ def test_a_study_that_is_stopped_ends_as_one_that_is_not(data_dir, tmp_path):
     process = study(data_dir, "whole", tmp_path)
     text, _ = process.communicate(timeout=200)
     assert process.returncode == 0, text
-    assert "is at the edge" not in text
+    assert "at the edge" not in text
     whole = tmp_path / "whole"
     found = json.loads((whole / "study.json").read_text())
     for entry in found["entries"].values():

@@ -2,12 +2,13 @@
 
 import csv
 import io
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from seqmnist.study import card
 from seqmnist.workdir import Workdir
@@ -15,6 +16,7 @@ from tools import cli, figures, report
 from tools.sections import Section, picture
 
 _MARKERS = "osv^"  # where there are more entries than colors
+_ABREAST, _LINE = 3, 0.22  # names of a legend, and the height of its lines in inches
 _COLUMNS = {
     "network": "",
     "parameters": "",
@@ -114,12 +116,16 @@ def _measured(folder, found):
 
 def _remarks(found):
     """What a reader must know of the choice of settings."""
-    for name, entry in found["entries"].items():
-        values = ", ".join(f"{field} = {value}" for field, value in entry["setting"].items())
-        if values:
-            yield f"{name}: chosen by validation: {values}"
-        for field in entry["at_edge"]:
-            yield f"NOTICE: {name}: {field} = {entry['setting'][field]} is at the edge of its grid"
+    entries = found["entries"]
+
+    def told(name, fields):
+        return f"{name}: " + ", ".join(f"{f} = {entries[name]['setting'][f]}" for f in fields)
+
+    if chosen := [told(name, each["setting"]) for name, each in entries.items() if each["setting"]]:
+        yield f"Chosen by validation: {'; '.join(chosen)}"
+    if edges := [told(name, each["at_edge"]) for name, each in entries.items() if each["at_edge"]]:
+        yield f"NOTICE: at the edge of the grid, beyond which may lie better: {'; '.join(edges)}"
+    for name, entry in entries.items():
         if entry["diverged"]:
             yield f"NOTICE: {name}: {entry['diverged']} of {len(entry['seeds'])} seeds diverged"
 
@@ -180,7 +186,7 @@ def scores_against(
     label: str, values: Mapping[str, float], scores: Mapping[str, Mapping[str, Any]]
 ) -> Any:
     """Draws test accuracy with its 95 % interval against a cost, a point for each entry."""
-    figure, axis = figures.subplots(4.2)
+    figure, axis = figures.subplots(3.6 + _LINE * math.ceil(len(values) / _ABREAST))
     for i, (name, value) in enumerate(values.items()):
         mean, interval = scores[name]["mean"], scores[name]["interval"]
         if mean is None:
@@ -191,19 +197,23 @@ def scores_against(
         axis.errorbar([value], [mean], yerr=errors, fmt=_MARKERS[again % 4], label=name, **look)
     axis.set(xlabel=label, ylabel="test accuracy")
     axis.margins(0.15)
-    if min(values.values()) > 0 and max(values.values()) > 5 * min(values.values()):
+    if min(values.values()) > 0 and max(values.values()) > 20 * min(values.values()):
         axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
     else:
+        axis.xaxis.set_major_formatter("{x:,g}")
         axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    figure.legend(frameon=False, fontsize=9, loc="outside right center")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=_ABREAST)
     figures.tidy(axis)
     return figure
 
 
 def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
     """Draws the mean validation loss of each entry against a field that was selected."""
-    figure, axis = figures.subplots(3.8)
+    figure, axis = figures.subplots(3.4 + _LINE * math.ceil(len(entries) / _ABREAST))
     for i, (name, entry) in enumerate(entries.items()):
         best: dict[float, float] = {}
         for each in entry["tried"]:
@@ -222,7 +232,7 @@ def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
     if min(numbers) > 0 and max(numbers) > 10 * min(numbers):
         axis.set_xscale("log")
     axis.set(xlabel=field, ylabel="validation loss", yscale="log")
-    figure.legend(frameon=False, fontsize=9, loc="outside right center")
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=_ABREAST)
     figures.tidy(axis)
     return figure
 

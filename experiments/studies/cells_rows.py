@@ -1,9 +1,23 @@
-"""Every cell on full MNIST, row by row, with the notebook's 6,602 parameters and with 50,000.
+"""Six cells on full MNIST, row by row, with the notebook's 6,602 parameters and with 50,000.
 
 Command:
   python -m tools.study experiments/studies/cells_rows.py --workdir=runs/cells_rows
 
-Duration: not run in full.
+Duration: 50 minutes on two CPU cores that did other work beside it. Test accuracy of five epochs,
+mean ± sd over 10 seeds:
+
+                  6,602             50,000
+  gru         0.9810 ± 0.0009   0.9897 ± 0.0006
+  lstm        0.9778 ± 0.0021   0.9880 ± 0.0007
+  irnn        0.9691 ± 0.0032   0.9782 ± 0.0011
+  simple_rnn  0.9566 ± 0.0029   0.9770 ± 0.0008
+  min_gru     0.9305 ± 0.0016   0.9405 ± 0.0019
+  lru         0.9179 ± 0.0020   0.9238 ± 0.0008
+
+Of the 66 differences, all but three are significant (p < 0.05 by Holm's method): simple_rnn, irnn
+with 50,000 and lstm with 6,602 are alike. The chosen learning rate is at the edge of the grid for
+gru and lstm with 6,602, irnn with 50,000 and both sizes of min_gru, which may therefore do better
+yet. Linear cells are built to be stacked; as single layers without blocks they come last here.
 """
 
 from seqmnist import config as config_lib
