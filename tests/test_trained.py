@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import jax
@@ -94,6 +95,19 @@ def test_the_best_member_is_that_of_validation_and_has_not_diverged(three_member
     assert trained.load(workdir).member == 1
     (workdir / "results.json").unlink()  # the run has not finished
     assert trained.load(workdir).member == 0
+
+
+def test_the_best_member_of_a_sweep_is_one_of_the_chosen_setting(three_members):
+    workdir, _, _ = three_members
+    config, results = (
+        json.loads((workdir / f"{x}.json").read_text()) for x in ("config", "results")
+    )
+    sweep = json.dumps({"optimizer.learning_rate": [0.1, 0.2, 0.3]})
+    config["members"] |= {"num": 1, "sweep": sweep}
+    results["validation"]["loss"], results["best"] = [0.1, 0.3, 0.2], 2
+    workdir_lib.write_json(workdir / "config.json", config)
+    workdir_lib.write_json(workdir / "results.json", results)
+    assert trained.load(workdir).member == 2
 
 
 def test_an_older_checkpoint_is_announced(finished_run, tmp_path):

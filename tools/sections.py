@@ -161,6 +161,7 @@ def _which_member(found):
     member, losses = network.member, (results.get("validation") or {}).get("loss") or [None]
     each = members.list_members(network.config)[member]
     reason = "which has the lowest validation loss"
+    reason += " in the chosen setting" if len(found.settings) > 1 else ""
     if found.is_asked:
         reason = "as --member asks"
     elif all(loss is None for loss in losses):

@@ -119,7 +119,8 @@ def load(
 ) -> Trained:
     """Loads the network in a workdir, or one of its members.
 
-    Without `member`, it is the best by validation loss, or the first if the run has not finished.
+    Without `member`, it is the best by validation loss, of a sweep that of the chosen setting, or
+    the first if the run has not finished.
     `checkpoint` is "newest", "best" by validation loss, or the number of a step. `say` is told, in
     one line, if another one is used, or if it is not the end of the run. Raises UserError if there
     is no configuration, no usable checkpoint or no such member.
@@ -131,7 +132,9 @@ def load(
         raise UserError(f"{workdir} holds one network; omit --member")
     if count > 1 and member is None:
         losses = np.array((results.get("validation") or {}).get("loss") or [0.0], np.float64)
-        member = int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
+        first = config.members.num * (results.get("best") or 0)
+        losses = losses[first : first + config.members.num]
+        member = first + int(np.argmin(np.where(np.isfinite(losses), losses, np.inf)))
     if count > 1 and member not in range(count):
         raise UserError(f"{workdir} holds members 0 to {count - 1}, not {member}")
     system = None
