@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 import re
 import runpy
 import types
@@ -287,6 +288,8 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def validated(config: Config) -> Config:
     """Returns a checked copy; raises UserError if a value is not valid, or a field does nothing."""
+    if not isinstance(config, Config):
+        raise UserError(f"the configuration must be a seqmnist.Config; got {config!r:.80}")
     config = from_dict(to_dict(config))
     files = [paths.resolve(path, "config.plugins") for path in config.plugins.split(",") if path]
     config.plugins = ",".join(map(str, files))  # a workdir is read from any folder
@@ -498,6 +501,8 @@ def _checked(field, value):
     within, choices, form = (field.metadata[key] for key in ("within", "choices", "form"))
     if kind is float and type(value) is int:
         value = float(value) if abs(value) <= LARGEST else math.inf
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
     if kind is dict and isinstance(value, Mapping):
         for key, each in value.items():
             if not isinstance(each, str | bool | int | float):

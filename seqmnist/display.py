@@ -26,12 +26,51 @@ class _Console(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _Cell:
+    """The output of a notebook's cell, as a text file: one for a run, with a bar at its end.
+
+    Rich would add an output for each line, and needs widgets for a bar, which no file keeps.
+    """
+
+    def __init__(self):
+        self._text, self._display = "", None
+
+    def write(self, text: str) -> None:
+        """Adds text, in place of the bar."""
+        self._text += text
+        self._show(self._text)
+
+    def flush(self) -> None:
+        """Does nothing: all is shown."""
+
+    def show_bar(self, title: str, step: int, num_steps: int, metrics: str) -> None:
+        """Shows how far an epoch is, below the text."""
+        done = 30 * step // num_steps
+        bar = "━" * done + "╌" * (30 - done)
+        self._show(f"{self._text}{title} {step}/{num_steps} {bar} {metrics}")
+
+    def _show(self, text):
+        from IPython.display import display
+
+        bundle = {"text/plain": text.rstrip()}
+        if self._display is None:
+            self._display = display(bundle, raw=True, display_id=True)
+        else:
+            self._display.update(bundle, raw=True)
+
+
 class Display:
     """Prints the progress of a run on standard output; of several processes, the first one does."""
 
     def __init__(self):
-        self._console = _Console(highlight=False, soft_wrap=True, quiet=jax.process_index() != 0)
-        self._is_live = self._console.is_terminal or self._console.is_jupyter
+        settings = {"highlight": False, "soft_wrap": True, "quiet": jax.process_index() != 0}
+        self._console, self._cell = _Console(**settings), None
+        if self._console.is_jupyter:
+            self._cell = _Cell()
+            self._console = _Console(
+                **settings, file=self._cell, force_jupyter=False, force_terminal=False
+            )
+        self._is_live = self._console.is_terminal
         if not self._is_live:
             self._console.width = 120
         self._failure: OSError | None = None
@@ -55,7 +94,9 @@ class Display:
             self.notice(task.dataset.notice)
         counts = ", ".join(f"{len(split):,} {name}" for name, split in task.splits.items())
         spec = task.dataset.spec
-        self.say(f"Data: {task.dataset.name}: {counts} examples, from {task.dataset.directory}")
+        folder, home = str(task.dataset.directory), os.path.expanduser("~") + os.sep
+        folder = f"~/{folder.removeprefix(home)}" if folder.startswith(home) else folder
+        self.say(f"Data: {task.dataset.name}: {counts} examples, from {folder}")
         shape = " × ".join(map(str, spec.shape))
         self.say(f"Images: {shape}, in {spec.num_classes} classes")
         devices = ", ".join(f"{each} ({each.device_kind})" for each in task.mesh.devices.flat)
@@ -97,6 +138,8 @@ class Display:
         def update(step: int, means: Mapping[str, Any]) -> None:
             texts = {name: _text(value).partition(" ±")[0] for name, value in means.items()}
             metrics = " ".join(f"{name}: {text}" for name, text in texts.items())
+            if self._cell:
+                self._cell.show_bar(title, step, num_steps, metrics)
             bar.update(task, completed=step, metrics=metrics)
 
         bar.start()

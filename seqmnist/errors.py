@@ -20,9 +20,12 @@ _ERRNOS = {getattr(errno, name) for name in _STORAGE_ERRORS if hasattr(errno, na
 class UserError(Exception):
     """An error that a user can fix: one line that names the thing and the remedy.
 
-    Command lines print the message on standard error and exit with code 2. Every other error
-    keeps its traceback.
+    Command lines print the message on standard error and exit with code 2, and notebooks show it
+    alone. Every other error keeps its traceback.
     """
+
+    def _render_traceback_(self):  # for IPython
+        return [f"error: {self}"]
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -69,8 +69,9 @@ def train(
         return _show_finished(display, workdir, finished)
     with _open_session(task, workdir, display, stop, overwrite) as run:
         for epoch in run.remaining_epochs():
-            for progress in run.train_epoch(epoch):
-                run.advance(progress, debug_nans)
+            with contextlib.closing(run.train_epoch(epoch)) as progresses:
+                for progress in progresses:
+                    run.advance(progress, debug_nans)
             run.end_epoch(epoch)
         results = run.finish(began, withhold_test)
     display.results(results)
@@ -381,7 +382,11 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
                     workdir.replace(task.config)
                 else:
                     workdir.begin(task.config, saved.history, saved.step)
-        yield session
+        try:
+            yield session
+        except KeyboardInterrupt:  # in a notebook, which may run this again at once
+            checkpoints.close()
+            raise
 
 
 def _explain_writing(workdir):

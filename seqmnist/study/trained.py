@@ -13,6 +13,7 @@ from flax import nnx
 from seqmnist.checkpoints import Checkpoints
 from seqmnist.config import Config
 from seqmnist.datasets import sources
+from seqmnist.display import describe
 from seqmnist.errors import UserError
 from seqmnist.networks.views import sequence_shape
 from seqmnist.spec import ImageSpec
@@ -44,6 +45,9 @@ class Trained:
     fingerprint: str
     member: int | None = None
 
+    def __repr__(self):
+        return f"Trained({str(self.workdir)!r}: {describe(self.config.model)}, step {self.step})"
+
     @property
     def spec(self) -> ImageSpec:
         """What the images are that it reads."""
@@ -55,8 +59,12 @@ class Trained:
         return sequence_shape(self.config.model, self.spec)
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Classifies images uint8 [N, *spec.shape]: logits [N, C]."""
-        return batches.in_chunks(functools.partial(_logits, self.system, self.params), images)
+        """Classifies images uint8 [N, *spec.shape]: logits [N, C].
+
+        Raises UserError, as the methods below do, if they are not such images.
+        """
+        function = functools.partial(_logits, self.system, self.params)
+        return batches.in_chunks(function, self._checked(images))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, *spec.shape]: probabilities [N, C]."""
@@ -108,10 +116,21 @@ class Trained:
             )
         return dataset.arrays("test")
 
-    def _by_step(self, function, *arrays, axis=1):
+    def _checked(self, images):
+        """Raises UserError unless these are images as the network reads them, at least one."""
+        images, shape = np.asarray(images), self.spec.shape
+        if images.dtype != np.uint8 or images.shape[1:] != shape or not len(images):
+            raise UserError(
+                f"the network reads images uint8 [N, {', '.join(map(str, shape))}], 0 to 255; got "
+                f"{images.dtype} {list(images.shape)}"
+            )
+        return images
+
+    def _by_step(self, function, images, *arrays, axis=1):
         at_once = min(batches.CHUNK, max(1, _MOST_AT_ONCE // self.sequence_shape[0]))
         function = functools.partial(function, self.system, self.params)
-        return batches.in_chunks(function, *arrays, most=at_once, axis=axis)
+        images = self._checked(images)
+        return batches.in_chunks(function, images, *arrays, most=at_once, axis=axis)
 
 
 def load(

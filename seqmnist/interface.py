@@ -1,0 +1,44 @@
+"""What Python users need beside the library's own functions: data as arrays, and batches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from seqmnist import config as config_lib
+from seqmnist.config import Config
+from seqmnist.datasets import sources
+from seqmnist.training import batches
+
+
+def load_data(name: str = "auto", **settings: Any) -> sources.Prepared:
+    """Loads a dataset, preparing it first if need be.
+
+    `data.arrays("train")` and `data.arrays("test")` are images uint8 [N, *data.spec.shape], 0 to
+    255, and labels int32 [N]. "train" is the whole training archive, whose tail `train` holds out
+    for validation. `name` and `settings` are the fields of `config.data`, for example
+    `load_data("npz", manual_dir="my.npz")`.
+
+    Raises:
+      UserError: the dataset is not available, or a field does not exist.
+    """
+    config = config_lib.override(Config(), {f"data.{key}": x for key, x in settings.items()})
+    config.data.name = name
+    data = sources.prepare(config_lib.validated(config).data, print)
+    if data.notice:
+        print(f"NOTICE: {data.notice}")
+    return data
+
+
+def epoch_batches(
+    images: np.ndarray, labels: np.ndarray, batch_size: int = 128, seed: int = 0, epoch: int = 0
+) -> Iterator[batches.Batch]:
+    """Yields each example once, in batches for `train_step`; the last one is padded.
+
+    Takes images uint8 [N, …] and labels int [N]. Seed and epoch, counted from 0, determine the
+    order; it is that in which `train` visits N training examples.
+    """
+    images, labels = np.asarray(images), np.asarray(labels, np.int32)
+    records = batches.Records((images, labels), (images[:0], labels[:0]))
+    for row in batches.batch_rows(batches.epoch_order(seed, epoch, len(labels)), batch_size):
+        yield records.read(row)
