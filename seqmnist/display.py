@@ -63,15 +63,15 @@ class Display:
     """Prints the progress of a run on standard output; of several processes, the first one does."""
 
     def __init__(self):
-        settings = {"highlight": False, "soft_wrap": True, "quiet": jax.process_index() != 0}
-        self._console, self._cell = _Console(**settings), None
+        settings = {"highlight": False, "quiet": jax.process_index() != 0}
+        self._console, self._cell = _Console(**settings, soft_wrap=True), None
         if self._console.is_jupyter:
             self._cell = _Cell()
             self._console = _Console(
-                **settings, file=self._cell, force_jupyter=False, force_terminal=False
+                **settings, file=self._cell, width=100, force_jupyter=False, force_terminal=False
             )
         self._is_live = self._console.is_terminal
-        if not self._is_live:
+        if not (self._is_live or self._cell):
             self._console.width = 120
         self._failure: OSError | None = None
 
@@ -159,6 +159,8 @@ class Display:
         """
         parts = [title, f"{num_steps}/{num_steps}"]
         parts += [f"{seconds:.1f}s {1000 * seconds / taken:.1f}ms/step"]
+        if self._cell:  # whose width is not known, and many are narrow
+            parts = [title, f"{seconds:.1f}s"]
         names = {"train/loss": "loss", "train/accuracy": "accuracy"}
         names |= {"validation/loss": "val_loss", "validation/accuracy": "val_accuracy"}
         scores = [f"{short}: {_text(record[name])}" for name, short in names.items()]
@@ -223,11 +225,11 @@ class Display:
         }
 
     def _say_parts(self, parts, style=None):
-        """Prints parts on one line, or on as many as they need on a terminal."""
+        """Prints parts on one line, or on as many as they need on a terminal or in a notebook."""
         lines = parts[:1]
         for part in parts[1:]:
             longer = f"{lines[-1]} - {part}"
-            if self._is_live and len(longer) > self._console.width:
+            if (self._is_live or self._cell) and len(longer) > self._console.width:
                 lines.append(f"  {part}")
             else:
                 lines[-1] = longer
