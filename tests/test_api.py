@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import os
 import re
 import subprocess
 import sys
@@ -10,12 +9,12 @@ import textwrap
 import threading
 
 import jax
-import nbclient
 import nbformat
 import numpy as np
 import pytest
 from close import assert_close
 from conftest import REPOSITORY
+from kernel import environment, execute
 
 import seqmnist
 from seqmnist import run
@@ -49,39 +48,13 @@ assert (probabilities.argmax(1) == data.arrays("test")[1]).mean() == results["te
 """
 
 
-def environment(data_dir):
-    """That of a user's program, with the dataset prepared."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_NUMPY")}
-    kept["XLA_FLAGS"] = "--xla_backend_optimization_level=1"  # compiles sooner
-    return kept | {"TFDS_DATA_DIR": str(data_dir), "PYTHONPATH": str(REPOSITORY)}
-
-
-def python(code, cwd, **variables):
+def python(code, cwd, environment):
     """Runs code as a user's program."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, cwd=cwd, env=os.environ | variables, timeout=120,
+        capture_output=True, text=True, cwd=cwd, env=environment, timeout=120,
         check=False,
     )  # fmt: skip
-
-
-class Kernel(nbclient.NotebookClient):
-    """Runs cells in a kernel as a notebook does; counts how often an output was replaced."""
-
-    num_updates = 0
-
-    def process_message(self, msg, *arguments):
-        self.num_updates += msg["msg_type"] == "update_display_data"
-        return super().process_message(msg, *arguments)
-
-
-def in_a_kernel(cells, folder, monkeypatch, data_dir, **options):
-    monkeypatch.setattr(os, "environ", environment(data_dir))
-    cells = [nbformat.v4.new_code_cell(cell) for cell in cells]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    kernel = Kernel(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}, **options)
-    kernel.execute()
-    return kernel, notebook.cells
 
 
 def test_an_import_alone_is_light(tmp_path):
@@ -95,7 +68,7 @@ def test_an_import_alone_is_light(tmp_path):
         assert issubclass(seqmnist.UserError, Exception)
         assert not {"jax", "numpy", "flax", "rich"} & set(sys.modules)
     """
-    result = python(code, tmp_path, PYTHONPATH=str(REPOSITORY))
+    result = python(code, tmp_path, environment(tmp_path))
     assert not result.returncode, result.stderr
 
 
@@ -121,10 +94,9 @@ def test_the_readme_is_as_brief_as_it_says():
 
 
 @pytest.mark.slow
-def test_the_readme_in_an_interpreter(tmp_path, data_dir, monkeypatch):
-    monkeypatch.setattr(os, "environ", environment(data_dir))
+def test_the_readme_in_an_interpreter(tmp_path, data_dir):
     loop = LOOP + "assert (logits.argmax(1) == data.arrays('test')[1]).mean() > 0.5"
-    result = python("\n".join((BEFORE, LINES, loop, AFTER)), tmp_path)
+    result = python("\n".join((BEFORE, LINES, loop, AFTER)), tmp_path, environment(data_dir))
     assert not result.returncode, result.stderr
     assert not result.stderr
     assert (tmp_path / "runs" / "python" / "results.json").exists()
@@ -132,16 +104,12 @@ def test_the_readme_in_an_interpreter(tmp_path, data_dir, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_readme_in_a_kernel(tmp_path, data_dir, monkeypatch):
+def test_the_readme_in_a_kernel(tmp_path, data_dir):
     mistake = "config.model.cell = 'gruu'\nseqmnist.train(config, 'runs/other')"
-    kernel, cells = in_a_kernel(
-        (f"import jax\n{SETTINGS}{BEFORE}", LINES, AFTER, mistake),
-        tmp_path,
-        monkeypatch,
-        data_dir,
-        allow_errors=True,
-    )
-    before, lines, after, mistaken = (cell.outputs for cell in cells)
+    code = (f"import jax\n{SETTINGS}{BEFORE}", LINES, AFTER, mistake)
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, code)))
+    kernel = execute(notebook, tmp_path, environment(data_dir), allow_errors=True)
+    before, lines, after, mistaken = (cell.outputs for cell in notebook.cells)
     assert before == after == []
     (output,) = lines  # one for the whole run
     text = output.data["text/plain"]

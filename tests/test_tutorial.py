@@ -1,14 +1,13 @@
 """The tutorial: it runs, its outputs are today's, and its text says what they show."""
 
 import json
-import os
 import re
 import shutil
 
-import nbclient
 import nbformat
 import pytest
 from conftest import REPOSITORY
+from kernel import environment, execute
 
 PATH = REPOSITORY / "experiments" / "tutorial.ipynb"
 NOTEBOOK = nbformat.read(PATH, as_version=4)
@@ -70,19 +69,14 @@ def test_figures_in_the_text_are_those_of_the_outputs():
 
 
 @pytest.mark.slow
-def test_it_runs(tmp_path, data_dir, monkeypatch):
+def test_it_runs(tmp_path, data_dir):
     for name in ("seqmnist", "tools", "experiments"):  # its runs are written beside them
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(REPOSITORY / name, tmp_path / name, ignore=ignored)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_NUMPY")}
-    environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles sooner
-    environment |= {"TFDS_DATA_DIR": str(data_dir), "PYTHONPATH": str(tmp_path)}
-    monkeypatch.setattr(os, "environ", environment)
     notebook = nbformat.from_dict(NOTEBOOK)
     added = [nbformat.v4.new_code_cell(code) for code in (CLAIMS, *SOLUTIONS, OF_SOLUTIONS)]
     before = list(outputs(notebook))
     notebook.cells += added
-    where = {"metadata": {"path": str(tmp_path / "experiments")}}
-    nbclient.NotebookClient(notebook, timeout=120, resources=where, coalesce_streams=True).execute()
+    execute(notebook, tmp_path / "experiments", environment(data_dir, tmp_path))
     notebook.cells = notebook.cells[: -len(added)]
     assert list(outputs(notebook)) == before
