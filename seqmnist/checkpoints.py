@@ -18,7 +18,13 @@ import jax
 import numpy as np
 
 from seqmnist.config import CheckpointConfig
-from seqmnist.errors import UserError, explain_storage, one_line, storage_reason
+from seqmnist.errors import (
+    UserError,
+    explain_storage,
+    no_warnings_of,
+    one_line,
+    storage_reason,
+)
 from seqmnist.spec import MNIST
 from seqmnist.training import devices
 from seqmnist.training.metrics import Sums
@@ -141,13 +147,14 @@ class Checkpoints:
         arrays = (facts.pop("state"), facts.pop("sums"), facts.pop("best"))
         arrays = jax.tree.map(np.array, devices.gather(arrays))
         facts["sha256"] = _digest(_by_name(arrays), facts)
-        self._manager.save(
-            saved.step,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts)
-            ),
-            force=True,
-        )
+        with no_warnings_of("absl"):  # of a disk on which saving takes longer than an epoch
+            self._manager.save(
+                saved.step,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(arrays), facts=ocp.args.JsonSave(facts)
+                ),
+                force=True,
+            )
 
     def restore(
         self, expect: Callable[[dict[str, Any]], Any], notice: Callable[[str], None]

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
@@ -90,3 +91,15 @@ def explain_storage(what: str, remedy: str) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(f"{what} cannot be written ({reason}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def no_warnings_of(name: str) -> Iterator[None]:
+    """Keeps warnings out of the log `name` within a block; errors pass."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -111,7 +111,8 @@ def test_the_readme_in_a_kernel(tmp_path, data_dir):
     kernel = execute(notebook, tmp_path, environment(data_dir), allow_errors=True)
     before, lines, after, mistaken = (cell.outputs for cell in notebook.cells)
     assert before == after == []
-    (output,) = lines  # one for the whole run
+    assert len(lines) == 1, lines  # for the whole run
+    (output,) = lines
     text = output.data["text/plain"]
     assert "2 for each batch" in text
     assert (tmp_path / "programs").is_dir()
@@ -190,6 +191,16 @@ class Interrupted(Display):
             yield update
 
         return interrupt()
+
+
+@pytest.mark.slow
+def test_a_slow_disk_and_new_data_are_no_reason_to_warn(mnist_5k, tmp_path, caplog, monkeypatch):
+    from orbax.checkpoint import checkpoint_manager as orbax  # warns if saving lasts a second
+
+    monkeypatch.setattr(orbax, "_WAIT_FOR_PREV_SAVE_WARNING_THRESHOLD_SECS", 0)
+    mnist_5k.data.name, mnist_5k.data.data_dir = "digits", tmp_path
+    seqmnist.train(mnist_5k, tmp_path / "run")
+    assert not caplog.records
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import errno
 import functools
 import hashlib
 import io
-import logging
 import os
 import pathlib
 import shutil
@@ -352,20 +351,11 @@ def _build(config, directory, splits, say):
         if not shutil.disk_usage(root).free:  # TFDS's own error of this has no errno
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         tfds.disable_progress_bar()
-        stack.enter_context(_no_warnings_of("absl"))  # of a configuration that TFDS does not list
+        stack.enter_context(
+            errors.no_warnings_of("absl")
+        )  # of a configuration that TFDS does not list
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # TFDS names no dataset
         builder = Builder(splits, config=config, data_dir=root)
         with contextlib.suppress(FileExistsError):  # another process, without a lock, was first
             builder.download_and_prepare()
         Decoded(directory).load("fingerprint")
-
-
-@contextlib.contextmanager
-def _no_warnings_of(name):
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
