@@ -1,4 +1,4 @@
-"""Every cell at one budget of parameters on small digits, 8 × 8, row by row.
+"""Twelve cells at one budget of parameters on small digits, 8 × 8, row by row.
 
 Command:
   python -m tools.study experiments/studies/cells_digits.py --workdir=runs/cells_digits
@@ -13,7 +13,7 @@ from seqmnist.study.plan import Study
 
 CELLS = (
     "simple_rnn", "irnn", "gru", "lstm", "lem", "slstm",
-    "min_gru", "min_lstm", "rg_lru", "lru", "s5", "s6", "delta_net",
+    "min_gru", "min_lstm", "rg_lru", "lru", "s5", "s6",
 )  # fmt: skip
 
 
