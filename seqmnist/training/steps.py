@@ -177,13 +177,8 @@ def eval_step(system: System, params: Any, batch: Batch) -> Sums:
 
 
 def _norm(tree):
-    """The L2 norm of all numbers of a tree.
-
-    Leading axes are summed first, many numbers at once: on a CPU, the norms of a step of the
-    notebook's network then cost 1.2 % of it instead of 1.5 %.
-    """
-    columns = [jnp.square(jnp.atleast_1d(leaf)).sum(0) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(column.sum() for column in columns))
+    """The L2 norm of all numbers of a tree, as one array: leaf by leaf, it compiles for longer."""
+    return jnp.linalg.norm(ravel_pytree(tree)[0])
 
 
 def _make_model(config, spec, seed, settings) -> SequenceClassifier:
