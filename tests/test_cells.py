@@ -7,8 +7,10 @@ from close import assert_close, random_module
 from flax import nnx
 from jax.test_util import check_grads
 
+from seqmnist.config import _ACTS_WITH
+from seqmnist.errors import UserError
 from seqmnist.networks import cells
-from seqmnist.networks.cells import CELLS
+from seqmnist.networks.cells import CELLS, RecurrentParam
 
 F, H, T, B = 5, 7, 11, 3
 INPUTS = np.random.default_rng(0).normal(size=(T, B, F))
@@ -296,6 +298,16 @@ def test_slstm_reads_large_gates():
     y, pullback = jax.vjp(cell, jnp.full((T, B, F), 200, jnp.float32))
     assert np.isfinite(y).all()
     assert np.isfinite(pullback(jnp.ones_like(y))[0]).all()
+
+
+def test_heads_must_divide_the_units():
+    with pytest.raises(UserError, match="num_heads=2 does not divide hidden_size=7; choose"):
+        make("delta_net", num_heads=2)
+
+
+def test_the_recurrent_factor_acts_on_the_cells_with_such_parameters():
+    with_them = {name for name in CELLS if jax.tree.leaves(nnx.state(make(name), RecurrentParam))}
+    assert set(_ACTS_WITH["optimizer.recurrent_factor"][1]) == with_them
 
 
 @pytest.mark.parametrize("name", CELLS)

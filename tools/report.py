@@ -164,13 +164,8 @@ def _lines(lines):
 
 def _cell(value, tag="td", label=None):
     text = html.escape(f"{value:,}" if isinstance(value, int) else str(value))
-    kind = (
-        "number"
-        if isinstance(value, int | float)
-        else "long"
-        if tag == "td" and len(text) > _LONG
-        else ""
-    )
+    kind = "long" if tag == "td" and len(text) > _LONG else ""
+    kind = "number" if isinstance(value, int | float) else kind
     # Where a long name may be broken; in headings, also names of fields.
     text = re.sub(r"(?<=[_.])" if tag == "th" else "(?<=_)", "<wbr>", text)
     kind = f' class="{kind}"' if kind else ""

@@ -15,7 +15,7 @@ from seqmnist.errors import UserError
 
 _LAYOUTS = "train/CLASS/* and test/CLASS/*, or in CLASS/*"
 _SPLITS = ("train", "test")
-_ALIKE = {"val", "valid", "validation", "dev", "eval"}  # what others call what they score with
+_HELD_OUT = {"val", "valid", "validation", "dev", "eval"}  # what others call what they score with
 # What systems and programs leave in folders, besides names that begin with a dot.
 _HIDDEN = {"Thumbs.db", "desktop.ini", "__MACOSX"}
 _TEST_EVERY = 5  # of each class, without a test folder, the last of five pictures is for testing
@@ -123,7 +123,9 @@ def _split_folders(folder, skipped):
         if not any(os.path.isdir(path) for path in _listdir(root)):
             return {}  # a class of this name
         other = _SPLITS[split == "train"]
-        alike = [path for path in _listdir(folder) if path.name.lower() in _ALIKE and path.is_dir()]
+        alike = [
+            path for path in _listdir(folder) if path.name.lower() in _HELD_OUT and path.is_dir()
+        ]
         if split == "train" and alike:
             raise UserError(
                 f"{folder} contains folders train and {alike[0].name} but no folder test; rename "

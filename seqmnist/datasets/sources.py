@@ -253,8 +253,7 @@ def _read_verified(name, manual):
 def _read_archives(name, manual):
     """Reads the files of a dataset in a folder, unless they are those of another one."""
     files = archives.read_folder(manual, name)
-    other = archives.recognized(files) or name
-    if other != name and archives.unregistered(name, files):
+    if archives.unregistered(name, files) and (other := archives.recognized(files)):
         raise UserError(
             f"the archives in {manual} are those of {other}, not of {name}; read them with "
             f"--config.data.name={other}"
@@ -351,9 +350,8 @@ def _build(config, directory, splits, say):
         if not shutil.disk_usage(root).free:  # TFDS's own error of this has no errno
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         tfds.disable_progress_bar()
-        stack.enter_context(
-            errors.no_warnings_of("absl")
-        )  # of a configuration that TFDS does not list
+        # They are of a configuration that TFDS does not list.
+        stack.enter_context(errors.no_warnings_of("absl"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # TFDS names no dataset
         builder = Builder(splits, config=config, data_dir=root)
         with contextlib.suppress(FileExistsError):  # another process, without a lock, was first

@@ -207,7 +207,7 @@ class SLSTMState(NamedTuple):
     m: jax.Array
 
 
-class SLSTM(GatedCell):
+class SLSTM(LSTM):
     """The LSTM with an exponential input gate, a part of xLSTM; 4 H (F + H + 1) parameters.
 
     i_t = exp(ĩ_t), f_t = σ(f̃_t), g_t = tanh(g̃_t), o_t = σ(õ_t); each ˜ is x_t W + b + h_{t-1} U
@@ -216,23 +216,15 @@ class SLSTM(GatedCell):
     h_t = o_t c_t / n_t
 
     m_t = max(log f_t + m_{t-1}, ĩ_t) keeps the exponentials small: c and n are kept divided by
-    exp(m), which h does not see. Gates side by side: i, f, g, o; initially, b_f = `forget_bias`.
-    There is one head: U is not block-diagonal.
+    exp(m), which h does not see. Parameters are those of `LSTM`, side by side: i, f, g, o. There is
+    one head: U is not block-diagonal.
 
     Source: M. Beck et al., xLSTM: extended long short-term memory, arXiv 2405.04517, section 2.2,
     with the forget gate σ.
     """
 
-    num_gates = 4
-
-    def __init__(
-        self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs, forget_bias: float = 1.0
-    ):
-        super().__init__(input_size, hidden_size, rngs=rngs)
-        self.bias[...] = self.bias[...].at[hidden_size : 2 * hidden_size].set(forget_bias)
-
     def initial_state(self, batch_size: int) -> SLSTMState:
-        zeros = super().initial_state(batch_size)
+        zeros = super().initial_state(batch_size).h
         # As good as -inf: the first step's i is 1 then, so that n is never 0.
         return SLSTMState(zeros, zeros, zeros, jnp.full_like(zeros, -1e30))
 

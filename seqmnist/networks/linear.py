@@ -22,10 +22,15 @@ class LinearCell(Cell):
     """A recurrence that is linear in its state, channel by channel: h_t = a_t h_{t-1} + b_t.
 
     A subclass defines `coefficients`. Linear maps compose to linear maps, so a whole sequence can
-    be computed in O(log T) parallel steps.
+    be computed in O(log T) parallel steps. Unless it defines parameters of its own, it has W
+    [F, K·H], initially Glorot uniform for each gate, and b [K·H] zero.
     """
 
     stretch = 14  # see `Cell.stretch`
+
+    def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs):
+        self.kernel = _glorot(rngs, input_size, [hidden_size] * self.num_gates)
+        self.bias = nnx.Param(jnp.zeros(self.num_gates * hidden_size))
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         """z [..., B, K·H] -> a, of that shape or one that broadcasts, and b [..., B, H]."""
@@ -47,24 +52,25 @@ def _glorot(rngs, input_size, widths):
     return nnx.Param(jnp.concatenate(kernels, axis=1))
 
 
+def _log_time_steps(rngs, dt_min, dt_max, number):
+    """Returns log Δ [number], for Δ log-uniform on dt_min to dt_max."""
+    low, high = jnp.log(dt_min), jnp.log(dt_max)
+    return low + (high - low) * jax.random.uniform(rngs.params(), (number,))
+
+
 class MinGRU(LinearCell):
     """The minimal GRU, whose gates do not see the state; 2 H (F + 1) parameters.
 
     z_t = σ(x_t W_z + b_z), h̃_t = x_t W_h + b_h
     h_t = (1 - z_t) h_{t-1} + z_t h̃_t
 
-    Gates side by side: z, h̃; initially, each W is Glorot uniform and b = 0, as in Keras's dense
-    layers.
+    Gates side by side: z, h̃.
 
     Source: L. Feng et al., Were RNNs all we needed?, arXiv 2410.01201, section 3.1: the form
     without the logarithm, in which h̃ may be negative.
     """
 
     num_gates = 2
-
-    def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs):
-        self.kernel = _glorot(rngs, input_size, [hidden_size] * 2)
-        self.bias = nnx.Param(jnp.zeros(2 * hidden_size))
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         gate, candidate = jnp.split(z, 2, axis=-1)
@@ -77,17 +83,13 @@ class MinLSTM(LinearCell):
     f_t = σ(x_t W_f + b_f), i_t = σ(x_t W_i + b_i), h̃_t = x_t W_h + b_h
     h_t = (f_t h_{t-1} + i_t h̃_t) / (f_t + i_t)
 
-    Gates side by side: f, i, h̃; initially as in `MinGRU`.
+    Gates side by side: f, i, h̃.
 
     Source: L. Feng et al., Were RNNs all we needed?, arXiv 2410.01201, section 3.2, without the
     logarithm.
     """
 
     num_gates = 3
-
-    def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs):
-        self.kernel = _glorot(rngs, input_size, [hidden_size] * 3)
-        self.bias = nnx.Param(jnp.zeros(3 * hidden_size))
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         f, i, candidate = jnp.split(z, 3, axis=-1)
@@ -102,9 +104,8 @@ class RGLRU(LinearCell):
     a_t = σ(Λ)^(8 r_t)
     h_t = a_t h_{t-1} + sqrt(1 - a_t²) i_t u_t
 
-    Gates side by side: r, i, u; initially as in `MinGRU`, with σ(Λ)^8 uniform on `r_min` to
-    `r_max`. The paper's layer takes H channels and gates these themselves; ours gates u, so that F
-    may be any number.
+    Gates side by side: r, i, u; initially, σ(Λ)^8 is uniform on `r_min` to `r_max`. The paper's
+    layer takes H channels and gates these themselves; ours gates u, so that F may be any number.
 
     Source: S. De et al., Griffin: mixing gated linear recurrences with local attention for
     efficient language models, arXiv 2402.19427, section 2.4.
@@ -121,8 +122,7 @@ class RGLRU(LinearCell):
         r_min: Annotated[float, "[0, 1)"] = 0.9,
         r_max: Annotated[float, "(0, 1)"] = 0.999,
     ):
-        self.kernel = _glorot(rngs, input_size, [hidden_size] * 3)
-        self.bias = nnx.Param(jnp.zeros(3 * hidden_size))
+        super().__init__(input_size, hidden_size, rngs=rngs)
         a = r_min + (r_max - r_min) * jax.random.uniform(rngs.params(), (hidden_size,))
         root = jnp.maximum(a, 1e-7) ** (1 / 8)
         self.Lambda = RecurrentParam(jnp.log(root / (1 - root)))
@@ -266,8 +266,7 @@ class S5(DiagonalCell):
         re, im = jnp.asarray(basis.real, b.dtype), jnp.asarray(basis.imag, b.dtype)
         self.decay_log = RecurrentParam(jnp.full(n, jnp.log(0.5)))
         self.frequency = RecurrentParam(jnp.asarray(frequencies, b.dtype))
-        low, high = jnp.log(dt_min), jnp.log(dt_max)
-        self.step_log = RecurrentParam(low + (high - low) * jax.random.uniform(rngs.params(), (n,)))
+        self.step_log = RecurrentParam(_log_time_steps(rngs, dt_min, dt_max, n))
         self.B_re, self.B_im = RecurrentParam(b @ re), RecurrentParam(-b @ im)
         self.C_re = nnx.Param(re.T @ c[0] - im.T @ c[1])
         self.C_im = nnx.Param(im.T @ c[0] + re.T @ c[1])
@@ -326,8 +325,7 @@ class S6(LinearCell):
     ):
         h, n = hidden_size, state_size
         self.kernel = _glorot(rngs, input_size, (h, h, n, n))
-        low, high = jnp.log(dt_min), jnp.log(dt_max)
-        dt = jnp.exp(low + (high - low) * jax.random.uniform(rngs.params(), (h,)))
+        dt = jnp.exp(_log_time_steps(rngs, dt_min, dt_max, h))
         self.bias = nnx.Param(jnp.log(jnp.expm1(dt)))
         rates = jnp.log(jnp.arange(1.0, n + 1))
         self.A_log = RecurrentParam(jnp.broadcast_to(rates[None], (h, n)))
