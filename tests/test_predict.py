@@ -15,7 +15,7 @@ from PIL import Image
 
 from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
-from seqmnist.study import trained
+from seqmnist.study import images, trained
 from tools import cli, predict
 
 
@@ -132,6 +132,90 @@ def test_answers_are_names(names, channels, tmp_path, monkeypatch, capsys):
     assert "without preparation 6 × 8 are needed" in capsys.readouterr().err
 
 
+def drawn(*columns):
+    """A page with an upright stroke in each of the columns."""
+    page = np.full((60, 40 * len(columns)), 255, np.uint8)
+    for i, width in enumerate(columns):
+        page[10:50, 40 * i + 15 : 40 * i + 15 + width] = 0
+    return Image.fromarray(page)
+
+
+def run(monkeypatch, tmp_path, *arguments, spec=MNIST):
+    """Returns predict's exit code and what it writes with --json."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trained, "load", lambda *_, **__: Network(spec))
+    code = call(monkeypatch, predict, "--workdir=x", "--json=x.json", *arguments)
+    return code, json.loads((tmp_path / "x.json").read_text())["images"]
+
+
+def test_bad_images_cost_the_others_nothing(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "a"
+    (folder / "b").mkdir(parents=True)
+    drawn(4).save(folder / "10.png")
+    drawn(4).save(folder / "b" / "2.tif")
+    drawn(4).save(folder / "2.png")
+    Image.new("L", (60, 60), 255).save(folder / "3.png")
+    (folder / "4.jpg").write_bytes(b"\xff\xd8\xff\xe0 no JPEG")
+    (folder / "._2.png").write_bytes(b"\0\5\26\7")
+    (folder / "notes.txt").write_text("x")
+    stack = np.stack([np.zeros((60, 40)), 255 - np.asarray(drawn(4))])
+    np.save(tmp_path / "c.npy", stack.astype(np.uint8))
+    os.mkfifo(tmp_path / "d.png")
+
+    code, entries = run(monkeypatch, tmp_path, "nothing.png", "a", "c.npy", "d.png")
+    assert code == 1
+    answered = [entry["image"] for entry in entries if "class" in entry]
+    assert answered == ["a/2.png", "a/10.png", "a/b/2.tif", "c.npy[1]"]
+    errors = {entry["image"]: entry["error"] for entry in entries if "error" in entry}
+    assert list(errors) == ["nothing.png", "a/3.png", "a/4.jpg", "c.npy[0]", "d.png"]
+    printed = capsys.readouterr()
+    assert [line.split()[-1] for line in printed.out.splitlines()] == ["image", *answered]
+    notice, *lines = sorted(printed.err.splitlines())
+    assert notice == "NOTICE: a: 1 files are not images and left out (1 .txt)"
+    assert lines == sorted(f"error: {error}" for error in errors.values())
+
+    code, entries = run(monkeypatch, tmp_path, "a/3.png", "d.png")
+    assert code == 2
+    assert [list(entry) for entry in entries] == [["image", "error"]] * 2
+    assert capsys.readouterr().out == ""
+    assert run(monkeypatch, tmp_path, "nothing.png", "also.png")[0] == 2
+
+
+def test_several_digits_are_a_warning_or_all_answered(tmp_path, monkeypatch, capsys):
+    drawn(4, 8, 5).save(tmp_path / "a.png")
+    code, (entry,) = run(monkeypatch, tmp_path, "a.png")
+    assert code == 0
+    assert "a.png shows 3 digits" in entry["warning"]
+    assert capsys.readouterr().err == f"warning: {entry['warning']}\n"
+    code, entries = run(monkeypatch, tmp_path, "--several", "a.png")
+    assert code == 0
+    assert [(entry["image"], entry["digit"]) for entry in entries] == [
+        ("a.png", k) for k in (1, 2, 3)
+    ]
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert printed.out.splitlines()[-1].endswith("  a.png, digit 3")
+
+
+@pytest.mark.parametrize(
+    "spec", [MNIST, ImageSpec(8, 6, 3, ("cat", "dog", "fish"))], ids=["gray", "color"]
+)
+def test_what_the_network_saw_is_saved(spec, tmp_path, monkeypatch):
+    name = "a" * 250
+    drawn(4).save(tmp_path / f"{name}.png")
+    Image.new("L", (1, 1)).save(tmp_path / "b.png")
+    code, entries = run(
+        monkeypatch, tmp_path, "--save_prepared=new/saved", "b.png", f"{name}.png", spec=spec
+    )
+    saved = [entry["prepared"] for entry in entries if "class" in entry]
+    assert len(list((tmp_path / "new" / "saved").iterdir())) == len(saved) == (2, 1)[code]
+    expected = images.prepare(np.asarray(Image.open(tmp_path / f"{name}.png")), "x", spec)
+    np.testing.assert_array_equal(np.asarray(Image.open(saved[-1])), expected)
+    (tmp_path / "file").write_text("")
+    arguments = ("--workdir=x", "--save_prepared=file", f"{name}.png")
+    assert call(monkeypatch, predict, *arguments) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -144,7 +228,7 @@ def test_answers_are_names(names, channels, tmp_path, monkeypatch, capsys):
         (["--workdir=mnist", "--no_prepare", "{}/large.png"], ["large.png", "30 × 40"]),
         (["--workdir=mnist", "{}/blank.png"], ["blank.png", "shows nothing"]),
         (["--workdir=mnist", "{}/empty.npy"], ["empty.npy", "0 × 0"]),
-        (["--workdir=mnist", "{}"], ["blank.png"]),
+        (["--workdir=mnist", "{}/blank.png"], ["no digit found"]),
         (["--workdir=x", "{}/folder"], ["folder", "no image"]),
         (["--workdir=x", "--artifact=y", "README.md"], ["--artifact", "--workdir"]),
         (["--artifact=y", "--by_row", "README.md"], ["--by_row", "--workdir"]),
@@ -157,7 +241,7 @@ def test_answers_are_names(names, channels, tmp_path, monkeypatch, capsys):
 )
 def test_a_mistake_ends_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
-    load, network = trained.load, types.SimpleNamespace(spec=MNIST)
+    load, network = trained.load, types.SimpleNamespace(spec=MNIST, step=0)
     monkeypatch.setattr(
         trained, "load", lambda x, *y, **z: network if x == "mnist" else load(x, *y, **z)
     )

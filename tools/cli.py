@@ -99,15 +99,18 @@ def print_table(columns: Sequence[str], rows: Iterable[Iterable], title: str | N
 def call(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> int:
     """Runs a tool on the command line's arguments and writes the numbers it returns to --json.
 
-    Returns its exit code, see `process.exit_code`.
+    `main` returns numbers, or numbers and an exit code. Returns the tool's exit code, see
+    `process.exit_code`.
     """
 
     def command():
         arguments = parser.parse_args()
         numbers = main(arguments)
+        numbers, code = numbers if isinstance(numbers, tuple) else (numbers, 0)
         if arguments.json:
             with explain_storage(f"--json={arguments.json}", "choose another path"):
                 workdir.write_json(arguments.json, numbers)
+        return code
 
     return process.exit_code(command)
 

@@ -4,18 +4,26 @@ Example:
   python -m tools.predict --workdir=runs/notebook digit.png scans/
   python -m tools.predict --artifact=runs/notebook/export/classifier.jax_export digit.png
 
-Reads pictures of any format that Pillow decodes, NPY and IDX, of any size. For a network of MNIST's
-digits, with light strokes on a dark ground or dark strokes on a light ground, they are prepared as
-MNIST was; for any other network they are resized, and become gray or colored, as its images are.
-Prints one line per image: the predicted class, probabilities, and the name of the image.
+Reads pictures of any format that Pillow decodes, NPY, NPZ and IDX, of any size; folders with their
+sub-folders. For a network of MNIST's digits, the digit is found, dark on light paper or light on a
+dark ground, and prepared as MNIST was; for any other network images are resized, and become gray or
+colored, as its own are. Prints one line per image: the predicted class, probabilities, and the name
+of the image.
+
+An image that cannot be used is one line on standard error. The exit code is 1 if some cannot, and 2
+if none can.
 """
 
+import contextlib
 import pathlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
-from seqmnist.errors import UserError
+from seqmnist import paths
+from seqmnist.errors import UserError, explain_storage
 from seqmnist.spec import ImageSpec
 from seqmnist.study import images
 from tools import cli
@@ -24,26 +32,61 @@ _MAX_WIDTH = 100  # of a table of all probabilities; if it is wider, the highest
 
 
 def gather(
-    files: Iterable[pathlib.Path], spec: ImageSpec, prepared: bool
-) -> tuple[list[str], np.ndarray]:
-    """Reads files; raises UserError if one of them cannot be used.
+    files: Iterable[pathlib.Path], spec: ImageSpec, prepared: bool = True, several: bool = False
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Reads the images of files, `prepared` for the network or not resized.
 
-    Returns titles, and images uint8 [N, *spec.shape], `prepared` for the network or not resized.
+    Returns an entry for each, as in --json, {"image": its title, …}, and those without an "error"
+    as uint8 [*spec.shape]. If an image shows several digits, there is an entry for each with
+    `several`, else one with a "warning" for the largest.
     """
-    prepare = images.prepare if prepared else images.as_it_is
-    titles, arrays = [], []
+    entries, arrays = [], []
     for path in files:
-        found = images.read(path)
-        for i, image in enumerate(found):
-            titles.append(str(path) if len(found) == 1 else f"{path}[{i}]")
-            arrays.append(prepare(image, titles[-1], spec))
-    return titles, np.stack(arrays)
+        with _noting_errors(entries, str(path)):
+            found = images.read(path, any_range=prepared and images.is_of_digits(spec))
+            for i, image in enumerate(found):
+                title = str(path) if len(found) == 1 else f"{path}[{i}]"
+                with _noting_errors(entries, title):
+                    if prepared:
+                        digits, largest = images.prepare_all(image, title, spec)
+                    else:
+                        digits, largest = [images.as_it_is(image, title, spec)], 0
+                    for k in range(len(digits)) if several else [largest]:
+                        entry = {"image": title}
+                        if several and len(digits) > 1:
+                            entry["digit"] = k + 1
+                        elif len(digits) > 1:
+                            entry["warning"] = f"{title} shows {len(digits)} digits; the answer is "
+                            entry["warning"] += "for the largest; --several answers all"
+                            _say(f"warning: {entry['warning']}")
+                        entries.append(entry)
+                        arrays.append(digits[k])
+    return entries, arrays
+
+
+@contextlib.contextmanager
+def _noting_errors(entries: list, title: str) -> Iterator[None]:
+    """Says a UserError and adds an entry for it, so that it does not concern other images."""
+    try:
+        yield
+    except UserError as error:
+        _say(f"error: {error}")
+        entries.append({"image": title, "error": str(error)})
+
+
+def _say(line):
+    print(line, file=sys.stderr)
 
 
 def _main(arguments):
     if arguments.artifact and arguments.by_row:
         raise UserError("--by_row needs --workdir; an artifact classifies whole images only")
-    files = images.find(arguments.images)
+    entries, files = [], []
+    for name in arguments.images:
+        with _noting_errors(entries, name):
+            files += images.find(name, _say)
+    if not files:
+        return {"images": entries}, 2
     if arguments.artifact:
         from seqmnist.study import export
 
@@ -51,24 +94,47 @@ def _main(arguments):
     else:
         network = cli.load(arguments)
     names = network.spec.class_names
-    titles, arrays = gather(files, network.spec, not arguments.no_prepare)
-    probabilities = network.probabilities(arrays)
-    beliefs = network.beliefs(arrays) if arguments.by_row else None
+    found, arrays = gather(files, network.spec, not arguments.no_prepare, arguments.several)
+    entries += found
+    answers = [entry for entry in entries if "error" not in entry]
+    if answers:
+        if arguments.save_prepared:
+            _save(arguments.save_prepared, answers, arrays)
+        _answer(network, answers, np.stack(arrays), arguments.by_row)
+    step = None if arguments.artifact else network.step
+    numbers = {"images": entries, "class_names": list(names), "checkpoint": step}
+    return numbers, 0 if len(answers) == len(entries) else 1 if answers else 2
 
+
+def _answer(network, entries, arrays, by_row):
+    """Classifies images, completes their entries and prints them."""
+    names = network.spec.class_names
+    probabilities = network.probabilities(arrays)
+    beliefs = network.beliefs(arrays) if by_row else None
     head, to_line = _format(names)
     print(f"{head}  image")
-    answers = []
-    for i, (title, row) in enumerate(zip(titles, probabilities, strict=True)):
-        print(f"{to_line(row)}  {title}")
+    for i, (entry, row) in enumerate(zip(entries, probabilities, strict=True)):
+        digit = f", digit {entry['digit']}" if "digit" in entry else ""
+        print(f"{to_line(row)}  {entry['image']}{digit}")
         label = int(row.argmax())
-        answers.append({"image": title, "class": label, "class_name": names[label]})
-        answers[-1]["probabilities"] = row.tolist()
-        if arguments.by_row:
+        entry |= {"class": label, "class_name": names[label], "probabilities": row.tolist()}
+        if by_row:
             for t, belief in enumerate(beliefs[:, i], 1):
                 print(f"{to_line(belief)}  after time step {t} of {len(beliefs)}")
-            answers[-1]["by_row"] = beliefs[:, i].tolist()
-    step = None if arguments.artifact else network.step
-    return {"images": answers, "class_names": list(names), "checkpoint": step}
+            entry["by_row"] = beliefs[:, i].tolist()
+
+
+def _save(folder, entries, arrays):
+    """Writes what the network sees, and adds to each entry where."""
+    from PIL import Image
+
+    with explain_storage(f"--save_prepared={folder}", "choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, (entry, array) in enumerate(zip(entries, arrays, strict=True)):
+            # A name may be as long as the disk allows already.
+            path = folder / f"{i:05}-{pathlib.Path(entry['image']).name[:40]}.png"
+            Image.fromarray(array).save(path)
+            entry["prepared"] = str(path)
 
 
 def _format(names):
@@ -105,6 +171,15 @@ def _make_parser():
     )
     parser.add_argument(
         "--no_prepare", action="store_true", help="use images of the network's size, not resized"
+    )
+    parser.add_argument(
+        "--several", action="store_true", help="answer each digit of an image, from left to right"
+    )
+    parser.add_argument(
+        "--save_prepared",
+        type=lambda text: paths.resolve(text, "--save_prepared"),
+        metavar="DIR",
+        help="write the images that the network saw to this folder",
     )
     return parser
 

@@ -11,19 +11,21 @@ import numpy as np
 from seqmnist.errors import UserError, one_line
 
 MAX_PIXELS = 50_000_000  # per picture
+_ROUNDING = 1e-3  # that floats may exceed 1 by
 # Pillow has Ghostscript, another program, run EPS files. The others it only recognizes.
 _NOT_READ = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
 # Pillow's formula for gray, ITU-R 601-2, in units of 1 / 65536.
 _LUMA = np.array([19595, 38470, 7471])
 
 
-def read_picture(path: str | os.PathLike) -> np.ndarray:
+def read_picture(path: str | os.PathLike, any_range: bool = False) -> np.ndarray:
     """Reads a picture file: gray as uint8 [H, W], colors as uint8 [H, W, 3].
 
     The content counts, not the name; of several frames, the first. The file's kind of pixels
     decides whether it is colored; a palette is colored unless all its colors are gray. 16 bits per
-    pixel become 8; floating point is in 0 to 1 or 0 to 255. The picture is turned as its EXIF data
-    say. Transparent pixels become white behind dark strokes and black behind light ones.
+    pixel become 8; floating point is in 0 to 1 or 0 to 255; for `any_range`, see `to_bytes`. The
+    picture is turned as its EXIF data say. Transparent pixels become white behind dark strokes and
+    black behind light ones.
 
     Raises UserError, in one line, if the file is missing, no regular file, no picture, damaged, or
     larger than MAX_PIXELS; that is found before its pixels are decoded.
@@ -48,8 +50,7 @@ def read_picture(path: str | os.PathLike) -> np.ndarray:
         raise UserError(
             f"{path} cannot be read as an image ({one_line(error)}); save it again"
         ) from error
-    if array.dtype != np.uint8:
-        array = to_bytes(array, path)
+    array = to_bytes(array, path, any_range)
     return array if alpha is None else _opaque(array, alpha)
 
 
@@ -79,17 +80,25 @@ def check_size(path: pathlib.Path, height: int, width: int) -> None:
         )
 
 
-def to_bytes(array: np.ndarray, path: pathlib.Path) -> np.ndarray:
+def to_bytes(array: np.ndarray, path: pathlib.Path, any_range: bool = False) -> np.ndarray:
     """Converts numbers in 0 to 255, or floats or booleans in 0 to 1, to uint8.
 
-    Raises UserError if they are in another range.
+    With `any_range`, numbers other than bytes, and bytes of 0 and 1, are scaled to 0 to 255 from
+    their minimum to their maximum, whatever these are.
+
+    Raises UserError if they are in another range, or not finite.
     """
-    if array.dtype == np.uint8 or not array.size:
+    if not array.size or (array.dtype == np.uint8 and not (any_range and array.max() == 1)):
         return array.astype(np.uint8)
-    if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 255):
+    low, high = float(array.min()), float(array.max())
+    if not (any_range or (low >= 0 and high <= 255)):
         raise UserError(f"{path} contains numbers outside 0 to 255; scale them")
-    is_unit = array.dtype.kind in "bf" and array.max() <= 1
-    return np.rint(array * (255.0 if is_unit else 1.0)).astype(np.uint8)
+    if not np.isfinite(high - low):
+        raise UserError(f"{path} contains numbers that are not finite; scale them")
+    is_unit = array.dtype.kind in "bf" and high <= 1 + _ROUNDING
+    if any_range and (high > low):
+        array, is_unit = (array.astype(np.float64) - low) / (high - low), True
+    return np.rint(np.clip(array * (255.0 if is_unit else 1.0), 0, 255)).astype(np.uint8)
 
 
 def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -136,9 +145,12 @@ def _formats():
 
 def _decode(picture):
     """Returns the pixels [H, W] or [H, W, 3], and their opacity, float64 [H, W] in 0 to 1."""
-    from PIL import ImageOps
+    from PIL import ImageCms, ImageOps
 
     picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "LAB":  # which Pillow converts by profiles only
+        profiles = map(ImageCms.createProfile, ("LAB", "sRGB"))
+        picture = ImageCms.profileToProfile(picture, *profiles, outputMode="RGB")
     if picture.mode == "F":
         return np.asarray(picture), None
     if picture.mode.startswith("I"):  # 16 bits per pixel

@@ -4,11 +4,15 @@ For MNIST that is a light digit on a dark ground, 20 pixels tall or wide, with i
 the middle of 28 × 28 pixels. For any other dataset it is its size, and gray or colors.
 """
 
-import functools
+import collections
 import glob
 import math
+import os
 import pathlib
-from collections.abc import Iterable
+import re
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,56 +21,87 @@ from seqmnist.datasets import idx, pictures
 from seqmnist.errors import UserError, one_line
 from seqmnist.spec import MNIST, ImageSpec
 
-_MIN_CONTRAST = 16  # bytes between the darkest and the lightest pixel
-_MIN_INK = 0.2  # of the strongest; fainter pixels do not extend a digit's bounding box
 _BOX, _SIZE, _MIDDLE = 20, MNIST.height, MNIST.height // 2
+_MOST_PIXELS = 1 << 20  # that digits are looked for in; larger images are reduced
+_MIN_CONTRAST = 16  # bytes between the ground and the strongest strokes
+_STROKE, _MIN_INK = 0.5, 0.2  # of the strongest; the least of a stroke, and of its soft edges
+_NEAR = 0.06  # of a digit's size, how far its parts are from each other
+_RECTANGULAR, _ROOM = 0.87, 0.16  # of a sheet of paper; see `_sheet`
+_MIN_WIDTH = 2  # pixels of a prepared stroke; MNIST's pen was no thinner
+_MOST_RADIUS = 0.3  # of a digit's size, half the width of its strokes; others are blots
+_CLEAN = 0.5  # of all strokes, the least that are digits; noise is anywhere
+_MOST_DIGITS = 30  # noise has more groups
+_MAX_BYTES = 1 << 31  # of a file of arrays
 
-_ARRAYS = (".npy", "idx3-ubyte", "idx3-ubyte.gz")  # how names of files of several images end
-_KINDS = "pictures, NPY or IDX"
+# How names of files of several images end.
+_ARRAYS = (".npy", ".npz", "idx3-ubyte", "idx3-ubyte.gz")
+_KINDS = "pictures, NPY, NPZ or IDX"
 
 
-def find(names: Iterable[str]) -> list[pathlib.Path]:
-    """Returns the image files in order: of files, folders, or patterns such as `scans/*.png`.
+def find(name: str, say: Callable[[str], None]) -> list[pathlib.Path]:
+    """Returns the image files that a name stands for, in natural order: 2.png before 10.png.
 
-    Raises UserError if a name stands for nothing.
+    It is a file, a folder with its sub-folders, or a pattern such as `scans/*.png`. Hidden files
+    are left out; `say` is told how many others in a folder are no images. Raises UserError if the
+    name stands for nothing.
     """
-    files: list[pathlib.Path] = []
-    for name in names:
-        paths.resolve(name, "IMAGE")
-        path = pathlib.Path(name).expanduser()
-        matches, nothing = [path], ""
-        if path.is_dir():
-            endings = (*_ARRAYS, *pictures.extensions())
-            matches = [file for file in path.iterdir() if file.name.lower().endswith(endings)]
-            nothing = f"{name} contains no image ({_KINDS}); name another folder"
-        elif glob.has_magic(name) and not path.exists():
-            matches = [pathlib.Path(match) for match in glob.glob(str(path))]
-            nothing = f"no file matches {name}; name images that exist"
-        elif not path.exists():
-            matches, nothing = [], f"{name} does not exist; name an image"
+    paths.resolve(name, "IMAGE")
+    path = pathlib.Path(name).expanduser()
+    matches = [path]
+    if glob.has_magic(name) and not path.exists():
+        matches = sorted(map(pathlib.Path, glob.glob(str(path))), key=_natural)
         if not matches:
-            raise UserError(nothing)
-        files += sorted(matches, key=str)
+            raise UserError(f"no file matches {name}; name images that exist")
+    elif not path.exists():
+        raise UserError(f"{name} does not exist; name an image")
+    files: list[pathlib.Path] = []
+    for match in matches:
+        files += _walk(match, say) if match.is_dir() else [match]
+    if not files:
+        raise UserError(f"{name} contains no image ({_KINDS}); name another folder")
     return files
 
 
-def read(path: pathlib.Path) -> list[np.ndarray]:
-    """Reads all images of a picture, NPY or IDX file, whatever its name.
+def _walk(folder, say):
+    endings = (*_ARRAYS, *pictures.extensions())
+    found, others = [], collections.Counter()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (pathlib.Path(parent, name) for name in names if not name.startswith(".")):
+            if path.name.lower().endswith(endings):
+                found.append(path)
+            else:
+                others[path.suffix.lower() or "no ending"] += 1
+    if others:
+        listed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items())[:5])
+        say(f"NOTICE: {folder}: {others.total():,} files are not images and left out ({listed})")
+    return sorted(found, key=_natural)
+
+
+def _natural(path):
+    parts = re.split(r"(\d+)", str(path))
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
+
+
+def read(path: pathlib.Path, any_range: bool = False) -> list[np.ndarray]:
+    """Reads all images of a picture, NPY, NPZ or IDX file, whatever its name.
 
     A picture is in any format that Pillow decodes; see `pictures.read_picture`. NPY contains
-    [H, W] or [N, H, W], or colors [H, W, 3] or [N, H, W, 3], as bytes or numbers in 0 to 1 or 0 to
-    255.
+    [H, W], [N, H, W], [N, H, W, 1], [N, 1, H, W] or [N, 784], or colors [H, W, 3] or [N, H, W, 3],
+    as bytes or numbers in 0 to 1 or 0 to 255; for `any_range`, see `pictures.to_bytes`. NPZ
+    contains one or more such arrays; labels beside them are left out.
 
     Returns at least one image, gray uint8 [H, W] or colored uint8 [H, W, 3]. Raises UserError if
     the file is missing, not an image, damaged, empty or too large.
     """
     beginning = pictures.read_beginning(path)
     readers = [reader for signature, reader in _READERS.items() if beginning.startswith(signature)]
-    images = readers[0](path) if readers else [pictures.read_picture(path)]
-    if not len(images) or not images[0].size:
+    read_all = readers[0] if readers else lambda *args: [pictures.read_picture(*args)]
+    images = read_all(path, any_range)
+    if not images or not images[0].size:
         shape = " × ".join(map(str, np.shape(images)))
         raise UserError(f"{path} contains no pixels ({shape}); name another image")
-    return list(images)
+    return images
 
 
 def as_it_is(image: np.ndarray, name: object, spec: ImageSpec) -> np.ndarray:
@@ -88,44 +123,217 @@ def is_of_digits(spec: ImageSpec) -> bool:
     return spec == MNIST
 
 
+class Digits(NamedTuple):
+    """The digits in an image, prepared, uint8 [28, 28] each, from left to right."""
+
+    images: list[np.ndarray]
+    largest: int  # index
+
+
 def prepare(image: np.ndarray, name: object, spec: ImageSpec) -> np.ndarray:
-    """Prepares an image as those of the dataset were: -> uint8 [*spec.shape].
+    """Prepares an image as those of the dataset were, or its largest digit: see `prepare_all`."""
+    found, largest = prepare_all(image, name, spec)
+    return found[largest]
 
-    A digit for a network of MNIST's digits is prepared as they were. For every other network the
-    image, uint8 [H, W] or [H, W, 3], becomes gray or colored and is resized, with anti-aliasing,
-    and nothing else. Messages call the image `name`; for errors, see `prepare_digit`.
+
+def prepare_all(image: np.ndarray, name: object, spec: ImageSpec) -> Digits:
+    """Prepares an image as those of the dataset were, uint8 [*spec.shape].
+
+    For a network of MNIST's digits, all digits in the image are prepared as they were. For every
+    other network the image, uint8 [H, W] or [H, W, 3], becomes gray or colored and is resized, with
+    anti-aliasing, and nothing else. Messages call the image `name`; for errors, see
+    `prepare_digits`.
     """
-    image = pictures.to_channels(image, spec.channels)
     if is_of_digits(spec):
-        return prepare_digit(image, name)
-    return pictures.resize(image, spec.height, spec.width)
+        return prepare_digits(image, name)
+    image = pictures.to_channels(image, spec.channels)
+    return Digits([pictures.resize(image, spec.height, spec.width)], 0)
 
 
-def prepare_digit(image: np.ndarray, name: object) -> np.ndarray:
-    """Prepares a digit as MNIST's were: uint8 [H, W], light or dark strokes -> uint8 [28, 28].
+def prepare_digits(image: np.ndarray, name: object) -> Digits:
+    """Finds the digits in an image and prepares them as MNIST's were.
 
-    The ground, the median of the border, becomes 0 and the strongest stroke 255. The bounding box
-    of the digit is scaled to 20 pixels at its longer side, with anti-aliasing, and moved so that
-    the digit's centre of mass is on the middle pixel. Raises UserError if all pixels are alike.
-    Messages call the image `name`.
+    Strokes are dark on light paper, which may lie on a dark desk, or light on a dark ground. What
+    differs from the ground around it is ink; a digit is a group of connected ink with the parts
+    close to it. Its bounding box is scaled to 20 pixels at the longer side, with anti-aliasing, and
+    moved so that its centre of mass is on the middle pixel. An image of MNIST itself is returned
+    unchanged.
+
+    Args:
+      image: uint8 [H, W] or [H, W, 3].
+      name: what messages call the image.
+
+    Raises:
+      UserError: no digit is found.
 
     Source: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits".
     """
+    if image.ndim == 3 and (image == image[..., :1]).all():
+        image = image[..., 0]
+    if _is_prepared(image):
+        return Digits([image], 0)
+    ink = _ink(_without_desk(_gray(image)))
+    groups = [] if ink is None else _groups(ink)
+    if not groups or len(groups) > _MOST_DIGITS:
+        raise UserError(f"no digit found: {name} shows nothing that stands out; name another image")
+    largest = int(np.argmax([group.sum() for group in groups]))
+    return Digits([_normalize(group) for group in groups], largest)
+
+
+def _is_prepared(image):
+    """Returns whether an image follows MNIST's rules, as all of its own do."""
+    if image.shape != (_SIZE, _SIZE) or not image.any():
+        return False
+    sides = [np.ptp(np.flatnonzero(image.any(axis))) + 1 for axis in (0, 1)]
+    return max(sides) in (_BOX - 1, _BOX) and all(
+        abs(centre - _MIDDLE) < 0.6 for centre in _centre_of_mass(image)
+    )
+
+
+def _gray(image):
+    """Returns the brightness, or the mixture of colors that varies most, as float32 [H, W]."""
+    from PIL import Image
+
+    gray = image.astype(np.float32)
+    if gray.ndim == 3:
+        # Red ink on green paper may have one brightness.
+        _, axes = np.linalg.eigh(np.cov(gray.reshape(-1, 3)[:: 1 + gray.size // 10**6].T))
+        weights = axes[:, -1] * np.sign(axes[:, -1].sum() or 1)
+        gray = (gray @ (weights / np.abs(weights).sum())).astype(np.float32)
+    factor = math.ceil(math.sqrt(gray.size / _MOST_PIXELS))
+    return np.asarray(Image.fromarray(gray).reduce(factor)) if factor > 1 else gray
+
+
+def _without_desk(gray):
+    """Returns strokes light, ground dark; what surrounds a sheet of paper becomes like it."""
+    corners = _corners(gray)
+    low, high = gray.min(), gray.max()
+    middle = (low + high) / 2
+    light_corners = (corners > middle).sum()
+    if light_corners in (0, 4):
+        is_light = light_corners == 4
+    else:
+        border = np.concatenate([gray[0], gray[-1], gray[1:-1, 0], gray[1:-1, -1]])
+        is_light = np.median(border) > middle
+    gray = -gray if is_light else gray
+    sheet = _sheet(gray > (-middle if is_light else middle))
+    if sheet is not None:
+        gray = -gray
+        gray[~sheet] = np.median(gray[sheet])
+    return gray
+
+
+def _corners(gray):
+    n = 1 + min(gray.shape) // 30
+    ends = slice(None, n), slice(-n, None)
+    return np.array([np.median(gray[rows, columns]) for rows in ends for columns in ends])
+
+
+def _sheet(mask):
+    """Returns the sheet of paper, bool [H, W], if the largest group of `mask` is one, else None.
+
+    It fills a rectangle, as seen at an angle, and has more room than the strokes in it.
+    """
+    from scipy import ndimage, spatial
+
+    if min(mask.shape) < 2 * _SIZE:
+        return None
+    mask = _largest(mask)
+    outside, _ = ndimage.label(np.pad(~mask, 1, constant_values=True))
+    sheet = outside[1:-1, 1:-1] != outside[0, 0]
+    edge = np.argwhere(mask & ~ndimage.binary_erosion(mask))
+    holes, long_side = sheet & ~mask, np.ptp(edge, 0).max() + 1
+    if np.ptp(edge, 0).min() < _SIZE:
+        return None
+    # The smallest rectangle around a group lies along an edge of its hull.
+    hull = edge[spatial.ConvexHull(edge).vertices]
+    along = np.diff(hull, axis=0, append=hull[:1]) @ [1, 1j]
+    along /= np.abs(along)
+    turned = (hull @ [1, 1j])[:, None] / along
+    if sheet.sum() < _RECTANGULAR * (np.ptp(turned.real, 0) * np.ptp(turned.imag, 0)).min():
+        return None
+    room = _radius(mask)  # a sheet without ink is no digit 1
+    if room < (_ROOM if holes.any() else _MOST_RADIUS) * long_side or room < _radius(holes):
+        return None
+    return ndimage.binary_erosion(sheet, iterations=2 + long_side // 200)
+
+
+def _largest(mask):
+    from scipy import ndimage
+
+    labels, _ = ndimage.label(mask, np.ones((3, 3)))
+    counts = np.bincount(labels.ravel())
+    counts[0] = 0
+    return labels == counts.argmax()
+
+
+def _ink(gray):
+    """Returns how much lighter than the ground each pixel is, 1 for the strongest strokes.
+
+    The ground is what remains of `gray` without what is narrower than half the image. Returns None
+    if nothing stands out.
+    """
+    from scipy import ndimage
+
+    long_side = max(gray.shape)
+    gray = ndimage.gaussian_filter(gray, long_side / 800) if long_side > 100 else gray
+    ground = ndimage.gaussian_filter(gray, max(1, long_side / 100))  # not the darkest noise
+    corners, width = _corners(gray), long_side // 2 + 1
+    if np.ptp(corners) < 0.25 * np.ptp(gray):  # room around a digit without margins
+        ground = np.pad(ground, width, constant_values=np.median(corners))
+    else:
+        ground = np.pad(ground, width, mode="edge")
+    ink = gray - ndimage.grey_opening(ground, (width, width))[width:-width, width:-width]
+    rank = 1 + min(ink.size // 2000, 50)  # a few specks may be stronger than a digit
+    strongest = np.partition(ink.ravel(), -rank)[-rank]
+    return None if strongest < _MIN_CONTRAST else np.clip(ink / strongest, 0, 1)
+
+
+def _groups(ink):
+    """Returns the ink of each digit, float32 [H, W], from left to right; [] if there is none."""
+    from scipy import ndimage
+
+    strokes = ink > _STROKE
+    size = max(np.ptp(np.argwhere(_largest(strokes)), 0)) + 1
+    near = ndimage.distance_transform_edt(~strokes) <= max(1, _NEAR * size)
+    labels, _ = ndimage.label(near, np.ones((3, 3)))
+    groups = []
+    for label, box in enumerate(ndimage.find_objects(labels), 1):
+        part = np.where(labels[box] == label, ink[box], 0)
+        rows, columns = (np.flatnonzero((part > _MIN_INK).any(axis)) for axis in (1, 0))
+        part = part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        at_border = any(x.start == 0 or x.stop == n for x, n in zip(box, ink.shape, strict=True))
+        groups.append((at_border, max(part.shape), box[1].start, part))
+    # The edge of a table is at the border; so is a digit without margins, but alone.
+    inside = [group for group in groups if not group[0] and group[1] > 0.3 * size] or groups
+    size = max(group[1] for group in inside)
+    digits = [part for _, own, _, part in sorted(inside, key=lambda x: x[2]) if own > size / 2]
+    num_strokes = [(part > _STROKE).sum() for part in digits]
+    total = sum((group[-1] > _STROKE).sum() for group in groups if not group[0] or inside is groups)
+    if sum(num_strokes) < _CLEAN * total:
+        return []
+    return [x for x in digits if _radius(x > _STROKE) < _MOST_RADIUS * max(x.shape)]
+
+
+def _radius(mask):
+    """Returns the radius of the largest circle within a mask, in pixels."""
+    from scipy import ndimage
+
+    return ndimage.distance_transform_edt(np.pad(mask, 1)).max()
+
+
+def _normalize(ink):
+    """Scales and centres the ink of a digit: float32 [H, W] in 0 to 1 -> uint8 [28, 28]."""
     from PIL import Image  # here, not above: only image files need it
+    from scipy import ndimage
 
-    ink = image.astype(np.float32)
-    low, high = ink.min(), ink.max()
-    if high - low < _MIN_CONTRAST:
-        raise UserError(f"{name} shows nothing: all its pixels are alike; name another image")
-    ground = np.median(np.concatenate([ink[0], ink[-1], ink[1:-1, 0], ink[1:-1, -1]]))
-    if ground > (low + high) / 2:
-        ink, ground, high = -ink, -ground, -low
-    ink = np.clip((ink - ground) / (high - ground), 0, 1)
-
-    is_ink = ink > _MIN_INK
-    rows, columns = (np.flatnonzero(is_ink.any(axis)) for axis in (1, 0))
-    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scale = _BOX / max(ink.shape)
+    mask = np.pad(ink > _STROKE, 1)
+    stroke = 4 * ndimage.distance_transform_edt(mask)[mask].mean() - 1
+    if stroke * scale < _MIN_WIDTH:
+        n = round((_MIN_WIDTH / scale - stroke) / 2)
+        ink = ndimage.grey_dilation(np.pad(ink, n), (2 * n + 1,) * 2)
+        scale = _BOX / max(ink.shape)
     height, width = (max(1, round(scale * length)) for length in ink.shape)
     small = Image.fromarray(ink).resize((width, height), Image.Resampling.BILINEAR)
     ink = np.asarray(small, np.float64)
@@ -145,26 +353,70 @@ def _centre_of_mass(ink):
     return [np.average(np.arange(n), weights=ink.sum(1 - axis)) for axis, n in enumerate(ink.shape)]
 
 
-def _read_npy(path):
+def _read_arrays(path, any_range):
     try:  # mapped first: an array larger than memory is refused by its size, not loaded
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with warnings.catch_warnings(action="ignore"):
+            arrays = np.load(path, mmap_mode="r", allow_pickle=False)
+            if isinstance(arrays, np.ndarray):
+                arrays = [arrays]
+            else:
+                _check_bytes(path, sum(entry.file_size for entry in arrays.zip.infolist()))
+                arrays = [x for x in (arrays[name] for name in arrays) if isinstance(x, np.ndarray)]
+    except UserError:
+        raise
+    # NumPy's reader of headers raises errors of a dozen types for damaged files.
+    except Exception as error:
         raise UserError(
             f"{path} cannot be read as an array ({one_line(error)}); save it again"
         ) from error
-    num_axes = array.ndim - (array.ndim > 2 and array.shape[-1] == 3)
-    if num_axes not in (2, 3) or array.dtype.kind not in "buif":
+    arrays = [_without_flat_axes(array) for array in arrays]
+    axes = [_num_axes(array) for array in arrays]
+    if not arrays or max(axes) < 2:
+        contents = ", ".join(f"{array.dtype} {list(array.shape)}" for array in arrays[:3])
         raise UserError(
-            f"{path} contains {array.dtype} {list(array.shape)} instead of numbers [H, W] or "
-            "[N, H, W], or colors [H, W, 3] or [N, H, W, 3]; convert it"
+            f"{path} contains {contents or 'no array'} instead of numbers [H, W], [N, H, W] or "
+            "[N, 784], or colors [H, W, 3] or [N, H, W, 3]; convert it"
         )
-    array = array if num_axes == 3 else array[None]
-    pictures.check_size(path, *array.shape[1:3])
-    return pictures.to_bytes(np.array(array), path)
+    found = []
+    for array, num_axes in zip(arrays, axes, strict=True):
+        if num_axes == max(axes):  # others are labels
+            array = array if num_axes == 3 else array[None]
+            pictures.check_size(path, *array.shape[1:3])
+            _check_bytes(path, array.size * 8)
+            found += list(pictures.to_bytes(np.array(array), path, any_range))
+    return found
+
+
+def _without_flat_axes(array):
+    """Makes [N, H, W, 1] and [N, 1, H, W] to [N, H, W], and [N, 784] to [N, 28, 28]."""
+    if array.ndim in (3, 4) and array.shape[-1] == 1:
+        return array[..., 0]
+    if array.ndim == 4 and array.shape[1] == 1:
+        return array[:, 0]
+    num = _SIZE * _SIZE
+    if array.ndim in (1, 2) and array.shape[-1] == num and array.shape != (num, num):
+        return array.reshape(-1, _SIZE, _SIZE)
+    return array
+
+
+def _num_axes(array):
+    """Returns 2 for an image, 3 for several, 0 for anything else."""
+    num_axes = array.ndim - (array.ndim > 2 and array.shape[-1] == 3)
+    return num_axes if num_axes in (2, 3) and array.dtype.kind in "buif" else 0
+
+
+def _check_bytes(path, num_bytes):
+    if num_bytes > _MAX_BYTES:
+        raise UserError(f"{path} contains {num_bytes:,} bytes, more than {_MAX_BYTES:,}; split it")
+
+
+def _read_idx(path, any_range):
+    return list(pictures.to_bytes(idx.read_images(path, shape=None), path, any_range))
 
 
 _READERS = {
-    b"\x93NUMPY": _read_npy,
-    b"\0\0\x08\x03": functools.partial(idx.read_images, shape=None),
-    b"\x1f\x8b": functools.partial(idx.read_images, shape=None),
+    b"\x93NUMPY": _read_arrays,
+    b"PK\x03\x04": _read_arrays,
+    b"\0\0\x08\x03": _read_idx,
+    b"\x1f\x8b": _read_idx,
 }
