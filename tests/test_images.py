@@ -275,16 +275,22 @@ def test_size_place_and_polarity_do_not_matter(mnist, data):
         assert likeness(prepared, expected) > 0.8  # the redrawing blurs; 0.88 is seen
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (300, 200)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (300, 200), (1, 1, 3), (70, 90, 3)])
 def test_what_shows_nothing_is_refused(shape):
+    image = np.full(shape, 77, np.uint8)
+    image[..., 0] = 99 if len(shape) == 3 else 77
     with pytest.raises(UserError, match="no digit found: x shows nothing"):
-        images.prepare(np.full(shape, 77, np.uint8), "x", MNIST)
+        images.prepare(image, "x", MNIST)
 
 
 def test_extreme_shapes_stay_in_the_frame():
     line = np.zeros((3, 900), np.uint8)
     line[1, 5:-5] = 255
     assert images.prepare(line, "x", MNIST).any(1).sum() == 2  # a pen's width
+    assert images.prepare(np.eye(90, dtype=np.uint8) * 255, "x", MNIST).any(0).sum() == 20
+    strip = np.zeros((40, 20_000), np.uint8)
+    strip[5:35, 300:304] = 255
+    assert images.prepare(strip, "x", MNIST).any(1).sum() == 20
     comet = np.zeros((60, 60), np.uint8)  # all its mass at one end
     comet[10, 5:50], comet[8:13, 5:12] = 150, 255
     prepared = images.prepare(comet, "x", MNIST)

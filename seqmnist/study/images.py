@@ -194,14 +194,16 @@ def _gray(image):
     """Returns the brightness, or the mixture of colors that varies most, as float32 [H, W]."""
     from PIL import Image
 
+    height, width = image.shape[:2]
+    if (factor := math.ceil(math.sqrt(height * width / _MOST_PIXELS))) > 1:
+        image = np.asarray(Image.fromarray(image).reduce(factor))
     gray = image.astype(np.float32)
     if gray.ndim == 3:
         # Red ink on green paper may have one brightness.
-        _, axes = np.linalg.eigh(np.cov(gray.reshape(-1, 3)[:: 1 + gray.size // 10**6].T))
+        _, axes = np.linalg.eigh(np.cov(gray.reshape(-1, 3).T, ddof=0))
         weights = axes[:, -1] * np.sign(axes[:, -1].sum() or 1)
         gray = (gray @ (weights / np.abs(weights).sum())).astype(np.float32)
-    factor = math.ceil(math.sqrt(gray.size / _MOST_PIXELS))
-    return np.asarray(Image.fromarray(gray).reduce(factor)) if factor > 1 else gray
+    return gray
 
 
 def _without_desk(gray):
@@ -243,7 +245,8 @@ def _sheet(mask):
     sheet = outside[1:-1, 1:-1] != outside[0, 0]
     edge = np.argwhere(mask & ~ndimage.binary_erosion(mask))
     holes, long_side = sheet & ~mask, np.ptp(edge, 0).max() + 1
-    if np.ptp(edge, 0).min() < _SIZE:
+    # Lines and points have no hull.
+    if long_side < _SIZE or sheet.sum() < (2 * _ROOM * long_side) ** 2:
         return None
     # The smallest rectangle around a group lies along an edge of its hull.
     hull = edge[spatial.ConvexHull(edge).vertices]
@@ -270,15 +273,15 @@ def _largest(mask):
 def _ink(gray):
     """Returns how much lighter than the ground each pixel is, 1 for the strongest strokes.
 
-    The ground is what remains of `gray` without what is narrower than half the image. Returns None
-    if nothing stands out.
+    The ground is what remains of `gray` without what is narrower than half the image's longer side,
+    or twice its shorter one. Returns None if nothing stands out.
     """
     from scipy import ndimage
 
-    long_side = max(gray.shape)
-    gray = ndimage.gaussian_filter(gray, long_side / 800) if long_side > 100 else gray
-    ground = ndimage.gaussian_filter(gray, max(1, long_side / 100))  # not the darkest noise
-    corners, width = _corners(gray), long_side // 2 + 1
+    size = min(max(gray.shape), 4 * min(gray.shape))  # of a digit that fits, by far
+    gray = ndimage.gaussian_filter(gray, size / 800) if size > 100 else gray
+    ground = ndimage.gaussian_filter(gray, max(1, size / 100))  # not the darkest noise
+    corners, width = _corners(gray), size // 2 + 1
     if np.ptp(corners) < 0.25 * np.ptp(gray):  # room around a digit without margins
         ground = np.pad(ground, width, constant_values=np.median(corners))
     else:
@@ -305,12 +308,16 @@ def _groups(ink):
         at_border = any(x.start == 0 or x.stop == n for x, n in zip(box, ink.shape, strict=True))
         groups.append((at_border, max(part.shape), box[1].start, part))
     # The edge of a table is at the border; so is a digit without margins, but alone.
-    inside = [group for group in groups if not group[0] and group[1] > 0.3 * size] or groups
-    size = max(group[1] for group in inside)
-    digits = [part for _, own, _, part in sorted(inside, key=lambda x: x[2]) if own > size / 2]
-    num_strokes = [(part > _STROKE).sum() for part in digits]
-    total = sum((group[-1] > _STROKE).sum() for group in groups if not group[0] or inside is groups)
-    if sum(num_strokes) < _CLEAN * total:
+    inner = [group for group in groups if not group[0]]
+    if any(own > 0.3 * size for _, own, *_ in inner):
+        groups = inner
+    size = max(own for _, own, *_ in groups)
+    digits = [part for _, own, _, part in sorted(groups, key=lambda x: x[2]) if own > size / 2]
+    num_digits, num_all = (
+        sum((part > _STROKE).sum() for part in parts)
+        for parts in (digits, [part for *_, part in groups])
+    )
+    if num_digits < _CLEAN * num_all:
         return []
     return [x for x in digits if _radius(x > _STROKE) < _MOST_RADIUS * max(x.shape)]
 
@@ -360,8 +367,10 @@ def _read_arrays(path, any_range):
             if isinstance(arrays, np.ndarray):
                 arrays = [arrays]
             else:
-                _check_bytes(path, sum(entry.file_size for entry in arrays.zip.infolist()))
-                arrays = [x for x in (arrays[name] for name in arrays) if isinstance(x, np.ndarray)]
+                with arrays as archive:
+                    _check_bytes(path, sum(entry.file_size for entry in archive.zip.infolist()))
+                    arrays = [archive[name] for name in archive]
+                arrays = [array for array in arrays if isinstance(array, np.ndarray)]
     except UserError:
         raise
     # NumPy's reader of headers raises errors of a dozen types for damaged files.
