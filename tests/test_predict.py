@@ -235,7 +235,8 @@ class Exact:
 
 
 def test_redrawn_digits_are_known_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trained, "load", lambda *_, network=Exact(), **__: network)
+    network = Exact()
+    monkeypatch.setattr(trained, "load", lambda *_, **__: network)
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, redraw, "--workdir=x", "--num_images=5", "--json=x.json") == 0
     accuracies = json.loads((tmp_path / "x.json").read_text())["accuracies"]
