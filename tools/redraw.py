@@ -3,8 +3,8 @@
 Example:
   python -m tools.redraw --workdir=runs/notebook
 
-Only for networks of MNIST's digits. Each kind of picture shows its own sample of the test images;
-all are drawn from the seed 0. With two digits in a picture, both must be found and right.
+Only for networks of MNIST's digits. Prints the accuracy for each kind of picture, of a sample of
+the test images that is always the same. With two digits in a picture, both must be found and right.
 """
 
 import io
