@@ -284,17 +284,17 @@ def test_what_shows_nothing_is_refused(shape):
 
 
 def test_extreme_shapes_stay_in_the_frame():
-    line = np.zeros((3, 900), np.uint8)
-    line[1, 5:-5] = 255
-    assert images.prepare(line, "x", MNIST).any(1).sum() == 2  # a pen's width
+    line = np.zeros((900, 3), np.uint8)
+    line[5:-5, 1] = 255
+    assert images.prepare(line, "x", MNIST).any(0).sum() == 2  # a pen's width
     assert images.prepare(np.eye(90, dtype=np.uint8) * 255, "x", MNIST).any(0).sum() == 20
     strip = np.zeros((40, 20_000), np.uint8)
     strip[5:35, 300:304] = 255
     assert images.prepare(strip, "x", MNIST).any(1).sum() == 20
     comet = np.zeros((60, 60), np.uint8)  # all its mass at one end
-    comet[10, 5:50], comet[8:13, 5:12] = 150, 255
+    comet[5:50, 10], comet[5:12, 8:13] = 150, 255
     prepared = images.prepare(comet, "x", MNIST)
-    assert prepared.any(0).sum() == 20
+    assert prepared.any(1).sum() == 20
 
 
 @pytest.mark.parametrize("spec", [MNIST, SMALL, PETS], ids=lambda spec: f"{spec.shape}")
@@ -474,6 +474,9 @@ def empty_pages():
     blot[100:140, 100:140] = 0
     pages["a blot"] = blot
     pages["a sheet on a desk"] = on_desk(blank)
+    pages["ruled paper"], pages["squared paper"] = blank.copy(), blank.copy()
+    pages["ruled paper"][20::40] = pages["squared paper"][20::40] = 170
+    pages["squared paper"][:, 15::40] = 170
     return pages
 
 

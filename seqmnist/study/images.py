@@ -29,6 +29,8 @@ _NEAR = 0.06  # of a digit's size, how far its parts are from each other
 _RECTANGULAR, _ROOM = 0.87, 0.16  # of a sheet of paper; see `_sheet`
 _MIN_WIDTH = 2  # pixels of a prepared stroke; MNIST's pen was no thinner
 _MOST_RADIUS = 0.3  # of a digit's size, half the width of its strokes; others are blots
+_WIDEST = 3  # times its height; others are lines. MNIST's widest digit: 2.5
+_MOST_FIELDS = 16  # of paper beside and within a digit's strokes; grids have more. MNIST's most: 10
 _CLEAN = 0.5  # of all strokes, the least that are digits; noise is anywhere
 _MOST_DIGITS = 30  # noise has more groups
 _MAX_BYTES = 1 << 31  # of a file of arrays
@@ -319,7 +321,18 @@ def _groups(ink):
     )
     if num_digits < _CLEAN * num_all:
         return []
-    return [x for x in digits if _radius(x > _STROKE) < _MOST_RADIUS * max(x.shape)]
+    return [digit for digit in digits if _may_be_digit(digit > _STROKE)]
+
+
+def _may_be_digit(strokes):
+    from scipy import ndimage
+
+    height, width = np.ptp(np.argwhere(_largest(strokes)), 0) + 1
+    return (
+        width <= _WIDEST * height
+        and _radius(strokes) < _MOST_RADIUS * max(strokes.shape)
+        and ndimage.label(~strokes)[1] <= _MOST_FIELDS
+    )
 
 
 def _radius(mask):
