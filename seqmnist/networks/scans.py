@@ -106,10 +106,11 @@ def gate_inputs(
 ) -> tuple[jax.Array, ...]:
     """Returns what the gates of a step act on: (z_t + h_{t-1} U,), or (z_t, h_{t-1} U + c).
 
-    U is [H, K·H], c [K·H] or None, z_t [B, K·H], and the first array of `state` h_{t-1} [B, H].
+    U is [H, K·H], c [K·H] or None, z_t [..., B, K·H], and the first array of `state` h_{t-1}
+    [..., B, H].
     """
     r = jax.tree.leaves(state)[0] @ kernel
-    return (z + r,) if bias is None else (z, r + bias.reshape(1, -1))
+    return (z + r,) if bias is None else (z, r + bias.reshape((1,) * (z.ndim - 1) + bias.shape))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

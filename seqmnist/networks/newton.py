@@ -1,0 +1,149 @@
+"""Gated recurrences without a loop over time: Newton's method for all time steps at once.
+
+A recurrence h_t = f(h_{t-1}, z_t) is a system of T equations for the T states. From a guess ĥ of
+all states, one step of Newton's method solves the equations as linearized there,
+
+    h_t = f(ĥ_{t-1}, z_t) + J_t (h_{t-1} - ĥ_{t-1}),
+
+which is a linear recurrence, and those have a parallel form. Here J_t is the diagonal of the
+Jacobian matrix, so that the linear recurrence is one number for each unit. Iteration k is exact for
+the first k time steps at least: any recurrence is solved after T iterations, and one that forgets
+soon after far fewer. The gradient solves the linear equations of the cotangents in the same way.
+
+Each iteration computes the products of all T steps, so that it pays where many steps at once take
+hardly longer than one, and never on a few CPU cores: see `solve`.
+
+Sources: Y. H. Lim et al., Parallelizing non-linear sequential models over the sequence length
+(DEER), arXiv 2309.12252; the diagonal: X. Gonzalez et al., Towards scalable and stable
+parallelization of nonlinear RNNs, arXiv 2407.19115.
+
+Shapes: B batch, T time steps, H hidden units, K gates.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from seqmnist.networks import scans
+
+
+def solve(
+    gates: Callable, kernel: jax.Array, bias: jax.Array | None, state: Any, z: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Returns the states after each time step, [T, B, H] each, and the number of iterations.
+
+    Arguments are those of `scans.gated`. Iterations end when no state changes by more than
+    rounding, relative to the largest.
+    """
+    after = functools.partial(_after, gates, z)
+    slopes = functools.partial(_slopes, gates, kernel, bias, z=z)
+
+    def improve(states):
+        before = _shifted(state, states)
+        a = slopes(before)
+        b = jax.tree.map(lambda f, a, h: f - a * h, after(kernel, bias, before), a, before)
+        return jax.tree.map(lambda a, b, h: scans.linear_by_platform(a, b, h)[1], a, b, state)
+
+    guess = jax.tree.map(lambda h: jnp.broadcast_to(h, (len(z), *h.shape)), state)
+    return _until_fixed(improve, guess, len(z))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gated(
+    gates: Callable, kernel: jax.Array, bias: jax.Array | None, state: Any, z: jax.Array
+) -> tuple[Any, jax.Array]:
+    """Computes `scans.gated`, and its gradient, by iterations over all time steps."""
+    states, _ = solve(gates, kernel, bias, state, z)
+    return jax.tree.map(lambda h: h[-1], states), jax.tree.leaves(states)[0]
+
+
+def _gated_forward(gates, kernel, bias, state, z):
+    states, _ = solve(gates, kernel, bias, state, z)
+    last = jax.tree.map(lambda h: h[-1], states)
+    return (last, jax.tree.leaves(states)[0]), (kernel, bias, state, z, states)
+
+
+def _gated_backward(gates, residuals, cotangents):
+    (dlast, dh), (kernel, bias, state, z, states) = cotangents, residuals
+    before = _shifted(state, states)
+    _, pullback = jax.vjp(functools.partial(_after, gates), z, kernel, bias, before)
+    a = _slopes(gates, kernel, bias, before, z)
+    zeros = jax.tree.map(jnp.zeros_like, state)
+
+    def add(first, *rest):
+        return jax.tree.unflatten(jax.tree.structure(state), [first, *rest])
+
+    own = add(dh, *[jnp.zeros_like(h) for h in jax.tree.leaves(states)[1:]])
+    own = jax.tree.map(lambda d, last: d.at[-1].add(last), own, dlast)
+
+    def improve(g):
+        # g_t = own_t + J_{t+1}ᵀ g_{t+1}, with the diagonal of J in the linear recurrence.
+        rest = jax.tree.map(lambda e, a, g: e - a * g, pullback(g)[3], a, g)
+        b = jax.tree.map(lambda own, rest: own.at[:-1].add(rest[1:]), own, rest)
+        later = jax.tree.map(lambda a: jnp.concatenate([a[1:], jnp.zeros_like(a[:1])]), a)
+
+        def read(a, b, h):
+            return scans.linear_by_platform(a, b, h, reverse=True)[1]
+
+        return jax.tree.map(read, later, b, zeros)
+
+    g, _ = _until_fixed(improve, own, len(z))
+    dz, dkernel, dbias, dbefore = pullback(g)
+    return dkernel, dbias, jax.tree.map(lambda d: d[0], dbefore), dz
+
+
+gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _after(gates, z, kernel, bias, before):
+    """Returns f of all time steps at once."""
+    return gates(before, *scans.gate_inputs(kernel, bias, before, z))
+
+
+def _slopes(gates, kernel, bias, before, z):
+    """Returns the diagonals of the Jacobian matrices, of each array of the state by itself.
+
+    Gates are elementwise, so that the derivative by h_i of what is added to gate k of unit i is
+    U_k[i, i], and one derivative in that direction gives all diagonal elements.
+    """
+    inputs = scans.gate_inputs(kernel, bias, before, z)
+    still = jax.tree.map(jnp.zeros_like, (before, *inputs))
+    leaves, structure = jax.tree.flatten(before)
+    num_units, width = kernel.shape
+    diagonal = jnp.diagonal(kernel.reshape(num_units, width // num_units, num_units), 0, 0, 2)
+    diagonal = jnp.broadcast_to(diagonal.reshape(-1), z.shape)
+    slopes = []
+    for i in range(len(leaves)):
+        _, *dinputs = still
+        moved = [jnp.full_like(h, float(i == k)) for k, h in enumerate(leaves)]
+        if i == 0:
+            dinputs[-1] = diagonal
+        tangents = (jax.tree.unflatten(structure, moved), *dinputs)
+        slopes.append(jax.tree.leaves(jax.jvp(gates, (before, *inputs), tangents)[1])[i])
+    return jax.tree.unflatten(structure, slopes)
+
+
+def _shifted(state, states):
+    """Returns the states before each time step."""
+    return jax.tree.map(lambda one, h: jnp.concatenate([one[None], h[:-1]]), state, states)
+
+
+def _until_fixed(improve, guess, most):
+    """Repeats `improve` until nothing changes; returns what it is then, and how often it was."""
+
+    def changes(new, old):  # also if it is nan, on the way
+        return ~jnp.all(jnp.abs(new - old) <= 8 * jnp.finfo(new.dtype).eps * jnp.abs(new).max())
+
+    def again(carry):
+        old, _, k = carry
+        new = improve(old)
+        changed = jax.tree.leaves(jax.tree.map(changes, new, old))
+        return new, functools.reduce(jnp.logical_or, changed), k + 1
+
+    start = guess, jnp.bool(True), 0
+    result, _, k = lax.while_loop(lambda carry: carry[1] & (carry[2] < most), again, start)
+    return result, k
