@@ -136,3 +136,24 @@ def test_scores_are_their_definitions(pairs):
         assert scores.recall[c] == pytest.approx(recall)
         assert scores.f1[c] == pytest.approx(f1)
         assert scores.support[c] == true + missed
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 200))
+def test_calibration_is_its_definition(seed, num):
+    rng = np.random.default_rng(seed)
+    probabilities, labels = rng.dirichlet(np.ones(3), num), rng.integers(0, 3, num)
+    found = insight.calibration(labels, probabilities, num_bins=4)
+    error = 0.0
+    for k in range(4):
+        own = [
+            (row.max(), row.argmax() == label)
+            for row, label in zip(probabilities, labels, strict=True)
+            if k / 4 < row.max() <= (k + 1) / 4
+        ]
+        assert found.counts[k] == len(own)
+        if own:
+            confidence, accuracy = np.mean(own, 0)
+            assert found.confidence[k] == pytest.approx(confidence)
+            assert found.accuracy[k] == pytest.approx(accuracy)
+            error += len(own) / num * abs(confidence - accuracy)
+    assert found.error == pytest.approx(error)

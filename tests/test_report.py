@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import jax
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from PIL import Image
 from test_export import run_on_a_full_disk
 from test_predict import tool
@@ -94,9 +95,10 @@ def test_the_tool_writes_a_page_that_needs_nothing_else(finished_run, tmp_path):
     assert f"{results['test']['accuracy']:.4f}" in text
     names = {path.name for path in (first / "report").iterdir()}
     lines = {"classes.svg", "compare.svg", "curves.svg", "by_step.svg", "gradients.svg"}
+    lines |= {"calibration.svg", "throughput.svg"}
     assert {name for name in names if name.endswith(".svg")} == lines
     assert "beliefs.png" in names  # by which a workdir knows the folder as its own
-    assert len(page.images) == len(names) == 11
+    assert len(page.images) == len(names) == 13
     contents = {(first / "report" / name).read_bytes() for name in names}
     for image in page.images:
         assert len(image["alt"]) > 20
@@ -155,7 +157,8 @@ def test_every_kind_of_network_is_drawn(model, untrained, tmp_path):
     assert "the run has not ended" in page
     assert np.sum(found["confusion"]) == 60
     for section in shown:
-        for name, (content, _) in section.pictures.items():
+        for name, (content, _, look) in section.pictures.items():
+            assert look.endswith(".")
             if name.endswith(".png"):
                 assert Image.open(io.BytesIO(content)).width == 300
             else:
@@ -230,14 +233,14 @@ def test_images_and_classes_of_any_kind_are_drawn(spec, monkeypatch, tmp_path):
     assert found["class_names"] == list(spec.class_names)
     assert np.shape(found["confusion"]) == (spec.num_classes,) * 2
     page = Page(report.render("title", shown))
-    assert len(page.images) == 10
+    assert len(page.images) == 12
     table = next(section.table for section in shown if "confused" in section.title)
     names = [name.replace("おん", "1: おん") for name in spec.class_names]
     assert [str(row[0]) for row in table[1:]] == names
     wrong = np.flatnonzero(np.array(found["confusion"]) * (1 - np.eye(spec.num_classes)))
     assert len(wrong)
     for section in shown[3:]:
-        for _, alt in section.pictures.values():
+        for _, alt, _ in section.pictures.values():
             if "rediction" in alt or "class " in alt or " for " in alt:
                 assert any(name in alt for name in ("1", *spec.class_names)), alt
 
@@ -256,6 +259,13 @@ def test_names_of_classes_do_not_overlap(num):
         boxes = boxes[np.argsort(boxes[:, 0])]
         assert (boxes[1:, 0] - boxes[:-1, 1] > -1.5).all()  # of 100 pixels per inch
     assert len(axis.texts) == (np.count_nonzero(counts) if num <= 10 else 0)
+
+
+@pytest.mark.parametrize("color", [*figures.COLORS, figures.GREY])
+def test_lines_can_be_seen_on_white(color):
+    # WCAG 2.2, success criterion 1.4.11.
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)]
+    assert 1.05 / (np.dot([0.2126, 0.7152, 0.0722], linear) + 0.05) >= 3
 
 
 def test_guessing_is_right_once_in_the_number_of_classes():
@@ -449,8 +459,8 @@ def test_of_many_settings_the_best_are_drawn(untrained, drawn, tmp_path):
 @pytest.mark.parametrize(("num", "name"), [(10, "a.svg"), (1000, "a.png")])
 def test_lines_are_svg_unless_that_is_large(num, name):
     names = list(map(str, range(num)))
-    ((file, (content, alt)),) = sections.picture(
-        "a", figures.class_bars(*np.ones((3, num)), names), "alt"
+    ((file, (content, alt, _)),) = sections.picture(
+        "a", figures.class_bars(*np.ones((3, num)), names), "alt", "Look."
     ).items()
     assert (file, alt) == (name, "alt")
     assert content.startswith(b"<?xml" if name == "a.svg" else b"\x89PNG")
@@ -491,7 +501,7 @@ def test_files_of_the_user_are_kept_and_old_pictures_are_not(tmp_path):
     (tmp_path / "report" / "notes.txt").write_text("mine")
     for name in ("compare.svg", "compare.png", "curves.png"):
         (tmp_path / "report" / name).write_bytes(b"of an earlier page")
-    pictures = {"curves.svg": (b"new", "curves")}
+    pictures = {"curves.svg": sections.Picture(b"new", "curves", "Look here.")}
     page = report.write(tmp_path, "title", [sections.Section("a", "b", pictures)])
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert (tmp_path / "report" / "notes.txt").read_text() == "mine"

@@ -18,10 +18,11 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 WIDTH = 6.0
-# The palette of M. Okabe and K. Ito, distinguishable with any kind of colour vision.
+# The palette of M. Okabe and K. Ito, distinguishable with any kind of colour vision; darker colors
+# in place of three of which a thin line is hard to see on white.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-ORANGE, SKY, YELLOW, GREY = "#E69F00", "#56B4E9", "#F0E442", "#666666"
-COLORS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "black", YELLOW)
+BLACK, BROWN, VIOLET, GOLD, GREY = "#000000", "#8C510A", "#5E3C99", "#B8860B", "#666666"
+COLORS = (BLUE, VERMILION, GREEN, PURPLE, BLACK, GOLD, VIOLET, BROWN)
 _GRAY_BYTES = {"cmap": "gray", "vmin": 0, "vmax": 255}
 _GRAY = {"cmap": "gray", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
 _BAR_BELOW = {"location": "bottom", "shrink": 0.5, "aspect": 40}
@@ -127,14 +128,40 @@ def class_bars(
 ) -> Figure:
     """Draws three scores per class, [C] each."""
     figure, axis = subplots(2.8)
-    axis.plot(precision, "v", color=SKY, label="precision", ms=8)
-    axis.plot(recall, "^", color=ORANGE, label="recall", ms=8)
-    axis.plot(f1, "o", color="black", label="F1", ms=8)
+    axis.plot(precision, "v", color=BLUE, label="precision", ms=8)
+    axis.plot(recall, "^", color=VERMILION, label="recall", ms=8)
+    axis.plot(f1, "o", color=BLACK, label="F1", ms=8)
     axis.set(xlabel="class", ylabel="score")
     if (most := _name_ticks(axis.xaxis, names, 370)) > 20:
         figure.set_figheight(2.8 + most / 72)  # names stand upright
     tidy(axis)
     axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure
+
+
+def calibration(confidence: np.ndarray, accuracy: np.ndarray, counts: np.ndarray) -> Figure:
+    """Draws the accuracy by confidence, [bins] each; NaN without examples. Dot areas are shares."""
+    figure, axis = subplots(3.4)
+    axis.plot([0, 1], [0, 1], ":", color=GREY, label="as often right as it says")
+    areas = 20 + 500 * counts / counts.sum()
+    axis.scatter(confidence, accuracy, areas, BLUE, zorder=3, label="the network")
+    for style in (axis.xaxis, axis.yaxis):
+        style.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.set(xlabel="probability of the predicted class", ylabel="accuracy")
+    axis.set(xlim=(0, 1.03), ylim=(0, 1.05))
+    axis.legend(frameon=False, loc="upper left", markerscale=0.5)
+    tidy(axis)
+    return figure
+
+
+def throughput(epochs: np.ndarray, rate: np.ndarray) -> Figure:
+    """Draws training examples per second by epoch, [E] each."""
+    figure, axis = subplots(2.2)
+    axis.plot(epochs, rate, color=BLUE, marker="o" if len(epochs) <= 20 else None, ms=4)
+    axis.set(xlabel="epoch", ylabel="examples per second", ylim=(0, 1.1 * rate.max()))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    tidy(axis)
     return figure
 
 

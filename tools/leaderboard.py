@@ -168,16 +168,24 @@ def _sections(workdir, found, measured, rows, pairs):
             f"{key}: {values[key]:,.4g}, {card.format_spread(spreads[key])}" for key in values
         )
         figure = scores_against(label, values, spreads)
-        sections.append(Section(title, "", picture(name, figure, f"{title}: {alt}")))
+        look = "Look at the upper left: much accuracy for little cost. Where bars overlap, see the "
+        look += "differences above."
+        pictures = picture(name, figure, f"{title}: {alt}", look)
+        sections.append(Section(title, "", pictures))
     metrics = {name: own["metrics"] for name, own in measured.items()}
     alt = "Validation accuracy by epoch, mean and standard deviation over seeds"
-    curves = picture("curves", figures.learning_curves(metrics), alt)
+    look = "A line that still rises at the end would gain by more epochs."
+    curves = picture("curves", figures.learning_curves(metrics), alt, look)
     sections.append(Section("Learning curves", "Bands are one standard deviation.", curves))
     for field, tried in select.items():
         if len(tried) > 1 and all(isinstance(value, int | float) for value in tried):
             alt = f"Lowest mean validation loss by {field}, a line for each network"
             text = f"Mean validation loss by {field}; for each value, the best of the other fields."
-            pictures = picture(field, sensitivity(field, entries), alt)
+            look = (
+                "A wide valley is a network that is easy to tune; one whose lowest point is at an "
+            )
+            look += "end needs a wider grid."
+            pictures = picture(field, sensitivity(field, entries), alt, look)
             sections.append(Section(f"Sensitivity to {field}", text, pictures))
     return sections
 

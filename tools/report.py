@@ -33,11 +33,12 @@ _LONG = 24  # letters: such cells are broken anywhere
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 48rem; margin: 0 auto; padding: 1rem; }
-p, h1, h2, li, pre, .long { overflow-wrap: anywhere; }
-p { max-width: 42rem; } h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
+p, h1, h2, li, pre, figcaption, .long { overflow-wrap: anywhere; }
+figure { margin: 1rem 0; } p, figcaption { max-width: 42rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 pre { white-space: pre-wrap; font-size: .8rem; border-left: 4px solid #8886; padding-left: .8rem; }
 nav ul { columns: 14rem; padding-left: 1.2rem; }
-img { max-width: 100%; height: auto; display: block; margin: 1rem auto; background: white; }
+img { max-width: 100%; height: auto; display: block; margin: 0 auto .5rem; background: white; }
 img[src^="data:image/svg"] { width: 100%; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; }
 th, td { text-align: left; padding: .25rem .4rem; border-bottom: 1px solid #8886;
@@ -60,7 +61,7 @@ th, td { text-align: left; padding: .25rem .4rem; border-bottom: 1px solid #8886
 @media print {
   :root { color-scheme: light; } body { max-width: none; padding: 0; font-size: 10pt; }
   h2 { break-after: avoid; margin-top: 1.5rem; } p { orphans: 3; widows: 3; }
-  .together, img, tr { break-inside: avoid; } .together:not(:has(img)) { break-after: avoid; }
+  .together, figure, tr { break-inside: avoid; } .together:not(:has(img)) { break-after: avoid; }
   summary { display: none; }
   img, img[src^="data:image/svg"] { max-width: 13cm; max-height: 20cm; margin: .5rem auto; }
   .wide { overflow: visible; } th, td { padding: .15rem .3rem; }
@@ -121,7 +122,7 @@ def write(
     from seqmnist.study import export
 
     page, final = workdir / name, workdir / folder
-    pictures = {key: content for each in sections for key, (content, _) in each.pictures.items()}
+    pictures = {key: content for each in sections for key, (content, *_) in each.pictures.items()}
     remedy = "make room or make it writable, then run the same command again"
     with explain_storage(str(page), remedy):
         with export.replacing(final) as new:
@@ -143,9 +144,10 @@ def _command():
 
 
 def _image(name, picture):
-    content, alt = picture
-    kind, data = "svg+xml" if name.endswith(".svg") else "png", base64.b64encode(content).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/{kind};base64,{data}">'
+    kind = "svg+xml" if name.endswith(".svg") else "png"
+    data = base64.b64encode(picture.content).decode()
+    image = f'<img alt="{html.escape(picture.alt)}" src="data:image/{kind};base64,{data}">'
+    return f"<figure>{image}<figcaption>{html.escape(picture.look)}</figcaption></figure>"
 
 
 def _table(table):

@@ -31,12 +31,20 @@ _NUM_CURVES = 8  # of settings, in one figure
 _LARGEST_SVG = 250_000  # bytes
 
 
+class Picture(NamedTuple):
+    """A picture of the page."""
+
+    content: bytes  # SVG or PNG
+    alt: str
+    look: str  # a sentence under it: what to look for
+
+
 class Section(NamedTuple):
     """A part of the page."""
 
     title: str
     text: str  # paragraphs, one per line
-    pictures: dict[str, tuple[bytes, str]]  # file name -> SVG or PNG, and alternative text
+    pictures: dict[str, Picture]  # by file name
     # Rows of cells. The first row holds the headings; if it is empty, the first column does.
     table: Sequence[Sequence[Any]] = ()
     code: str = ""  # shown if asked for, and on paper
@@ -61,6 +69,7 @@ class Found:
         self.accuracy = float(is_correct.mean())
         self.confusion = insight.confusion_matrix(labels, self.predictions, len(self.names))
         self.scores = insight.class_scores(self.confusion)
+        self.calibration = insight.calibration(labels, self.probabilities)
         wrong, right = np.flatnonzero(~is_correct), np.flatnonzero(is_correct)
         confidence = self.probabilities[wrong].max(-1)
         self.mistakes = wrong[np.argsort(-confidence, kind="stable")]
@@ -109,6 +118,7 @@ def examine(
         "class_names": list(found.names),
         "confusion": found.confusion.tolist(),
         "classes": {name: score.tolist() for name, score in found.scores._asdict().items()},
+        "calibration_error": found.calibration.error,
         "accuracy_by_step": None if by_step is None else by_step.tolist(),
         "gradient_norms": np.median(found.gradient_norms, axis=2).tolist(),
     }
@@ -136,7 +146,9 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
     alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
     text = "Mean and standard deviation for runs with several members; of a sweep, those of the "
     text += "setting that validation ranks first."
-    pictures = picture("compare", figures.learning_curves(metrics), alt)
+    look = "Compare the solid lines; a run whose dashed line is far better knows its training "
+    look += "examples by heart."
+    pictures = picture("compare", figures.learning_curves(metrics), alt, look)
     return Section("Runs side by side", text, pictures, rows)
 
 
@@ -278,8 +290,16 @@ def _learning_curves(found):
         text += (
             f"\nShown are the best {len(shown)} of {len(found.settings)} settings by validation."
         )
-    pictures = picture("curves", figures.learning_curves(shown), alt)
-    return Section("Learning curves", text, pictures)
+    look = "Look for the epoch from which validation gets worse while training still improves: "
+    look += "there the network begins to learn its examples by heart."
+    pictures = picture("curves", figures.learning_curves(shown), alt, look)
+    num = found.network.config.train.batch_size * len(members.list_members(found.network.config))
+    steps = np.diff([line["step"] for line in metrics], prepend=0)
+    rate = num * steps / [line["seconds"] for line in metrics]
+    alt = f"Training examples per second by epoch; median {np.median(rate):,.0f}"
+    look = "Look for epochs that fall out: other programs used the machine then."
+    figure = figures.throughput([line["epoch"] for line in metrics], rate)
+    return Section("Learning curves", text, pictures | picture("throughput", figure, alt, look))
 
 
 def _classes(found):
@@ -292,12 +312,16 @@ def _classes(found):
         f"{names[i]} as {names[j]} ({counts[i, j]} times)" for i, j in pairs if mistakes[i, j]
     )
     alt = f"Confusion matrix; most frequent mistakes: {worst or 'none'}"
-    pictures = picture("confusion", figures.confusion(counts, found.drawn_names), alt)
+    look = (
+        "Look for bright cells: pairs of classes that the network takes for each other, often in "
+    )
+    look += "one direction only."
+    pictures = picture("confusion", figures.confusion(counts, found.drawn_names), alt, look)
     alt = f"Precision, recall and F1 by class; lowest F1: class {names[f1.argmin()]}, "
     alt += f"{f1.min():.3f}"
-    pictures |= picture(
-        "classes", figures.class_bars(precision, recall, f1, found.drawn_names), alt
-    )
+    look = "A class with low precision is named too often, one with low recall too seldom."
+    figure = figures.class_bars(precision, recall, f1, found.drawn_names)
+    pictures |= picture("classes", figure, alt, look)
     table = [["class", "precision", "recall", "F1", "examples"]]
     for c, scores in enumerate(zip(precision, recall, f1, strict=True)):
         drawn = found.drawn_names[c]
@@ -307,6 +331,18 @@ def _classes(found):
     text = f"{len(found.mistakes):,} of {len(found.labels):,} test examples are classified wrongly."
     text += " Rows are classes, columns predictions."
     return Section("Which classes are confused", text, pictures, table)
+
+
+def _calibration(found):
+    confidence, accuracy, counts, error = found.calibration
+    alt = f"Accuracy by confidence; expected calibration error {error:.4f}"
+    text = "Predictions in groups by the probability of the predicted class. The expected "
+    text += f"calibration error, their mean distance from the dotted line, is {error:.4f}."
+    look = (
+        "Dots below the line: the network is surer than it is right. Large dots are many examples."
+    )
+    pictures = picture("calibration", figures.calibration(confidence, accuracy, counts), alt, look)
+    return Section("How sure it may be", text, pictures)
 
 
 def _mistakes(found):
@@ -320,7 +356,9 @@ def _mistakes(found):
     figure = figures.mistakes(
         found.images[most], found.labels[most], found.probabilities[most], found.drawn_names
     )
-    pictures = picture("mistakes", figure, f"Images classified wrongly: {shown}, …")
+    look = "Look for those that you read at once: what they have in common, the network lacks. "
+    look += "Others may be labeled wrongly."
+    pictures = picture("mistakes", figure, f"Images classified wrongly: {shown}, …", look)
     text = "The predicted class, its probability, and the image's label."
     return Section("The most confident mistakes", text, pictures)
 
@@ -333,7 +371,11 @@ def _sequence(found):
     alt = f"An image of class {found.names[example.label]}, the time step of each pixel, and the "
     alt += "sequence"
     text = f"The network reads {num_steps} time steps of {size} number{'s' * (size > 1)} each."
-    return Section("The image as a sequence", text, picture("sequence", figure, alt))
+    look = (
+        "Neighbors of different colors are read at different times: to see a stroke, the network "
+    )
+    look += "has to remember the one until it reads the other."
+    return Section("The image as a sequence", text, picture("sequence", figure, alt, look))
 
 
 def _unrolled(found):
@@ -342,13 +384,19 @@ def _unrolled(found):
     alt = f"{card.describe(model)}, drawn as a chain of states; prediction: {example.title}"
     text = "Each state h is computed from the state one time step earlier and from the layer below."
     text += " All time steps share the same weights."
-    return Section("The network, unrolled over it", text, picture("unrolled", figure, alt))
+    look = (
+        "Follow the arrows from the first time step to the prediction: what was read there has to "
+    )
+    look += "pass through every state on the way."
+    return Section("The network, unrolled over it", text, picture("unrolled", figure, alt, look))
 
 
 def _beliefs(found):
     figure = figures.beliefs(found.correct, found.wrong)
     alt = f"Heat maps of class probabilities by time step; predictions: {_titles(found.examples)}"
-    pictures = picture("beliefs", figure, alt)
+    look = "Look for the time step at which one class turns bright, and for what of the image had "
+    look += "been read by then."
+    pictures = picture("beliefs", figure, alt, look)
     text = "The prediction if the sequence ended at each time step, for correct predictions and "
     text += "for the most confident mistakes."
     if found.network.config.model.bidirectional:
@@ -360,7 +408,8 @@ def _beliefs(found):
         )
         alt = f"Accuracy after each time step over {found.num_by_step:,} test examples; half of the"
         alt += f" final accuracy is reached after time step {half}"
-        pictures |= picture("by_step", figure, alt)
+        look = "Where the line is steep, the network reads what tells classes apart."
+        pictures |= picture("by_step", figure, alt, look)
     return Section("Belief by time step", text, pictures)
 
 
@@ -370,7 +419,8 @@ def _hidden_states(found):
     text = "The outputs of the top layer at each time step."
     if found.network.config.model.bidirectional:
         text += " The second half of the units reads backwards, from the last time step."
-    pictures = picture("states", figures.hidden_states(examples), alt)
+    look = "Units that keep their color remember; units that flicker follow the input."
+    pictures = picture("states", figures.hidden_states(examples), alt, look)
     return Section("Hidden states", text, pictures)
 
 
@@ -382,7 +432,11 @@ def _gradients(found):
     text = "How strongly the loss depends on the top layer's state after each time step. If this "
     text += "is small, training learns little from what was read before. Line: median; band: the "
     text += f"middle half of {norms.shape[2]} test examples."
-    pictures = picture("gradients", figures.gradient_norms(norms), alt)
+    look = (
+        "A line that falls by powers of ten towards the first time steps is a vanishing gradient; "
+    )
+    look += "one that rises there is an exploding one."
+    pictures = picture("gradients", figures.gradient_norms(norms), alt, look)
     return Section("Gradient by time step", text, pictures)
 
 
@@ -392,8 +446,8 @@ def _configuration(found):
 
 
 _SECTIONS = (
-    _what_was_run, _settings, _members, _learning_curves, _classes, _mistakes, _sequence, _unrolled,
-    _beliefs, _hidden_states, _gradients, _configuration,
+    _what_was_run, _settings, _members, _learning_curves, _classes, _calibration, _mistakes,
+    _sequence, _unrolled, _beliefs, _hidden_states, _gradients, _configuration,
 )  # fmt: skip
 
 
@@ -401,8 +455,8 @@ def _titles(examples):
     return "; ".join(example.title for example in examples)
 
 
-def picture(name: str, figure: Any, alt: str) -> dict[str, tuple[bytes, str]]:
-    """Returns the pictures of a section that has one: a figure with its alternative text.
+def picture(name: str, figure: Any, alt: str, look: str) -> dict[str, Picture]:
+    """Returns the pictures of a section that has one; `alt` and `look` as in `Picture`.
 
     It is SVG if it shows no image or heat map and is not too large, else PNG. Letters are paths:
     they look alike everywhere.
@@ -416,7 +470,7 @@ def picture(name: str, figure: Any, alt: str) -> dict[str, tuple[bytes, str]]:
             rb'(?<= d=")[^"]*', lambda d: re.sub(rb"(\.\d\d)\d+", rb"\1", d[0]), file.getvalue()
         )
         if len(content) <= _LARGEST_SVG:
-            return {f"{name}.svg": (content, alt)}
+            return {f"{name}.svg": Picture(content, alt, look)}
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)
-    return {f"{name}.png": (file.getvalue(), alt)}
+    return {f"{name}.png": Picture(file.getvalue(), alt, look)}

@@ -37,7 +37,7 @@ def solve(
     """Returns the states after each time step, [T, B, H] each, and the number of iterations.
 
     Arguments are those of `scans.gated`. Iterations end when no state changes by more than
-    rounding, relative to the largest.
+    rounding, relative to the largest unit's at this time step.
     """
     after = functools.partial(_after, gates, z)
     slopes = functools.partial(_slopes, gates, kernel, bias, z=z)
@@ -136,7 +136,8 @@ def _until_fixed(improve, guess, most):
     """Repeats `improve` until nothing changes; returns what it is then, and how often it was."""
 
     def changes(new, old):  # also if it is nan, on the way
-        return ~jnp.all(jnp.abs(new - old) <= 8 * jnp.finfo(new.dtype).eps * jnp.abs(new).max())
+        rounding = 8 * jnp.finfo(new.dtype).eps * jnp.abs(new).max(-1, keepdims=True)
+        return ~jnp.all(jnp.abs(new - old) <= rounding)
 
     def again(carry):
         old, _, k = carry

@@ -122,3 +122,29 @@ def class_scores(confusion: np.ndarray) -> ClassScores:
 
     f1 = ratio(2 * correct, support + predicted)
     return ClassScores(ratio(correct, predicted), ratio(correct, support), f1, support)
+
+
+class Calibration(NamedTuple):
+    """Predictions in bins of their probability, float64 [bins], NaN in empty ones."""
+
+    confidence: np.ndarray  # mean probability of the predicted class
+    accuracy: np.ndarray
+    counts: np.ndarray  # int64 [bins]
+    error: float  # the expected calibration error: mean |accuracy - confidence| over examples
+
+
+def calibration(labels: np.ndarray, probabilities: np.ndarray, num_bins: int = 15) -> Calibration:
+    """Compares how sure predictions are with how often they are right; int [N] and [N, C].
+
+    Bins divide 0 to 1 evenly. Source: C. Guo et al., On calibration of modern neural networks,
+    arXiv 1706.04599.
+    """
+    sure = probabilities.max(-1).astype(np.float64)
+    bins = np.clip(np.ceil(sure * num_bins).astype(int) - 1, 0, num_bins - 1)
+    counts = np.bincount(bins, minlength=num_bins)
+    is_right = probabilities.argmax(-1) == labels
+    sums = (np.bincount(bins, weights, num_bins) for weights in (sure, is_right))
+    with np.errstate(invalid="ignore"):
+        confidence, accuracy = (total / counts for total in sums)
+    error = np.nansum(np.abs(accuracy - confidence) * counts) / len(labels)
+    return Calibration(confidence, accuracy, counts, float(error))
