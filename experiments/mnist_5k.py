@@ -3,7 +3,7 @@
 Command:
   python -m seqmnist.main --workdir=runs/mnist_5k --config=experiments/mnist_5k.py
 
-Duration: 3 s on two CPU cores. Test accuracy, seeds 0 to 9: 0.764 ± 0.023 (mean ± sd): 125
+Duration: 3 s on two CPU cores. Test accuracy, seeds 0 to 9: 0.7637 ± 0.0233 (mean ± sd): 125
 steps are few.
 Reference: none.
 """
