@@ -1,8 +1,12 @@
 """An exported classifier against the network it was made from."""
 
+import dataclasses
+import hashlib
+import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +14,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import REPOSITORY
-from safetensors.numpy import load_file
+from PIL import Image
 
-from seqmnist.config import Config, ModelConfig
+import seqmnist
+from seqmnist.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import card, export, trained
@@ -62,7 +68,7 @@ def test_it_answers_as_the_network_does(exported, digits):
     umask = os.umask(0)
     os.umask(umask)
     assert modes == {0o666 & ~umask}
-    parameters = load_file(workdir / "export" / export.PARAMETERS)
+    parameters = safetensors.numpy.load_file(workdir / "export" / export.PARAMETERS)
     assert parameters.keys() == {
         "layers.0.bias", "layers.0.kernel", "layers.0.recurrent_kernel", "readout.bias",
         "readout.kernel",
@@ -165,25 +171,170 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_export(finished_run, tmp
     assert not list(workdir.glob("export.*"))
 
 
+def sealed(content):
+    """Returns what a file that ends with its own digest looks like."""
+    content = bytes(content) + b"seqmnist sha256:"
+    return content + hashlib.sha256(content).hexdigest().encode()
+
+
 @pytest.mark.slow
 def test_what_is_no_artifact_is_refused(exported, tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        export.load(tmp_path / "none")
-    artifact = (exported[0].workdir.path / "export" / export.ARTIFACT).read_bytes()
-    flipped = [bytearray(artifact) for _ in range(20)]
-    for i, content in enumerate(flipped):
-        content[i * (len(artifact) - 1) // 19] ^= 16
-    for content in (b"", b"something else", bytes(1000), artifact[:-1], *flipped):
+    folder = exported[0].workdir.path / "export"
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            export.load(path)
+    os.mkfifo(tmp_path / "pipe")  # whose other end nobody opens
+    with pytest.raises(UserError, match="not a regular file"):
+        export.load(tmp_path / "pipe")
+    for content in (b"", b"something else", bytes(1000), (folder / export.CARD).read_bytes()):
         (tmp_path / "file").write_bytes(content)
         with pytest.raises(UserError, match=r"damaged or not a file that tools\.export wrote"):
             export.load(tmp_path / "file")
+    for name in (export.STEP, export.IMAGES, export.INITIAL_STATE, export.PARAMETERS):
+        with pytest.raises(UserError, match=r"cannot be used .*name its classifier\.jax_export"):
+            export.load(folder / name)
+
+
+def damage(content, rng):
+    """Returns `content` with flipped bits, or another length, or a part zeroed or moved."""
+    damaged, size = bytearray(content), len(content)
+    start, other = (int(i) for i in rng.integers(0, size - 1, 2))
+    few = slice(start, start + int(rng.integers(1, 40)))
+    match rng.integers(7):
+        case 0:
+            damaged[start] ^= 1 << rng.integers(8)
+        case 1:
+            for i in rng.integers(0, size, 9):
+                damaged[i] ^= 1 << rng.integers(8)
+        case 2:
+            del damaged[start:]
+        case 3:
+            damaged += rng.bytes(9)
+        case 4:
+            del damaged[few]
+        case 5:
+            damaged[start:start] = rng.bytes(9)
+        case 6:
+            part = bytes(damaged[few])
+            damaged[few] = bytes(len(part))
+            damaged[other : other + len(part)] = part
+    return bytes(damaged) if damaged != content else damage(content, rng)
+
+
+@pytest.mark.slow
+def test_no_damage_changes_an_answer(exported, tmp_path):
+    folder = tmp_path / "export"
+    shutil.copytree(exported[0].workdir.path / "export", folder)
+    rng = np.random.default_rng(0)
+    images, x = rng.integers(0, 256, (4, 28, 28), np.uint8), rng.random((4, 28), np.float32)
+
+    def classify():
+        artifact = export.load(folder / export.ARTIFACT)
+        return artifact.spec, artifact.logits(images).tobytes()
+
+    def step():
+        initial, function, _ = export.load_step(folder / export.STEP)
+        state, logits = function([np.repeat(each, 4, axis=0) for each in initial], x)
+        return [np.asarray(each).tobytes() for each in (*state, logits)]
+
+    def read_parameters():
+        content = export.read(folder / export.PARAMETERS)
+        return {k: v.tobytes() for k, v in safetensors.numpy.load(content).items()}
+
+    readers = {
+        export.ARTIFACT: classify,
+        export.IMAGES: classify,
+        export.STEP: step,
+        export.INITIAL_STATE: step,
+        export.PARAMETERS: read_parameters,
+    }
+    for name, read in readers.items():
+        content, answer = (folder / name).read_bytes(), read()
+        for _ in range(100):
+            (folder / name).write_bytes(damage(content, rng))
+            with pytest.raises(UserError, match=f"{name} is damaged"):
+                read()
+        (folder / name).write_bytes(content)
+        assert read() == answer
+
+
+def export_of(function, *arguments, **options):
+    return jax.export.export(jax.jit(function), **options)(*arguments)
+
+
+def export_flat(shape="b, 28, 28", dtype=np.uint8, **options):
+    """Exports a function whose logits are the first ten pixels."""
+
+    def flat(images):
+        return images.reshape(images.shape[0], -1)[:, :10].astype(np.float32)
+
+    return export_of(flat, jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), dtype), **options)
+
+
+def export_by_a_newer_stablehlo():
+    exported = export_flat()
+    newer = re.sub(rb"(StableHLO_v)[0-9]", rb"\g<1>9", exported.mlir_module_serialized)
+    return dataclasses.replace(exported, mlir_module_serialized=newer)
+
+
+OTHERS = {
+    "it maps float32[b,28,28] to float32[b,10], not images": lambda: export_flat(dtype=np.float32),
+    "it maps to float32[], not images to logits": lambda: export_of(lambda: np.float32(1)),
+    "expected (128, 28, 28)": lambda: export_flat("128, 28, 28"),
+    "for platforms '('cuda',)' but": lambda: export_flat(platforms=["cuda"]),
+    "its calling convention is 99; the newest": lambda: dataclasses.replace(
+        export_flat(), calling_convention_version=99
+    ),
+    "its StableHLO is 9.": export_by_a_newer_stablehlo,
+}
+
+
+@pytest.mark.parametrize("reason", OTHERS)
+def test_what_cannot_be_called_here_is_refused_when_loaded(reason, tmp_path):
+    (tmp_path / "file").write_bytes(sealed(OTHERS[reason]().serialize()))
+    with pytest.raises(UserError, match=re.escape(reason)) as caught:
+        export.load(tmp_path / "file")
+    assert "\n" not in str(caught.value)
+    assert f"file cannot be used by JAX {jax.__version__} here" in str(caught.value)
+
+
+def test_what_can_be_called_here_is_loaded(tmp_path):
+    (tmp_path / "file").write_bytes(sealed(export_flat().serialize()))
+    images = np.arange(3 * 28 * 28, dtype=np.uint8).reshape(3, 28, 28)
+    np.testing.assert_array_equal(export.load(tmp_path / "file").logits(images), images[:, 0, :10])
+
+
+def test_a_step_that_cannot_be_called_is_refused_when_loaded(tmp_path):
+    def step(state, x):
+        return state, x
+
+    (state,) = arrays = [np.zeros((1, 5), np.float32)]
+    np.savez(file := io.BytesIO(), *arrays)
+    (tmp_path / export.INITIAL_STATE).write_bytes(sealed(file.getvalue()))
+    b = jax.export.symbolic_shape("b, 5, 28")
+
+    def attempt(size=5, dtype=np.float32, **options):
+        before = [jax.ShapeDtypeStruct((b[0], size), np.float32)]
+        exported = export_of(step, before, jax.ShapeDtypeStruct((b[0], 28), dtype), **options)
+        (tmp_path / export.STEP).write_bytes(sealed(exported.serialize()))
+        return export.load_step(tmp_path / export.STEP)
+
+    streaming = attempt()
+    assert streaming.size == 28
+    np.testing.assert_array_equal(streaming.initial_state[0], state)
+    for options in ({"size": 6}, {"dtype": np.uint8}, {"platforms": ["tpu"]}):
+        with pytest.raises(UserError, match=r"cannot be used .*name its step\.jax_export"):
+            attempt(**options)
+    (tmp_path / export.STEP).write_bytes(sealed(export_flat().serialize()))
+    with pytest.raises(UserError, match=r"cannot be used .*name its step\.jax_export"):
+        export.load_step(tmp_path / export.STEP)
 
 
 def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
     config = Config()
     config.data.data_dir = "somewhere private"
     config.plugins = "/private/mine.py"
-    text = card.model_card("name", config, {}, None, MNIST, export.usage(MNIST))
+    text = card.model_card("name", config, {}, None, MNIST)
     assert "| test accuracy | – |" in text
     assert "private" not in text
     assert '"plugins": "mine.py"' in text
@@ -198,7 +349,7 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
             {"seed": 7, "optimizer.learning_rate": 0.02},
         ],
     }
-    text = card.model_card("name", config, results, 1, MNIST, export.usage(MNIST))
+    text = card.model_card("name", config, results, 1, MNIST)
     for word in (
         "mnist, 48,000 train, 12,000 validation",
         "| test loss | 0.1250 (all seeds: 0.3125 ± 0.2652) |",
@@ -208,8 +359,10 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
         "6,602",
         "gray images of 28 × 28 pixels",
         "10 classes",
-        "| classes | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |",
-        "np.zeros((1, 28, 28), np.uint8))  # [1, 10]",
+        "| classes, by label | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |",
+        "uint8 [B, 28, 28] -> float32 [B, 10]",
+        'prepare("example.png")',
+        f"by JAX {jax.__version__} with jaxlib",
     ):
         assert word in text
     assert text.startswith("# name\n")
@@ -225,13 +378,14 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.shape}")
 def test_the_card_names_images_and_classes(spec):
     streaming = export.Streaming([], None, spec.width * spec.channels)
-    text = card.model_card("name", Config(), {}, None, spec, export.usage(spec, streaming))
+    text = card.model_card("name", Config(), {}, None, spec, streaming=streaming)
     shape = ", ".join(map(str, spec.shape))
     for word in (
         f"{'color' if spec.channels == 3 else 'gray'} images of {spec.width} × {spec.height}",
         f"{spec.num_classes} classes",
-        f"np.zeros((1, {shape}), np.uint8))  # [1, {spec.num_classes}]",
-        f"np.zeros((1, {streaming.size}), np.float32))  # [1, {spec.num_classes}]",
+        f"uint8 [B, {shape}] -> float32 [B, {spec.num_classes}]",
+        f"np.zeros((1, {streaming.size}), np.float32)",
+        f'.convert("{"RGB" if spec.channels == 3 else "L"}").resize(({spec.width}, {spec.height}))',
         "kind 19, and 27 more" if spec.num_classes == 47 else ", ".join(spec.class_names),
     ):
         assert word in text
@@ -262,37 +416,72 @@ def test_an_artifact_knows_its_images_and_classes(linear):
 
 
 @pytest.mark.slow
+def test_the_example_on_the_card_of_other_images_runs(linear, tmp_path, monkeypatch, capsys):
+    folder, classify, spec = linear
+    text = card.model_card("name", Config(), {}, None, spec)
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    image = np.random.default_rng(1).integers(0, 256, spec.shape, np.uint8)
+    Image.fromarray(image).save("picture.png")
+    exec(example, {})
+    expected = spec.class_names[classify(image[None])[0].argmax()]
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
+@pytest.mark.slow
 def test_an_artifact_without_names_has_numbered_classes(linear, tmp_path):
     folder, _, spec = linear
     shutil.copy(folder / export.ARTIFACT, tmp_path)
     numbers = tuple(map(str, range(spec.num_classes)))
     expected = ImageSpec(spec.height, spec.width, spec.channels, numbers)
     assert export.load(tmp_path / export.ARTIFACT).spec == expected
+    (tmp_path / export.IMAGES).write_text("{}")
+    with pytest.raises(UserError, match=r"images\.json is damaged"):
+        export.load(tmp_path / export.ARTIFACT)
     other = ImageSpec(spec.height, spec.width, spec.channels, (*numbers, "one more")).to_dict()
-    for text in ("", "[]", "{}", "null", '{"height": 3}', json.dumps(other)):
-        (tmp_path / export.IMAGES).write_text(text)
-        with pytest.raises(UserError, match=r"images\.json is damaged or does not belong"):
-            export.load(tmp_path / export.ARTIFACT)
+    text = json.dumps(other | {"digest": "seqmnist sha256:"})
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    (tmp_path / export.IMAGES).write_text(text.replace("sha256:", f"sha256:{digest}"))
+    with pytest.raises(UserError, match=r"images\.json beside it belongs to another network"):
+        export.load(tmp_path / export.ARTIFACT)
+
+
+def run_python(*command, cwd):
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def exported_by_tool(data_dir, tmp_path_factory):
+    """The workdir of a network that reads most digits, with an export; only read it."""
+    workdir = tmp_path_factory.mktemp("exported_by_tool") / "run"
+    config = Config(
+        data=DataConfig(name="mnist_5k", data_dir=str(data_dir)),
+        model=ModelConfig(cell="gru"),
+        optimizer=OptimizerConfig(learning_rate=0.004),
+        train=TrainConfig(num_epochs=6, batch_size=64),
+        seed=1,
+    )
+    assert seqmnist.train(config, workdir)["test"]["accuracy"] > 0.8
+    arguments = ("--workdir=run", "--json=figures.json")
+    out = run_python("-m", "tools.export", *arguments, cwd=workdir.parent)
+    assert "batch of 128" in out
+    figures = json.loads((workdir.parent / "figures.json").read_text())
+    assert figures["logits_scale"] >= 1
+    assert export.EXAMPLE in figures["files"]
+    return workdir
 
 
 @pytest.mark.slow
-def test_the_tool_writes_an_artifact_that_predicts_without_the_model(finished_run, tmp_path):
-    shutil.copytree(finished_run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
-
-    def run(*command):
-        return subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-
-    out = run("-m", "tools.export", "--workdir=run", "--json=figures.json")
-    assert "batch of 128" in out
-    assert json.loads((tmp_path / "figures.json").read_text())["logits_scale"] >= 1
-    images, _ = trained.load(finished_run).test_set()
+def test_an_artifact_predicts_without_the_model(exported_by_tool, tmp_path):
+    images, _ = trained.load(exported_by_tool).test_set()
     np.save(tmp_path / "digits.npy", images[:9])
     code = (
         "import runpy, sys\n"
@@ -303,10 +492,52 @@ def test_the_tool_writes_an_artifact_that_predicts_without_the_model(finished_ru
         "loaded = {'seqmnist.networks', 'flax'} & set(sys.modules)\n"
         "assert not loaded, loaded"
     )
-    arguments = [f"--artifact=run/export/{export.ARTIFACT}", "--no_prepare", "--json=answers.json"]
-    run("-c", code, *arguments, "digits.npy")
+    artifact = exported_by_tool / "export" / export.ARTIFACT
+    arguments = [f"--artifact={artifact}", "--no_prepare", "--json=answers.json"]
+    run_python("-c", code, *arguments, "digits.npy", cwd=tmp_path)
     answers = json.loads((tmp_path / "answers.json").read_text())["images"]
     found = [answer["probabilities"] for answer in answers]
     np.testing.assert_allclose(
-        found, trained.load(finished_run).probabilities(images[:9]), atol=1e-6
+        found, trained.load(exported_by_tool).probabilities(images[:9]), atol=1e-5
     )
+
+
+# After what is on a card, in the same process: ten digits on paper, and what has been imported.
+ALL_DIGITS = f"""
+files = [f"{REPOSITORY}/tools/pictures/digits/{{c}}.png" for c in range(10)]
+print(*classify(np.stack([prepare(file) for file in files])).argmax(1))
+import sys
+used = {{name.partition(".")[0] for name in sys.modules}}
+assert not used & {{"seqmnist", "flax", "optax", "orbax"}}, used
+"""
+
+
+@pytest.mark.slow
+def test_the_example_on_the_card_reads_a_digit(exported_by_tool, tmp_path):
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(exported_by_tool / "export", folder)
+    text = (folder / export.CARD).read_text(encoding="utf-8")
+    example, by_step = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHONPATH", "JAX_"))}
+
+    def run_as_a_stranger(code):
+        command = [sys.executable, "-c", code]
+        options = {"cwd": folder, "env": environment, "check": False, "capture_output": True}
+        return subprocess.run(command, text=True, **options)
+
+    result = run_as_a_stranger(example + by_step + ALL_DIGITS)
+    assert result.returncode == 0, result.stderr
+    answer, answers = result.stdout.splitlines()
+    assert answer == "7"
+    pictures = [f"{REPOSITORY}/tools/pictures/digits/{c}.png" for c in range(10)]
+    run_python(
+        "-m", "tools.predict", f"--workdir={exported_by_tool}", "--json=a", *pictures, cwd=folder
+    )
+    expected = [answer["class"] for answer in json.loads((folder / "a").read_text())["images"]]
+    assert np.sum(np.array(answers.split(), int) == expected) >= 9  # it prepares more simply
+    content = bytearray((folder / export.ARTIFACT).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / export.ARTIFACT).write_bytes(content)
+    result = run_as_a_stranger(example)
+    assert result.stderr.endswith("ValueError: classifier.jax_export is damaged\n")
+    assert not result.stdout

@@ -10,23 +10,27 @@ step) -> (state, logits), unless the network reads in both directions. Another p
 only JAX, first checks that both compute the same logits as the network.
 """
 
+import pathlib
+
 from tools import cli
+
+_EXAMPLE = pathlib.Path(__file__).parent / "pictures" / "digits" / "7.png"
 
 
 def _main(arguments):
-    from seqmnist.study import card, export  # here, not above: --help needs no JAX
+    from seqmnist.study import card, export, images  # here, not above: --help needs no JAX
 
     network = cli.load(arguments)
     workdir, facts = network.workdir.path, (network.config, network.results, network.member)
     streaming = None if network.config.model.bidirectional else network.streaming()
     spec = network.spec
-    usage = export.usage(spec, streaming)
-    text = card.model_card(workdir.name, *facts, spec, usage, network.step)
+    text = card.model_card(workdir.name, *facts, spec, network.step, streaming)
+    example = _EXAMPLE if images.is_of_digits(spec) else None
 
     def classify(images):
         return network.system.apply(network.params, images)
 
-    figures = export.write(workdir, classify, network.params, text, spec, streaming)
+    figures = export.write(workdir, classify, network.params, text, spec, streaming, example)
     for name, size in figures["files"].items():
         print(f"{workdir / export.DIRECTORY / name}: {size:,} bytes")
     for name, difference in figures["largest_difference"].items():

@@ -1,7 +1,9 @@
 """Describes a trained network in words: as facts, and as a model card."""
 
+import importlib.metadata
 import json
-from typing import Any
+import string
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,29 +12,105 @@ from seqmnist.config import Config
 from seqmnist.display import describe
 from seqmnist.spec import ImageSpec
 
+if TYPE_CHECKING:
+    from seqmnist.study.export import Streaming
+
 _MISSING = "not recorded"
 _MAX_NAMES = 20  # of classes, on a card
-_CARD = """\
-# {name}
+_CARD = string.Template("""\
+# $name
 
-A recurrent network that reads {kind} images of {width} × {height} pixels as sequences and
-classifies them into {num_classes} classes.
+A recurrent network that reads $kind images of $width × $height pixels as sequences and
+classifies them into $num_classes classes.
 
 | | |
 |---|---|
-{facts}
+$facts
 
-The network knows only images like those it was trained on, prepared in the same way. It predicts a
-class for every image; its probabilities do not tell whether the image shows one of the classes.
+It predicts a class for every image; its probabilities do not tell whether the image shows one of
+the classes.
 
-{usage}
+## Use
+
+In this folder, with the packages jax, flatbuffers, numpy and pillow:
+
+```python
+import hashlib, json
+import jax.export, numpy as np
+from PIL import Image, ImageOps
+
+$prepare
+def load(file):
+    content = open(file, "rb").read()  # ends with the SHA-256 of everything before
+    if hashlib.sha256(content[:-64]).hexdigest().encode() != content[-64:]:
+        raise ValueError(file + " is damaged")
+    return jax.export.deserialize(bytearray(content)).call
+
+classify = load("$classifier")
+class_names = json.load(open("$spec_file", encoding="utf-8"))["class_names"]
+logits = classify(prepare("$picture")[None])  # uint8 [B, $shape] -> float32 [B, $num_classes]
+print(class_names[int(logits[0].argmax())])
+```
+
+`$classifier` classifies any number B of images; it includes normalization. `$parameters` contains
+the parameters by name, `$spec_file` the size of images and the names of the classes, by label.
+$steps
+## Prepare an image
+
+The network knows only images like those that it was trained on$preparation
+
+## How long the files can be read
+
+The files `*.jax_export` were written for $platforms by JAX $jax with jaxlib $jaxlib. JAX
+[promises](https://docs.jax.dev/en/latest/export/export.html#compatibility-guarantees) to run them
+with versions "up to 6 months newer than the version of JAX used for exporting", and with versions
+"up to 3 weeks older"; what counts is when jaxlib was built. After that, install the versions above
+or export the run again. All other files can be read without JAX, and have no such limit.
 
 ## Configuration
 
 ```json
-{config}
+$config
 ```
+""")
+_STEPS = string.Template("""
+`$step_file` reads one time step of B sequences, float32 [B, $size], pixels / 255, and gives the
+logits of what has been read so far. `$initial_state` contains the state of one sequence before the
+first step, a list of arrays. After the lines above:
+
+```python
+step = load("$step_file")
+state = list(np.load("$initial_state").values())  # of B sequences: np.repeat(each, B, axis=0)
+x = np.zeros((1, $size), np.float32)
+state, logits = step(state, x)  # logits: float32 [1, $num_classes]
+```
+""")
+_PREPARE_DIGIT = """\
+def prepare(file):  # a picture of one digit, dark strokes on clean light paper
+    ink = ImageOps.invert(Image.open(file).convert("L"))
+    ink = ink.crop(ink.point(lambda value: 255 * (value > 64)).getbbox())
+    ink = ImageOps.contain(ink, (20, 20))
+    mass = np.asarray(ink, float)
+    centre = (np.indices(mass.shape) * mass).sum((1, 2)) / mass.sum()
+    top, left = (round(14 - c) for c in centre)
+    image = Image.new("L", (28, 28))
+    image.paste(ink, (left, top))
+    return np.asarray(image)
 """
+_DIGIT_PREPARATION = """\
+: a digit as in MNIST, with
+light strokes (up to 255) on a dark ground (0), 20 pixels at its longer side, its centre of mass at
+row 14 and column 14 of 28 × 28. `prepare` makes it from a picture of one digit, dark on clean,
+evenly lit paper. Anything else on the picture, such as lines, shadows or a table, changes the
+answer."""
+_PREPARE_OTHER = string.Template("""\
+def prepare(file):
+    return np.asarray(Image.open(file).convert("$mode").resize(($width, $height)))
+""")
+_OTHER_PREPARATION = string.Template("""\
+, those of
+$data: $kind, bytes from 0 to 255, $width × $height pixels. `prepare` converts and resizes a
+picture, and nothing else; put the name of your own for `$picture`.""")
 
 
 def format_score(score: Any, member: int | None = None) -> str:
@@ -118,31 +196,52 @@ def model_card(
     results: dict[str, Any],
     member: int | None,
     spec: ImageSpec,
-    usage: str,
     step: int | None = None,
+    streaming: "Streaming | None" = None,
 ) -> str:
-    """Returns a model card in Markdown; for the arguments, see `facts`.
+    """Returns a model card in Markdown, for the files that `export.write` writes.
 
-    `spec` is that of the network's images. `usage` tells how to use the files beside the card. No
-    path of this machine is on the card.
+    For the arguments, see `facts` and `export.write`. No path of this machine is on the card.
     """
+    from seqmnist.study import export, images  # here, not above: facts need no JAX
+
     values = config_lib.to_dict(config)
     values["data"] |= {"data_dir": None, "manual_dir": None}
     values["plugins"] = ",".join(path.rpartition("/")[2] for path in config.plugins.split(","))
-    rows = [f"| {key} | {value} |" for key, value in facts(config, results, member, step).items()]
+    known = facts(config, results, member, step)
+    rows = [f"| {key} | {value} |" for key, value in known.items()]
     if notice := results.get("dataset", {}).get("notice"):
         rows.append(f"| notice | {notice} |")
     names = list(spec.class_names[:_MAX_NAMES])
     names += [f"and {more} more"] if (more := spec.num_classes - len(names)) else []
     listed = ", ".join(names).replace("|", "\\|")
-    rows.insert(0, f"| classes | {listed} |")
-    return _CARD.format(
-        name=name,
-        kind="gray" if spec.channels == 1 else "color",
-        height=spec.height,
-        width=spec.width,
-        num_classes=spec.num_classes,
-        facts="\n".join(rows),
-        usage=usage,
-        config=json.dumps(values, indent=2),
+    rows.insert(0, f"| classes, by label | {listed} |")
+    is_digit = images.is_of_digits(spec)
+    words = {
+        "name": name,
+        "kind": "gray" if spec.channels == 1 else "color",
+        "mode": "L" if spec.channels == 1 else "RGB",
+        "height": spec.height,
+        "width": spec.width,
+        "shape": ", ".join(map(str, spec.shape)),
+        "num_classes": spec.num_classes,
+        "size": streaming and streaming.size,
+        "data": results.get("dataset", {}).get("name", config.data.name),
+        "facts": "\n".join(rows),
+        "config": json.dumps(values, indent=2),
+        "classifier": export.ARTIFACT,
+        "step_file": export.STEP,
+        "initial_state": export.INITIAL_STATE,
+        "parameters": export.PARAMETERS,
+        "spec_file": export.IMAGES,
+        "picture": export.EXAMPLE if is_digit else "picture.png",
+        "platforms": ", ".join(export.PLATFORMS),
+        "jax": importlib.metadata.version("jax"),
+        "jaxlib": importlib.metadata.version("jaxlib"),
+    }
+    return _CARD.substitute(
+        words,
+        prepare=_PREPARE_DIGIT if is_digit else _PREPARE_OTHER.substitute(words),
+        preparation=_DIGIT_PREPARATION if is_digit else _OTHER_PREPARATION.substitute(words),
+        steps=_STEPS.substitute(words) if streaming else "",
     )

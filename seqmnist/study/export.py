@@ -2,7 +2,9 @@
 
 `write` makes DIR/export: the classifier as StableHLO, also step by step, its parameters as
 safetensors, what its images are, and a model card. Nothing here depends on the model, so that
-reading an artifact does not either.
+reading an artifact does not either. Each file, except the card and its example, contains the
+SHA-256 of its other bytes, in a place that other readers ignore; so a file that is copied alone
+can be checked too.
 """
 
 import contextlib
@@ -10,16 +12,21 @@ import functools
 import hashlib
 import io
 import json
+import os
 import pathlib
+import re
+import stat
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import export as jax_export
+from jax.extend.mlir.dialects import stablehlo
 
 from seqmnist import paths
 from seqmnist.errors import UserError, explain_storage, one_line
@@ -30,38 +37,14 @@ DIRECTORY, ARTIFACT, PARAMETERS, CARD = (
     "export", "classifier.jax_export", "parameters.safetensors", "README.md"
 )  # fmt: skip
 STEP, INITIAL_STATE, IMAGES = "step.jax_export", "initial_state.npz", "images.json"
+EXAMPLE = "example.png"
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH_SIZES = (1, 7, 128)  # for which the artifact is compared with the network
 NUM_STEPS = 8  # after which the state is compared
 TOLERANCE = 1e-6  # of logits, relative to the largest logit if that exceeds 1
-_USAGE = f"""\
-## Use
-
-`{ARTIFACT}` is StableHLO for {", ".join(PLATFORMS)} and for any batch size; it includes
-normalization. It needs the packages jax and flatbuffers.
-
-```python
-import jax.export, numpy as np
-
-classify = jax.export.deserialize(open("{ARTIFACT}", "rb").read()).call
-logits = classify(np.zeros((1, {{shape}}), np.uint8))  # [1, {{num_classes}}]
-```
-
-`{PARAMETERS}` holds the parameters by name, `{IMAGES}` the size of images and the names of the
-classes, by label."""
-_STEP_USAGE = f"""
-
-`{STEP}` reads one time step of B sequences, float32 [B, {{size}}], pixels / 255, and gives the
-logits of what has been read so far. `{INITIAL_STATE}` holds the state of one sequence before the
-first step, a list of arrays.
-
-```python
-step = jax.export.deserialize(open("{STEP}", "rb").read()).call
-state = list(np.load("{INITIAL_STATE}").values())  # of B sequences: np.repeat(each, B, axis=0)
-state, logits = step(state, np.zeros((1, {{size}}), np.float32))  # [1, {{num_classes}}]
-```"""
-_SEAL = b"seqmnist sha256:"  # and 32 bytes, after the artifact; jax.export ignores both
-_SEAL_SIZE = len(_SEAL) + 32
+_SEAL = b"seqmnist sha256:"  # and the digest, in hexadecimal digits
+_DIGEST_SIZE = 64
+_BLANK_SEAL = _SEAL + b"0" * _DIGEST_SIZE
 
 
 class Artifact:
@@ -70,15 +53,23 @@ class Artifact:
     def __init__(self, exported: jax_export.Exported, spec: ImageSpec | None = None):
         """Takes what `jax.export.deserialize` returns; without a spec, classes are numbered.
 
-        Raises ValueError if the spec is that of another network.
+        Raises ValueError if it is not a classifier of such images, or this JAX cannot call it.
         """
-        (images,), (logits,) = exported.in_avals, exported.out_avals
+        avals = (*exported.in_avals, *exported.out_avals)
+        signature = [(aval.dtype.name, aval.ndim) for aval in avals]
+        if signature not in ([("uint8", n), ("float32", 2)] for n in (3, 4)):
+            inputs, outputs = (
+                ", ".join(aval.str_short() for aval in each)
+                for each in (exported.in_avals, exported.out_avals)
+            )
+            raise ValueError(f"it maps {inputs} to {outputs}, not images to logits")
+        images, logits = avals
         height, width, *channels = images.shape[1:]
         names = tuple(map(str, range(logits.shape[1])))
         self.spec = spec or ImageSpec(height, width, *(channels or (1,)), names)
         if (self.spec.shape, self.spec.num_classes) != (images.shape[1:], len(names)):
-            raise ValueError("the images or classes are those of another network")
-        self._call = jax.jit(exported.call)
+            raise ValueError(f"{IMAGES} beside it belongs to another network")
+        self._call = _callable(exported, jax.ShapeDtypeStruct((3, *images.shape[1:]), np.uint8))
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, *spec.shape]: logits [N, C]."""
@@ -89,37 +80,6 @@ class Artifact:
         return metrics.softmax(self.logits(images))
 
 
-def load(path: str | pathlib.Path) -> Artifact:
-    """Reads an artifact that `write` wrote, and what its images are, from the file beside it.
-
-    Earlier versions wrote none; classes are then numbered. Raises UserError if there is no
-    artifact, it is another file, or one of them is damaged.
-    """
-    path = paths.resolve(path, "--artifact")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); name a file that tools.export wrote"
-        ) from None
-    program, seal = content[:-_SEAL_SIZE], content[-_SEAL_SIZE:]
-    if seal != _seal(program):
-        raise UserError(
-            f"{path} is damaged or not a file that tools.export wrote; export the run again"
-        )
-    exported, beside = jax_export.deserialize(bytearray(program)), path.with_name(IMAGES)
-    if not beside.exists():
-        return Artifact(exported)
-    try:
-        spec = ImageSpec.from_dict(json.loads(beside.read_text(encoding="utf-8")))
-        return Artifact(exported, spec)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{beside} is damaged or does not belong to {path.name} ({one_line(error)}); export "
-            "the run again"
-        ) from None
-
-
 class Streaming(NamedTuple):
     """A network that reads step by step; a state is a list of arrays [B, …]."""
 
@@ -128,13 +88,88 @@ class Streaming(NamedTuple):
     size: int  # F: (state, x [B, F]) -> (state, logits [B, C])
 
 
-def usage(spec: ImageSpec, streaming: Streaming | None = None) -> str:
-    """Returns how to use the files, Markdown, for a model card."""
-    shape, text = ", ".join(map(str, spec.shape)), _USAGE
-    values = {"shape": shape, "num_classes": spec.num_classes}
-    if streaming:
-        text, values["size"] = text + _STEP_USAGE, streaming.size
-    return text.format(**values)
+def read(path: str | os.PathLike) -> bytes:
+    """Returns the content of a file that `write` wrote, not the card or its example.
+
+    Any reader takes it, e.g. `safetensors.numpy.load`. Raises UserError if the file cannot be read
+    or its digest is not that of its content.
+    """
+    path = paths.resolve(path, "--artifact")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe may never end
+            raise OSError(None, "not a regular file")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); name a file that tools.export wrote"
+        ) from None
+    if _sealed(content) != content:
+        raise UserError(
+            f"{path} is damaged or not a file that tools.export wrote (it does not contain its own "
+            "SHA-256); export the run again"
+        )
+    return content
+
+
+def load(path: str | os.PathLike) -> Artifact:
+    """Loads the classifier that `write` wrote, and what its images are, from the file beside it.
+
+    If only the classifier was copied, classes are numbered. Raises UserError if a file cannot be
+    read, is damaged or of another kind, or this JAX cannot run it.
+    """
+    path, spec = pathlib.Path(path), None
+    with _explain_use(path, ARTIFACT):
+        exported = jax_export.deserialize(bytearray(read(path)))
+        if (beside := path.with_name(IMAGES)).exists():
+            values = json.loads(read(beside))
+            del values["digest"]
+            spec = ImageSpec.from_dict(values)
+        return Artifact(exported, spec)
+
+
+def load_step(path: str | os.PathLike) -> Streaming:
+    """Loads the network step by step that `write` wrote, with the initial state beside it.
+
+    Raises UserError as `load` does.
+    """
+    path = pathlib.Path(path)
+    with _explain_use(path, STEP):
+        exported = jax_export.deserialize(bytearray(read(path)))
+        initial = np.load(io.BytesIO(read(path.with_name(INITIAL_STATE))))
+        state, shape = list(initial.values()), exported.in_avals[-1].shape[1:]
+        before = [jax.ShapeDtypeStruct((3, *each.shape[1:]), each.dtype) for each in state]
+        step = _callable(exported, before, jax.ShapeDtypeStruct((3, *shape), np.float32))
+        return Streaming(state, step, *shape)
+
+
+def _callable(exported, *arguments):
+    """Returns the compiled call; raises an error if JAX cannot call it with such arguments."""
+    # JAX ignores the first version, and names the second on standard error only.
+    header = re.search(rb"StableHLO_v([0-9.]+)", exported.mlir_module_serialized)
+    newest = jax_export.maximum_supported_calling_convention_version
+    for what, needed, supported in (
+        ("calling convention", str(exported.calling_convention_version), str(newest)),
+        ("StableHLO", header[1].decode(), stablehlo.get_current_version()),
+    ):
+        own, highest = (tuple(map(int, text.split("."))) for text in (needed, supported))
+        if own > highest:
+            raise ValueError(f"its {what} is {needed}; the newest supported is {supported}")
+    call = jax.jit(exported.call)
+    call.lower(*arguments)  # only here are shapes, types and platforms compared
+    return call
+
+
+@contextlib.contextmanager
+def _explain_use(path, name):
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # JAX meets another format in many ways; the file is undamaged
+        raise UserError(
+            f"{path} cannot be used by JAX {jax.__version__} here ({one_line(error)}); export the "
+            f"run again and name its {name}"
+        ) from error
 
 
 def write(
@@ -144,6 +179,7 @@ def write(
     card: str,
     spec: ImageSpec,
     streaming: Streaming | None = None,
+    example: pathlib.Path | None = None,
 ) -> dict[str, Any]:
     """Writes DIR/export, after a process without the model got the same logits from it.
 
@@ -154,6 +190,7 @@ def write(
       card: the model card, Markdown.
       spec: the size of images, and the names of the classes.
       streaming: the same network step by step, if it can read so.
+      example: a picture that the card names, PNG.
 
     Returns:
       {"files": {name: bytes}, "largest_difference": {batch size or "step": of logits},
@@ -173,17 +210,20 @@ def write(
         ]
         x = jax.ShapeDtypeStruct((sizes[0], streaming.size), np.float32)
         programs[STEP] = (jax.jit(streaming.step), (before, x))
-    contents = {name: bytes(_export(*program).serialize()) for name, program in programs.items()}
+    contents = {name: _export(*each).serialize() + _BLANK_SEAL for name, each in programs.items()}
+    if streaming:
+        contents[INITIAL_STATE] = _npz(streaming.initial_state)
+    metadata = {"format": "np", "digest": _BLANK_SEAL.decode()}
+    contents[PARAMETERS] = save(_by_name(params), metadata)
+    images = spec.to_dict() | {"digest": _BLANK_SEAL.decode()}
+    contents[IMAGES] = (json.dumps(images, indent=2, ensure_ascii=False) + "\n").encode()
     final = workdir / DIRECTORY
     remedy = "make room or make it writable, then run the same command again"
     with explain_storage(str(final), remedy), replacing(final) as folder:
         for name, content in contents.items():
-            (folder / name).write_bytes(content + _seal(content))
-        if streaming:
-            np.savez(folder / INITIAL_STATE, *streaming.initial_state)
-        (folder / PARAMETERS).write_bytes(save(_by_name(params), metadata={"format": "np"}))
-        images = json.dumps(spec.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (folder / IMAGES).write_text(images, encoding="utf-8")
+            (folder / name).write_bytes(_sealed(content))
+        if example:
+            (folder / EXAMPLE).write_bytes(example.read_bytes())
         (folder / CARD).write_text(card, encoding="utf-8")
         comparison = _check(folder, programs, spec, streaming)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
@@ -220,8 +260,19 @@ def _by_name(params):
     }
 
 
-def _seal(content):
-    return _SEAL + hashlib.sha256(content).digest()
+def _npz(arrays):
+    np.savez(file := io.BytesIO(), *arrays)
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = _BLANK_SEAL
+    return file.getvalue()
+
+
+def _sealed(content):
+    """Returns `content` with its own digest after its last seal, if there is one."""
+    before, seal, after = bytes(content).rpartition(_SEAL)
+    rest = after[_DIGEST_SIZE:]
+    digest = hashlib.sha256(before + seal + rest).hexdigest().encode()
+    return before + seal + digest + rest
 
 
 def _export(jitted, arguments):
