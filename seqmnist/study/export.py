@@ -149,7 +149,7 @@ def _callable(exported, *arguments):
     newest = jax_export.maximum_supported_calling_convention_version
     for what, needed, supported in (
         ("calling convention", str(exported.calling_convention_version), str(newest)),
-        ("StableHLO", header[1].decode(), stablehlo.get_current_version()),
+        ("StableHLO", header[1].decode() if header else "0", stablehlo.get_current_version()),
     ):
         own, highest = (tuple(map(int, text.split("."))) for text in (needed, supported))
         if own > highest:
