@@ -262,6 +262,7 @@ def test_redrawn_digits_are_known_again(tmp_path, monkeypatch, capsys):
         (["--workdir=x", "--artifact=y", "README.md"], ["--artifact", "--workdir"]),
         (["--artifact=y", "--by_row", "README.md"], ["--by_row", "--workdir"]),
         (["--artifact=README.md", "{}/large.png"], ["README.md", "export"]),
+        (["--artifact=", "{}/large.png"], ["--artifact", "empty"]),
         (["--workdir={}", "{}/large.png"], ["config.json", "train"]),
         (["--workdir=x", "a" * 300 + ".png"], ["IMAGE=aaa", "name too long"]),
         (["--workdir=x", "--json=nothing/x", "README.md"], ["--json=nothing/x", "no folder"]),

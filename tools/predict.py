@@ -79,7 +79,7 @@ def _say(line):
 
 
 def _main(arguments):
-    if arguments.artifact and arguments.by_row:
+    if arguments.artifact is not None and arguments.by_row:
         raise UserError("--by_row needs --workdir; an artifact classifies whole images only")
     entries, files = [], []
     for name in arguments.images:
@@ -87,7 +87,7 @@ def _main(arguments):
             files += images.find(name, _say)
     if not files:
         return {"images": entries}, 2
-    if arguments.artifact:
+    if arguments.artifact is not None:
         from seqmnist.study import export
 
         network = export.load(arguments.artifact)
@@ -101,7 +101,7 @@ def _main(arguments):
         if arguments.save_prepared:
             _save(arguments.save_prepared, answers, arrays)
         _answer(network, answers, np.stack(arrays), arguments.by_row)
-    step = None if arguments.artifact else network.step
+    step = None if arguments.artifact is not None else network.step
     numbers = {"images": entries, "class_names": list(names), "checkpoint": step}
     return numbers, 0 if len(answers) == len(entries) else 1 if answers else 2
 

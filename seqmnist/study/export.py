@@ -117,7 +117,7 @@ def load(path: str | os.PathLike) -> Artifact:
     If only the classifier was copied, classes are numbered. Raises UserError if a file cannot be
     read, is damaged or of another kind, or this JAX cannot run it.
     """
-    path, spec = pathlib.Path(path), None
+    path, spec = paths.resolve(path, "--artifact"), None
     with _explain_use(path, ARTIFACT):
         exported = jax_export.deserialize(bytearray(read(path)))
         if (beside := path.with_name(IMAGES)).exists():
@@ -132,7 +132,7 @@ def load_step(path: str | os.PathLike) -> Streaming:
 
     Raises UserError as `load` does.
     """
-    path = pathlib.Path(path)
+    path = paths.resolve(path, "--artifact")
     with _explain_use(path, STEP):
         exported = jax_export.deserialize(bytearray(read(path)))
         initial = np.load(io.BytesIO(read(path.with_name(INITIAL_STATE))))
