@@ -144,7 +144,7 @@ def calibration(confidence: np.ndarray, accuracy: np.ndarray, counts: np.ndarray
     figure, axis = subplots(3.4)
     axis.plot([0, 1], [0, 1], ":", color=GREY, label="as often right as it says")
     areas = 20 + 500 * counts / counts.sum()
-    axis.scatter(confidence, accuracy, areas, BLUE, zorder=3, label="the network")
+    axis.scatter(confidence, accuracy, areas, BLUE, zorder=3, clip_on=False, label="the network")
     for style in (axis.xaxis, axis.yaxis):
         style.set_major_formatter(PercentFormatter(1, decimals=0))
     axis.set(xlabel="probability of the predicted class", ylabel="accuracy")

@@ -297,7 +297,7 @@ def _learning_curves(found):
     steps = np.diff([line["step"] for line in metrics], prepend=0)
     rate = num * steps / [line["seconds"] for line in metrics]
     alt = f"Training examples per second by epoch; median {np.median(rate):,.0f}"
-    look = "Look for epochs that fall out: other programs used the machine then."
+    look = "A dip is an epoch during which other programs used the machine."
     figure = figures.throughput([line["epoch"] for line in metrics], rate)
     return Section("Learning curves", text, pictures | picture("throughput", figure, alt, look))
 
@@ -342,7 +342,7 @@ def _calibration(found):
         "Dots below the line: the network is surer than it is right. Large dots are many examples."
     )
     pictures = picture("calibration", figures.calibration(confidence, accuracy, counts), alt, look)
-    return Section("How sure it may be", text, pictures)
+    return Section("Can its probabilities be trusted?", text, pictures)
 
 
 def _mistakes(found):
