@@ -27,7 +27,6 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser = process.Parser(prog="python -m seqmnist.main", description=__doc__)
     parser.add_argument("--version", action="version", version=seqmnist.__version__)
     parser.add_argument("--workdir", metavar="DIR", help="folder of the run's files")
-    parser.add_argument("--config", metavar="FILE", help="an experiment: a file with get_config()")
     parser.add_argument(
         "--mode",
         choices=("train", "evaluate"),
@@ -53,6 +52,13 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
     several.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
     several.add_argument("--process_id", type=int, metavar="I", help="with --coordinator, from 0")
+    add_config_arguments(parser, arguments)
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Adds --config and a flag for each field of `Config`; see `make_parser`."""
+    parser.add_argument("--config", metavar="FILE", help="an experiment: a file with get_config()")
     groups = {}
     for field in config_lib.fields().values():
         title = f"config.{field.name}".rpartition(".")[0]
@@ -62,7 +68,6 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     for name in {argument.partition("=")[0].removeprefix("--config.") for argument in arguments}:
         if config_lib.option_group(name):
             parser.add_argument(f"--config.{name}", type=_scalar, default=argparse.SUPPRESS)
-    return parser
 
 
 def _add_field(group, field):
@@ -149,12 +154,19 @@ def _check_distributed(flags):
 def _resolve_config(flags, workdir) -> config_lib.Config:
     """Returns what --config says, or what the workdir holds, with single fields overridden."""
     resumes = flags.mode == "evaluate" or (flags.config is None and not flags.overwrite)
-    if flags.config is not None and flags.mode == "train":
-        config = config_lib.load_experiment(flags.config)
-    elif resumes and (flags.mode == "evaluate" or workdir.has_config()):
-        config = workdir.read_config()
-    else:
-        config = config_lib.get_config()
+    if resumes and (flags.mode == "evaluate" or workdir.has_config()):
+        return _override(workdir.read_config(), flags)
+    return new_config(flags)
+
+
+def new_config(flags: argparse.Namespace) -> config_lib.Config:
+    """Returns the experiment of --config, or the defaults, with single fields overridden."""
+    load = config_lib.load_experiment
+    config = load(flags.config) if flags.config is not None else config_lib.get_config()
+    return _override(config, flags)
+
+
+def _override(config, flags):
     prefix = "config."
     values = {k[len(prefix) :]: v for k, v in vars(flags).items() if k.startswith(prefix)}
     return config_lib.override(config, values)

@@ -96,8 +96,8 @@ def test_members_of_an_accelerator_equal_separate_runs(
     loop = Loop(system, make_resident(digits), devices.make_mesh(*shape), has_members=True)
     num_here = len(SEEDS) // shape[0]
     start = loop.start(states)
-    lowered = loop.programs(start.state, start.sums, rows_of_all().shape, ALL.shape)["train"]
-    assert f"tensor<{num_here}x{32 // shape[1]}x8xf32>" in lowered.as_text()  # [S, B, H]
+    traced = loop.programs(start.state, start.sums, rows_of_all().shape, ALL.shape)["train"]
+    assert f"tensor<{num_here}x{32 // shape[1]}x8xf32>" in traced.lower().as_text()  # [S, B, H]
     assert_equal_separate_runs(loop, states, alone)
 
 
@@ -128,8 +128,8 @@ def test_a_split_batch_is_the_batch_whatever_is_drawn(make, digits):
 def test_a_split_batch_is_reduced_once_per_step(system, states, digits):
     loop = Loop(system, make_resident(digits), devices.make_mesh(1, 8))
     start = loop.start(member(states, 0))
-    lowered = loop.programs(start.state, start.sums, rows_of(0).shape, ALL.shape)["train"]
-    found = re.findall(r"= (.*?) (all-\w+|reduce-scatter)\(", lowered.compile().as_text())
+    traced = loop.programs(start.state, start.sums, rows_of(0).shape, ALL.shape)["train"]
+    found = re.findall(r"= (.*?) (all-\w+|reduce-scatter)\(", traced.lower().compile().as_text())
     ((what, how),) = found  # none for a single parameter, sum or time step
     num_parameters = sum(leaf.size for leaf in jax.tree.leaves(start.state.params))
     assert how == "all-reduce"

@@ -40,7 +40,7 @@ class Run:
             (begin.state, begin.sums),
         )
         programs = self.loop.programs(*shapes, rows.shape, rows.shape).values()
-        return [program.compile().as_text() for program in programs]
+        return [program.lower().compile().as_text() for program in programs]
 
     def rows(self, epoch):
         return batches.batch_rows(batches.epoch_order(0, epoch, 100), 8)

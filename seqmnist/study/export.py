@@ -172,6 +172,22 @@ def _explain_use(path, name):
         ) from error
 
 
+def make_programs(
+    classify: Callable[[jax.Array], jax.Array], spec: ImageSpec, streaming: Streaming | None = None
+) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Returns what is exported, {file name: (jitted function, its arguments' shapes for any B)}."""
+    sizes = jax_export.symbolic_shape(", ".join(["b", *map(str, spec.shape)]))
+    programs = {ARTIFACT: (jax.jit(classify), (jax.ShapeDtypeStruct(sizes, np.uint8),))}
+    if streaming:
+        before = [
+            jax.ShapeDtypeStruct(sizes[:1] + each.shape[1:], each.dtype)
+            for each in streaming.initial_state
+        ]
+        x = jax.ShapeDtypeStruct((sizes[0], streaming.size), np.float32)
+        programs[STEP] = (jax.jit(streaming.step), (before, x))
+    return programs
+
+
 def write(
     workdir: pathlib.Path,
     classify: Callable[[jax.Array], jax.Array],
@@ -201,16 +217,8 @@ def write(
     """
     from safetensors.numpy import save
 
-    sizes = jax_export.symbolic_shape(", ".join(["b", *map(str, spec.shape)]))
-    programs = {ARTIFACT: (jax.jit(classify), (jax.ShapeDtypeStruct(sizes, np.uint8),))}
-    if streaming:
-        before = [
-            jax.ShapeDtypeStruct(sizes[:1] + each.shape[1:], each.dtype)
-            for each in streaming.initial_state
-        ]
-        x = jax.ShapeDtypeStruct((sizes[0], streaming.size), np.float32)
-        programs[STEP] = (jax.jit(streaming.step), (before, x))
-    contents = {name: _export(*each).serialize() + _BLANK_SEAL for name, each in programs.items()}
+    programs = make_programs(classify, spec, streaming)
+    contents = {name: export(*each).serialize() + _BLANK_SEAL for name, each in programs.items()}
     if streaming:
         contents[INITIAL_STATE] = _npz(streaming.initial_state)
     metadata = {"format": "np", "digest": _BLANK_SEAL.decode()}
@@ -275,7 +283,8 @@ def _sealed(content):
     return before + seal + digest + rest
 
 
-def _export(jitted, arguments):
+def export(jitted: Any, arguments: tuple[Any, ...]) -> jax_export.Exported:
+    """Exports a compiled function for all `PLATFORMS`; arguments are shapes and dtypes."""
     # Paths of this machine are private. JAX has no public context manager for this option, and
     # it changes nothing but the names of source files in what is traced meanwhile.
     before = jax.config.jax_hlo_source_file_canonicalization_regex

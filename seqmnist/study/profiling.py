@@ -158,11 +158,12 @@ def step_cost(config: Config, spec: ImageSpec = MNIST) -> dict[str, float]:
     }
 
 
-def product_flops(jaxpr: core.Jaxpr) -> int:
+def product_flops(jaxpr: core.Jaxpr, platform: str | None = None) -> int:
     """Counts the FLOPs of the matrix products of a jaxpr.
 
     Results that nothing reads cost nothing. The body of a `while` loop counts once; of the
-    branches of a conditional, the most expensive counts.
+    branches of a conditional, the most expensive counts, or that of the platform if it depends on
+    one and `platform` is given.
     """
     total, live = 0, {x for x in jaxpr.outvars if isinstance(x, core.Var)}
     for eqn in reversed(jaxpr.eqns):
@@ -174,7 +175,10 @@ def product_flops(jaxpr: core.Jaxpr) -> int:
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
         inner = [x for x in jax.tree.leaves(eqn.params) if isinstance(x, _JAXPRS)]
-        flops = [product_flops(getattr(x, "jaxpr", x)) for x in inner] or [0]
+        if platform and (platforms := eqn.params.get("branches_platforms")):
+            fits = [names is None or platform in names for names in platforms]
+            inner = inner[fits.index(True) :][:1]
+        flops = [product_flops(getattr(x, "jaxpr", x), platform) for x in inner] or [0]
         total += eqn.params.get("length", 1) * (max if "branches" in eqn.params else sum)(flops)
     return total
 

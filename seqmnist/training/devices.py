@@ -7,15 +7,16 @@ the programs that run a job together, each with devices of its own.
 
 import collections
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import NamedSharding, P, lax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.flatten_util import ravel_pytree
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from seqmnist.config import MeshConfig
 from seqmnist.errors import UserError
@@ -85,10 +86,18 @@ def plan(
     return max(complete)
 
 
-def make_mesh(num_members: int, num_data: int) -> Mesh:
-    """Arranges the first devices as a mesh ("member", "data"); ValueError if there are too few."""
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((num_members, num_data), ("member", "data"), axis_types)
+def make_mesh(num_members: int, num_data: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges the first devices as a mesh ("member", "data"); ValueError if there are too few.
+
+    The devices are JAX's, or `devices`, which may be only described.
+    """
+    devices, shape = devices or jax.devices(), (num_members, num_data)
+    num = math.prod(shape)
+    if num == len(devices):  # neighbours in the mesh are neighbours in the machine
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:  # which `mesh_utils` refuses where the first chips of a TPU do not fill a rectangle
+        grid = np.reshape(devices[:num], shape)
+    return Mesh(grid, ("member", "data"))
 
 
 def spread(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
@@ -105,6 +114,12 @@ def spread(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
         return jax.device_put(np.asarray(x), place)
 
     return jax.tree.map(put, tree)
+
+
+def placed_shapes(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
+    """Returns the shapes, dtypes and shardings that `spread` gives arrays, and places nothing."""
+    place = NamedSharding(mesh, P(*axes))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
 def local_columns(mesh: Mesh, batch_size: int) -> slice:

@@ -46,9 +46,10 @@ class Resident(NamedTuple):
     images: np.ndarray
     labels: np.ndarray
 
-    def place(self, mesh: jax.sharding.Mesh) -> Any:
-        """Returns the arrays on the devices that all steps read."""
-        return devices.spread(mesh, (self.images, self.labels))
+    @property
+    def arrays(self) -> Any:
+        """What all steps read, and every device holds."""
+        return self.images, self.labels
 
     def windows(
         self, rows: np.ndarray, first: int, place: NamedSharding
@@ -66,11 +67,12 @@ class Resident(NamedTuple):
 
 
 class Streamed(NamedTuple):
-    """A feed from a reader, with the methods of `Resident`; it reads while the device computes."""
+    """A feed from a reader, with the members of `Resident`; it reads while the device computes."""
 
     records: batches.Records
 
-    def place(self, mesh):
+    @property
+    def arrays(self):
         return ()
 
     def windows(self, rows, first, place):
@@ -93,7 +95,8 @@ class Loop:
 
     With members, states, sums and rows of training have a leading axis S, which is spread over
     the mesh; rows of an evaluation are common to all members. `placement` is that of states and
-    sums.
+    sums. Nothing is placed before a first step, so the mesh may be of devices that are only
+    described, to compile for.
     """
 
     def __init__(
@@ -108,7 +111,6 @@ class Loop:
         self.placement = NamedSharding(self._mesh, P(*self._axes))
         self._train_place = NamedSharding(self._mesh, P(*self._axes, None, "data"))
         self._evaluation_place = NamedSharding(self._mesh, P(None, "data"))
-        self._arrays = feed.place(self._mesh)
         over_mesh = functools.partial(devices.over_mesh, mesh=self._mesh, has_members=has_members)
         compiler_options = _COMPILER_OPTIONS.get(self._mesh.devices.flat[0].platform)
         jit = functools.partial(jax.jit, compiler_options=compiler_options)
@@ -162,7 +164,7 @@ class Loop:
 
     def evaluate(self, params: Any, rows: np.ndarray) -> Sums:
         """Returns the sums over all examples of rows int32 [steps, B], in NumPy."""
-        sums = self._partial_sums(params)
+        sums = devices.spread(self._mesh, self._partial_sums(params), *self._axes, "data")
         for _, _, window in self._feed.windows(rows, 0, self._evaluation_place):
             sums = self._evaluate(params, sums, window, self._arrays)
         return jax.tree.map(lambda x: x.sum(-1, dtype=x.dtype), devices.gather(sums))
@@ -178,25 +180,30 @@ class Loop:
 
     def programs(
         self, state: TrainState, sums: Sums, rows: tuple[int, ...], held_out: tuple[int, ...]
-    ) -> dict[str, jax.stages.Lowered]:
+    ) -> dict[str, jax.stages.Traced]:
         """Returns "train" and "evaluate", to be compiled before their first calls.
 
         `state` and `sums` are shapes, dtypes and shardings, as `start` places them; `rows` and
         `held_out` the shapes of an epoch's rows and an evaluation's.
         """
+        arrays = devices.placed_shapes(self._mesh, self._feed.arrays)
         partial = self._partial_sums(state.params)
+        partial = devices.placed_shapes(self._mesh, partial, *self._axes, "data")
         training = self._feed.window_shapes(rows, self._train_place)
         evaluation = self._feed.window_shapes(held_out, self._evaluation_place)
         return {
-            "train": self._train.lower(state, sums, training, 0, 1, self._arrays),
-            "evaluate": self._evaluate.lower(state.params, partial, evaluation, self._arrays),
+            "train": self._train.trace(state, sums, training, 0, 1, arrays),
+            "evaluate": self._evaluate.trace(state.params, partial, evaluation, arrays),
         }
 
+    @functools.cached_property
+    def _arrays(self):
+        return devices.spread(self._mesh, self._feed.arrays)
+
     def _partial_sums(self, params):
-        """No sums, for each member and device along "data"."""
+        """No sums, for each member and device along "data", in NumPy."""
         num_members = jax.tree.leaves(params)[0].shape[: len(self._axes)]
-        sums = Sums.zeros(_dtype(params), (*num_members, self._mesh.shape["data"]))
-        return devices.spread(self._mesh, sums, *self._axes, "data")
+        return Sums.zeros(_dtype(params), (*num_members, self._mesh.shape["data"]))
 
 
 def _make_ensemble(system, feed, over_mesh):

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -74,6 +74,12 @@ class Task(NamedTuple):
         rows = {seed: batches.batch_rows(order, batch_size) for seed, order in orders.items()}
         return rows[seeds[0]] if len(seeds) == 1 else np.stack([rows[seed] for seed in seeds])
 
+    def programs(self, state: TrainState, sums: Sums) -> dict[str, jax.stages.Traced]:
+        """Returns "train" and "evaluate" for what `template` returns; see `Loop.programs`."""
+        num_members = [len(self.members)] if len(self.members) > 1 else []
+        rows = (*num_members, self.steps_per_epoch, self.config.train.batch_size)
+        return self.loop.programs(state, sums, rows, self.rows["test"].shape)
+
     def compile_ahead(
         self, pool: futures.Executor, state: TrainState, sums: Sums
     ) -> dict[str, futures.Future]:
@@ -86,10 +92,8 @@ class Task(NamedTuple):
             began = time.perf_counter()
             return Program(lowered.compile(), time.perf_counter() - began)
 
-        num_members = [len(self.members)] if len(self.members) > 1 else []
-        rows = (*num_members, self.steps_per_epoch, self.config.train.batch_size)
-        programs = self.loop.programs(state, sums, rows, self.rows["test"].shape)
-        return {name: pool.submit(compiled, lowered) for name, lowered in programs.items()}
+        programs = self.programs(state, sums)
+        return {name: pool.submit(compiled, traced.lower()) for name, traced in programs.items()}
 
     def evaluate(
         self, params: Any, split: str, diverged: np.ndarray | bool = False
@@ -130,11 +134,13 @@ class Task(NamedTuple):
         return lax.map(lambda one: init_state(self.config, self.system, *one), (seeds, values))
 
 
-def compose(config: Config, say: Callable[[str], None]) -> Task:
+def compose(
+    config: Config, say: Callable[[str], None], described: Sequence[jax.Device] | None = None
+) -> Task:
     """Composes a task; prepares its dataset if need be, and tells `say` of what takes long.
 
-    Raises UserError if the configuration names what does not exist or does not fit, or if the
-    data cannot be used.
+    `described` are devices to compile for, in place of those to train on. Raises UserError if the
+    configuration names what does not exist or does not fit, or if the data cannot be used.
     """
     batch_size = config.train.batch_size
     with devices.together():  # what does not exist is refused before data are fetched
@@ -144,8 +150,8 @@ def compose(config: Config, say: Callable[[str], None]) -> Task:
             raise UserError(
                 f"config.data.input_mode='stream' feeds one member, not {len(each)}; use 'resident'"
             )
-        shape = devices.plan(config.mesh, len(each), batch_size, jax.devices())
-    mesh = devices.make_mesh(*shape)
+        shape = devices.plan(config.mesh, len(each), batch_size, described or jax.devices())
+    mesh = devices.make_mesh(*shape, described)
     with devices.together():
         dataset = sources.prepare(config.data, say)
     if len(set(devices.collect(int(dataset.fingerprint[:7], 16)))) > 1:
