@@ -24,6 +24,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones refus
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = _FLAGS
 os.environ["KERAS_BACKEND"] = "jax"
+# Where libtpu is installed, every process would look for a TPU and say that there is none.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the caches of the session
     _CACHES = tempfile.TemporaryDirectory(prefix="seqmnist-tests-")
     os.environ["XDG_CACHE_HOME"] = _CACHES.name
