@@ -105,6 +105,13 @@ def test_lowering_places_nothing(mode, data_dir, monkeypatch):
         assert "stablehlo" in traced.lower().as_text()
 
 
+def test_the_only_member_of_a_chip_has_no_axis_of_members(data_dir):
+    one = make_task("v5e:2x2", {"members.num": 4, "model.hidden_size": 8}, data_dir)
+    text = one.programs(*one.template())["train"].lower().as_text()
+    assert re.search(r"dot_general.*tensor<128x8xf32>", text)
+    assert not re.search(r"dot_general.*tensor<1x128x8xf32>", text)
+
+
 @pytest.mark.parametrize(
     ("topology", "shape"), [("v5e:2x2", (3, 1)), ("v6e:16x16", (64, 4)), ("v5p:2x2x1", (1, 2))]
 )

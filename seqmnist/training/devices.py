@@ -186,8 +186,11 @@ def over_mesh(
 
     def of_local_members(*arguments):
         local, common = arguments[: len(own)], arguments[len(own) :]
-        one_by_one = mesh.devices.flat[0].platform in _ONE_BY_ONE
-        at_once = None if one_by_one else len(jax.tree.leaves(local)[0])
+        num_here = len(jax.tree.leaves(local)[0])
+        if num_here == 1:  # by XLA's estimate, one more axis makes a TPU's step 2.5 times as long
+            results = function(*jax.tree.map(lambda x: x[0], local), *common)
+            return jax.tree.map(lambda x: x[None], results)
+        at_once = None if mesh.devices.flat[0].platform in _ONE_BY_ONE else num_here
         return lax.map(lambda one: function(*one, *common), local, batch_size=at_once)
 
     if has_members:
