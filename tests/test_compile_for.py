@@ -128,6 +128,10 @@ HloModule jit_train
   ROOT %add = f32[] add(%a, %b)
 }
 
+%called (x: f32[100]) -> f32[100] {
+  ROOT %exp = f32[100]{0} exponential(%x), backend_config={"estimated_cycles":"7"}
+}
+
 %fused (p: f32[4]) -> f32[8] {
   ROOT %gather = f32[8]{0} all-gather(%p), dimensions={0}, "estimated_cycles":"1000"
 }
@@ -149,7 +153,8 @@ HloModule jit_train
   %while.1 = (s32[]{:T(128)}) while(%t), condition=%inner_condition, body=%inner_body
   %start = f32[100]{0} all-reduce-start(%x), to_apply=%sum
   %done = (f32[100]{0}, /*index=1*/bf16[2,3]{1,0:T(8,128)(2,1)}) all-reduce-done(%start)
-  %exp = f32[100]{0} exponential(%x), backend_config={"estimated_cycles":"7"}
+  %call = f32[100]{0} call(%x), to_apply=%called, backend_config={}
+  %if = f32[100]{0} conditional(%i, %x, %x), branch_computations={%called, %called}
 }
 
 ENTRY %main (p: s32[]) -> s32[] {
@@ -164,7 +169,7 @@ def test_a_step_is_read_with_its_loops():
         "all-gather": {"number": 28, "bytes": 28 * 32},
         "all-reduce": {"number": 1, "bytes": 400 + 12},
     }
-    assert cycles == 28 * 5 + 7
+    assert cycles == 28 * 5 + 3 * 7
     assert compile_for.read_step(HLO, num_steps=7).collectives["all-gather"]["number"] == 4
 
 
@@ -188,16 +193,18 @@ def test_what_does_not_fit_is_told():
     assert "15.75G" in counts["refused"]
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5e:3x3", "v9:2x2", "v4:2x2x1"])
+@pytest.mark.parametrize("topology", ["v5e", "v5e:3x3", "v9:2x2", "v4:2x2x1", "h100:8"])
 def test_unknown_topologies_are_refused(topology):
     with pytest.raises(UserError, match=f"--topology={topology} .*; choose one of v5e:2x2 "):
         compile_for.describe(topology)
 
 
-def test_without_libtpu_the_extra_is_named(monkeypatch):
+def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"the extra tpu; pip install -e '.\[tpu\]'"):
+    with pytest.raises(UserError, match=r"needs libtpu; pip install 'jax\[tpu\]'"):
         compile_for.describe("v5e:2x2")
+    with pytest.raises(UserError, match=r"needs jax_cuda13_plugin; pip install 'jax\[cuda13\]'"):
+        compile_for.describe("h100:1x8")
 
 
 @pytest.mark.slow

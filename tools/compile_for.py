@@ -1,13 +1,14 @@
-"""Compiles a configuration's programs for TPUs that need not be there, and counts what they do.
+"""Compiles a configuration's programs for devices that need not be there, and counts what they do.
 
 Example:
   python -m tools.compile_for --topology=v5e:16x16 --config=experiments/seeds_notebook.py
 
-It needs the extra tpu. Training and evaluation are compiled for the mesh that a run there would
-choose, the exported classifier for one device and 128 images. Per device and step, it prints
+TPUs need the extra tpu, GPUs `pip install 'jax[cuda13]'`, 3 GB; none needs a driver. Training and
+evaluation are compiled for the mesh that a run there would choose, the exported classifier for one
+device and 128 images. Per device and step, it prints
 
   FLOPs        of the matrix products, counted before compilation
-  cycles       XLA's estimates, summed over all operations; there are none for collectives
+  cycles       XLA's estimates, summed over all operations; none for collectives and for GPUs
   all-reduce…  how many collectives there are, and the bytes of their results
   bytes        what XLA plans in main memory; what stays in on-chip memory is not included
 
@@ -15,6 +16,7 @@ and warns of a program that does not fit. Nothing runs, so there are no measured
 """
 
 import collections
+import importlib.util
 import math
 import os
 import re
@@ -25,16 +27,21 @@ from typing import Any, NamedTuple
 from seqmnist.errors import UserError, one_line
 from tools import cli
 
-# GiB that XLA may use of each device's memory, as libtpu says when it refuses a larger program. A
-# TPU7x chip is two devices. Cycles per second follow from the published peak rates and matrix
-# units: v5e 197 TFLOP/s = 4 × 128² × 2 × 1.5 GHz, v5p 459 = 8 × 128² × 2 × 1.75 GHz.
+# GiB that XLA may use of each device's memory: of TPUs, what libtpu says when it refuses a larger
+# program; of GPUs, the three quarters that JAX allocates. A TPU7x chip is two devices. Cycles per
+# second follow from the published peak rates and matrix units: v5e 197 TFLOP/s = 4 × 128² × 2 ×
+# 1.5 GHz, v5p 459 = 8 × 128² × 2 × 1.75 GHz.
 _DEVICES = {
     "TPU v5 lite": (15.75, 1.5e9),
     "TPU v5": (95.74, 1.75e9),
     "TPU v6 lite": (31.25, None),
     "TPU7x": (94.75, None),
+    "NVIDIA H100 80GB HBM3": (59.36, None),
 }
-_FORMS = "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v5p:2x2x1 or tpu7x:2x2x1 and larger"
+_FORMS = (
+    "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v5p:2x2x1 or tpu7x:2x2x1 and larger, or h100:1x8 "
+    "and others, HOSTSxGPUS"
+)
 _ENVIRONMENT = {  # else libtpu looks for a TPU's host, and writes logs to /tmp and standard error
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -42,29 +49,49 @@ _ENVIRONMENT = {  # else libtpu looks for a TPU's host, and writes logs to /tmp 
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is opened, so processes may share it
 }
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 threads_per_warp: 32
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  l2_cache_size: 52428800 device_memory_size: 84978434048 memory_bandwidth: 3352320000000
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 _EXPORT_BATCH = 128
 _KINDS = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
+_CALLEES = re.compile(r"(?: call\(.*to_apply|calls|_computations?)=(%[^\s,]+|\{[^}]*\})")
 _COLLECTIVE = re.compile(rf" = (.*?) ({'|'.join(_KINDS)})(?:-done)?\(")
 
 
 def describe(topology: str) -> list[Any]:
-    """Returns the devices of a TPU topology, which are only described.
+    """Returns the devices of a topology, which are only described.
 
-    Raises UserError if libtpu is not installed or does not know the topology.
+    Raises UserError if it is unknown, or if what compiles for it is not installed.
     """
-    import importlib.util
-
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("this tool needs the extra tpu; pip install -e '.[tpu]'")
+    gpus = re.fullmatch(r"h100:(\d+)x(\d+)", topology)
+    module, remedy = ("jax_cuda13_plugin", "jax[cuda13]") if gpus else ("libtpu", "jax[tpu]")
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"--topology={topology} needs {module}; pip install '{remedy}'")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import jax
     from jax.experimental import topologies
 
     try:
+        if gpus:
+            shape = f"1 x {gpus[1]} x {gpus[2]}"
+            options = {"topology": shape, "target_config": _H100}
+            return topologies.get_topology_desc(topology, "cuda", **options).devices
         found = topologies.get_topology_desc(topology, "tpu").devices
     except jax.errors.JaxRuntimeError as error:
         if "INVALID_ARGUMENT" not in str(error):
@@ -74,14 +101,14 @@ def describe(topology: str) -> list[Any]:
         ) from None
     if found[0].device_kind not in _DEVICES:
         raise UserError(f"--topology={topology} is not supported; choose one of {_FORMS}")
-    return list(found)
+    return found
 
 
 class Step(NamedTuple):
     """What one step of a compiled program does on one device."""
 
     collectives: dict[str, dict[str, float]]  # by kind: {"number", "bytes"}
-    cycles: float  # XLA's estimates, without collectives
+    cycles: float | None  # XLA's estimates, without collectives; None if there are none
 
 
 def read_step(hlo: str, num_steps: int = 1) -> Step:
@@ -111,14 +138,12 @@ def read_step(hlo: str, num_steps: int = 1) -> Step:
                 condition = "\n".join(computations[loop[1]])
                 bounds = re.findall(r" = s32\[\]\S* constant\((\d+)\)", condition)
                 visit(loop[2], times * (int(bounds[0]) if len(bounds) == 1 else 1))
-            for callees in re.findall(
-                r"(?:calls|_computations?)=\{?(%[^}\s]+(?:, %[^}\s]+)*)", line
-            ):
-                for callee in callees.replace("%", "").rstrip(",").split(", "):
+            for callees in _CALLEES.findall(line):
+                for callee in re.findall(r"%([^\s,}]+)", callees):
                     visit(callee, times, is_fused or " fusion(" in line)
 
     visit(re.search(r"^ENTRY %(\S+)", hlo, re.M)[1], 1 / num_steps)
-    return Step({kind: dict(counts) for kind, counts in collectives.items()}, cycles)
+    return Step({kind: dict(counts) for kind, counts in collectives.items()}, cycles or None)
 
 
 def num_bytes(shapes: str) -> int:
@@ -206,12 +231,12 @@ def _main(arguments):
     from seqmnist import main
 
     config = config_lib.validated(main.new_config(arguments))
-    devices = describe(arguments.topology)
     import jax
 
     from seqmnist.training.task import compose
 
     jax.config.update("jax_platforms", "cpu")  # what this machine has is of no interest
+    devices = describe(arguments.topology)
     task = compose(config, print, devices)
     mesh, kind = dict(task.mesh.shape), devices[0].device_kind
     print(
@@ -237,11 +262,10 @@ def _show(counts, kind):
     rows = {
         "members × examples": lambda c: f"{c['members']:,} × {c['batch_size']:,}",
         "FLOPs per step": lambda c: f"{c['flops']:.3g}",
-        "XLA's cycles per step": lambda c: f"{c['cycles']:,.0f}",
-        f"  at {(clock or 0) / 1e9:g} GHz": lambda c: (
-            clock and f"{1e6 * c['cycles'] / clock:,.1f} µs"
-        ),
+        "XLA's cycles per step": lambda c: c["cycles"] and f"{c['cycles']:,.0f}",
     }
+    if clock:
+        rows[f"  at {clock / 1e9:g} GHz"] = lambda c: f"{1e6 * c['cycles'] / clock:,.1f} µs"
     for each in sorted({kind for c in counts.values() for kind in c.get("collectives", ())}):
         rows[f"{each} per step"] = lambda c, each=each: _exchange(c["collectives"].get(each))
     for name in ("argument", "temporary", "output", "code", "memory"):
@@ -256,8 +280,10 @@ def _show(counts, kind):
 
     table = [(title, *(cell(show, one) for one in counts.values())) for title, show in rows.items()]
     cli.print_table(("per device", *counts), table)
-    if not any(c.get("collectives") for c in counts.values()):
+    if not any(c.get("collectives", True) for c in counts.values()):
         print("No collectives: the devices exchange nothing.")
+    if not any(c.get("cycles") for c in counts.values()):
+        print("XLA gives no estimate of cycles for these devices.")
     for name, one in counts.items():
         reason = one.get("refused")
         if not reason and one["memory_bytes"] > available * 2**30:
