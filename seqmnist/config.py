@@ -154,6 +154,9 @@ class TrainConfig(_Group):
 
     batch_size: int = _field(128, "examples per step", within="[1, 65536]")
     num_epochs: int = _field(5, "passes over the training set", within="[1, 1000000]")
+    accumulate: int = _field(
+        1, "parts that each device's batch is computed in, to save memory", within="[1, 65536]"
+    )
     truncate: int = _field(0, "gradients stop after every n time steps; 0 never", within=_COUNT)
     early_stopping: int = _field(
         0,

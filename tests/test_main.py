@@ -42,7 +42,7 @@ def test_a_run_writes_what_it_promises(trained):
     workdir, _ = trained
     config, results = read(workdir / "config.json"), read(workdir / "results.json")
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    kept = {"batch_size": 128, "num_epochs": 2, "truncate": 0, "augment": "none"}
+    kept = {"batch_size": 128, "num_epochs": 2, "accumulate": 1, "truncate": 0, "augment": "none"}
     assert config["train"] | kept == config["train"]
     assert [list(line) for line in lines] == [KEYS, KEYS]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, 25), (2, 50)]

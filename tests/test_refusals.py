@@ -179,6 +179,7 @@ REFUSALS = [
     ([NEW, f"{C}mesh.member=2"], ["mesh.member", "members"]),
     ([NEW, f"{C}mesh.data=3"], ["mesh.data=3", "128"]),
     ([NEW, f"{C}mesh.data=64"], ["64 devices"]),
+    ([NEW, f"{C}train.accumulate=3"], ["train.accumulate=3", "examples", "choose"]),
     ([NEW, "--coordinator=127.0.0.1:1"], ["--num_processes"]),
     ([NEW, "--coordinator=here", "--num_processes=1", "--process_id=0"], ["HOST:PORT"]),
     ([NEW, "--coordinator=h:1", "--num_processes=1", "--process_id=1"], ["--process_id=1"]),

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -9,7 +10,7 @@ import pytest
 from close import assert_close
 from jax.flatten_util import ravel_pytree
 
-from seqmnist.config import Config, ModelConfig, OptimizerConfig
+from seqmnist.config import Config, ModelConfig, OptimizerConfig, TrainConfig
 from seqmnist.training import batches
 from seqmnist.training.metrics import Sums
 from seqmnist.training.steps import eval_step, guarded_step, init_state, make_system, train_step
@@ -51,6 +52,45 @@ def test_padding_leaves_the_update_alone(system, digits):
     assert_close(padded, exact)
     assert_close(padded_sums, sums)
     assert int(padded_sums.count) == 20
+
+
+ALL_KINDS = Config(
+    model=ModelConfig(hidden_size=8, num_layers=2, dropout=0.3),
+    optimizer=OptimizerConfig(name="sgd"),
+    train=TrainConfig(augment="affine"),
+)
+
+
+@pytest.mark.parametrize("parts", [2, 5])
+def test_parts_of_a_batch_add_up_to_it(parts, digits):
+    batch = batch_of(digits, 17, rows=20)  # one with padding only
+    in_parts = dataclasses.replace(
+        ALL_KINDS, train=dataclasses.replace(ALL_KINDS.train, accumulate=parts)
+    )
+    (whole, sums), (got, got_sums) = (
+        train(system, start(system, 0, config), batch)
+        for config in (ALL_KINDS, in_parts)
+        for system in [make_system(config)]
+    )
+    assert_close(got, whole)
+    assert_close(got_sums, sums)
+
+
+def test_parts_of_a_batch_take_less_memory():
+    def temporary(parts):
+        train = TrainConfig(accumulate=parts, batch_size=512)
+        config = Config(model=ModelConfig(hidden_size=64), train=train)
+        system = make_system(config)
+        batch = batches.Batch(
+            jax.ShapeDtypeStruct((512, 28, 28), jnp.uint8),
+            jax.ShapeDtypeStruct((512,), jnp.int32),
+            jax.ShapeDtypeStruct((512,), jnp.bool_),
+        )
+        state = jax.eval_shape(functools.partial(init_state, config, system), np.uint32(0))
+        step = jax.jit(train_step, static_argnums=0).lower(system, state, batch).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    assert temporary(8) < temporary(1) / 4
 
 
 def test_the_first_loss_is_what_it_was(system, digits):

@@ -1,5 +1,6 @@
 """One step of training and of evaluation: pure functions, no jit, no I/O."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class System(NamedTuple):
     augment: Callable[[jax.Array, jax.Array], jax.Array] | None  # (images, a key for each)
     drops_out: bool  # whether training drops outputs of layers
     truncate: int  # time steps after which gradients stop; 0 is never
+    accumulate: int  # parts of a batch whose gradients are added up one after the other
 
     def apply(
         self, params: Any, images: jax.Array, dropout_keys: jax.Array | None = None
@@ -65,9 +67,8 @@ def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = 
     )
     graphdef = _make_graphdef(config, spec, _of("model", swept))
     augment = AUGMENTATIONS[config.train.augment]
-    return System(
-        spec, graphdef, optimizer, augment, config.model.dropout > 0, config.train.truncate
-    )
+    drops_out, train = config.model.dropout > 0, config.train
+    return System(spec, graphdef, optimizer, augment, drops_out, train.truncate, train.accumulate)
 
 
 def check_names(config: Config) -> None:
@@ -124,18 +125,20 @@ def train_step(
         key = keys.key(state.seed, purpose, state.step)
         return jax.vmap(jax.random.fold_in, (None, 0))(key, positions)
 
-    images, dropout_keys = batch.image, draw_keys("dropout") if system.drops_out else None
-    if system.augment:
-        images = system.augment(images, draw_keys("augment"))
-
-    def total_loss(trained):
+    def total_loss(trained, batch, augment_keys, dropout_keys):
+        images = batch.image
+        if system.augment:
+            images = system.augment(images, augment_keys)
         logits = system.apply(nnx.merge_state(trained, constants), images, dropout_keys)
         with jax.named_scope("loss"):
             sums = classification_sums(logits, batch.label, batch.mask)
         return sums.loss, sums
 
     trained, constants = nnx.split_state(state.params, nnx.Param, ...)
-    grads, sums = jax.grad(total_loss, has_aux=True)(trained)
+    augment_keys = draw_keys("augment") if system.augment else None
+    dropout_keys = draw_keys("dropout") if system.drops_out else None
+    part_of = functools.partial(jax.grad(total_loss, has_aux=True), trained)
+    grads, sums = _summed(part_of, (batch, augment_keys, dropout_keys), system.accumulate)
     grads, examples = devices.add_up((grads, sums[:3]), axis)  # norms are those of the whole
     sums = Sums(*examples, *sums[3:])
     with jax.named_scope("optimizer"):
@@ -174,6 +177,20 @@ def guarded_step(
 def eval_step(system: System, params: Any, batch: Batch) -> Sums:
     """Returns the sums of a batch, as `train_step` takes it."""
     return classification_sums(system.apply(params, batch.image), batch.label, batch.mask)
+
+
+def _summed(function, arguments, num_parts):
+    """Returns `function` of arguments whose arrays are [B, …], or its sum over parts of them."""
+    if num_parts == 1:
+        return function(*arguments)
+    parts = jax.tree.map(lambda x: x.reshape(num_parts, -1, *x.shape[1:]), arguments)
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, function(*part)), None
+
+    return lax.scan(add, zeros, parts)[0]
 
 
 def _norm(tree):

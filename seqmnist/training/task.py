@@ -151,6 +151,12 @@ def compose(
                 f"config.data.input_mode='stream' feeds one member, not {len(each)}; use 'resident'"
             )
         shape = devices.plan(config.mesh, len(each), batch_size, described or jax.devices())
+    examples, parts = batch_size // shape[1], config.train.accumulate
+    if examples % parts:
+        raise UserError(
+            f"config.train.accumulate={parts} does not divide the {examples} examples of a step on "
+            "each device; choose another"
+        )
     mesh = devices.make_mesh(*shape, described)
     with devices.together():
         dataset = sources.prepare(config.data, say)
