@@ -1,4 +1,4 @@
-"""Exports a trained network to DIR/export: StableHLO, safetensors and a model card.
+"""Exports a trained network to DIR/export: StableHLO, safetensors, a model card, and a page.
 
 Example:
   python -m tools.export --workdir=runs/notebook
@@ -8,10 +8,14 @@ The exported classifier maps images uint8 [B, H, W], or [B, H, W, 3] if it reads
 to logits [B, C], on CPU, GPU and TPU, without this package; so does step.jax_export, (state, time
 step) -> (state, logits), unless the network reads in both directions. Another process, which has
 only JAX, first checks that both compute the same logits as the network.
+
+draw.html is a page to draw on: it runs the network in a browser, from its parameters, and shows how
+the prediction changes by time step. It is one file that needs neither a server nor a network.
 """
 
 import pathlib
 
+from seqmnist.errors import UserError, explain_storage
 from tools import cli
 
 _EXAMPLE = pathlib.Path(__file__).parent / "pictures" / "digits" / "7.png"
@@ -31,12 +35,33 @@ def _main(arguments):
         return network.system.apply(network.params, images)
 
     figures = export.write(workdir, classify, network.params, text, spec, streaming, example)
+    figures["files"] |= _write_page(network)
     for name, size in figures["files"].items():
         print(f"{workdir / export.DIRECTORY / name}: {size:,} bytes")
     for name, difference in figures["largest_difference"].items():
         what = f"{export.NUM_STEPS} steps" if name == "step" else f"batch of {name}"
         print(f"Largest difference in another process, {what}: {difference:.1e}")
     return figures | {"checkpoint": network.step}
+
+
+def _write_page(network):
+    """Writes the page, if the network has JavaScript; returns its size by name."""
+    from safetensors.numpy import load_file
+
+    from seqmnist.study import export, page
+
+    folder = network.workdir.path / export.DIRECTORY
+    path, aside = folder / page.PAGE, folder / f"{page.PAGE}.partial"
+    path.unlink(missing_ok=True)  # it may be another network's
+    try:
+        text = page.make(network.config.model, network.spec, load_file(folder / export.PARAMETERS))
+    except UserError as error:
+        print(f"NOTICE: {path} is not written: {error}")
+        return {}
+    with explain_storage(str(path), "make room, then run the same command again"):
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    return {page.PAGE: path.stat().st_size}
 
 
 def _make_parser():

@@ -6,23 +6,22 @@ JavaScript. It needs no server and no network: a browser opens it from a disk.
 
 import base64
 import json
-import pathlib
 import zlib
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
 
 import numpy as np
 
 from seqmnist.config import ModelConfig
 from seqmnist.display import describe
-from seqmnist.errors import UserError, explain_storage
+from seqmnist.errors import UserError
 from seqmnist.networks import cells, gated, linear, model, views
 from seqmnist.spec import ImageSpec
 from seqmnist.study import images
 
 PAGE = "draw.html"
-MAX_BYTES = 1_000_000  # of a page with all bits of its parameters
+MAX_BYTES = 1_000_000  # of a page; that of a network too large for it is as small as can be
+ALL_BITS, FEWEST_BITS = 24, 16  # significant, of a parameter
 _ORDERS = {
     "rows": "one row of the image, from top to bottom",
     "columns": "one column of the image, from left to right",
@@ -33,28 +32,14 @@ _ORDERS = {
 }
 
 
-def write(
-    path: pathlib.Path, config: ModelConfig, spec: ImageSpec, params: Mapping[str, np.ndarray]
-) -> None:
-    """Writes the page; `params` are those of the safetensors file, by name.
-
-    Raises UserError if a part of the network has no JavaScript; then there is no file, not even an
-    earlier one.
-    """
-    path.unlink(missing_ok=True)
-    with explain_storage(str(path), "make room or make it writable, then export again"):
-        aside = path.with_name(f"{path.name}.partial")
-        aside.write_text(make(config, spec, params), encoding="utf-8")
-        aside.replace(path)
-
-
 def make(config: ModelConfig, spec: ImageSpec, params: Mapping[str, np.ndarray]) -> str:
-    """Returns the page; arguments and errors as `write`.
+    """Returns the page of a network; `params` are those of the safetensors file, by name.
 
-    If it would be larger than `MAX_BYTES`, matrices are rounded to 16 significant bits: their bytes
-    hardly compress otherwise. Other parameters, such as time scales, which a long sequence raises
-    to a high power, keep all bits.
+    If it would be larger than `MAX_BYTES`, matrices are rounded to as many bits as fit, but no
+    fewer than `FEWEST_BITS`. Vectors keep all: among them are time scales, of which a long sequence
+    takes high powers. Raises UserError if a part of the network has no JavaScript.
     """
+    _check(config)
     about = {
         "cell": config.cell,
         "hidden_size": config.hidden_size,
@@ -63,16 +48,14 @@ def make(config: ModelConfig, spec: ImageSpec, params: Mapping[str, np.ndarray])
         "is_of_digits": images.is_of_digits(spec),
         "network": describe(config),
         "reads": _reads(config),
-        "parameters": sum(array.size for array in params.values()),
-        "is_rounded": False,
         "shapes": [[name, array.shape] for name, array in params.items()],
         **spec.to_dict(),
     }
-    _check(config)
-    page = _fill(about, params)
-    if len(page.encode()) > MAX_BYTES:
-        rounded = {name: _round(x) if x.ndim > 1 else x for name, x in params.items()}
-        page = _fill(about | {"is_rounded": True}, rounded)
+    for bits in range(ALL_BITS, FEWEST_BITS - 1, -1):
+        rounded = [_round(x, bits) if x.ndim > 1 else x for x in params.values()]
+        page = _fill({**about, "bits": bits, "packed": _pack(rounded)})
+        if len(page.encode()) <= MAX_BYTES:
+            break
     return page
 
 
@@ -91,6 +74,7 @@ def _pixels(config, spec):
 
     Raises UserError if the view does more than choose numbers.
     """
+
     def read(numbers):
         numbers = numbers.reshape(1, *spec.shape)
         return np.asarray(views.sequence(config, numbers))[0] * 255
@@ -116,17 +100,21 @@ def _reads(config):
     return order
 
 
-def _round(array):
-    """Rounds float32 numbers to 16 significant bits."""
-    words = np.asarray(array, np.float32).view(np.uint32)
-    return ((words + 0x80) & 0xFFFFFF00).view(np.float32)
+def _round(array, bits):
+    """Rounds float32 numbers to a number of significant bits."""
+    unit = 1 << (ALL_BITS - bits)
+    return ((array.view(np.uint32) + unit // 2) // unit * unit).view(np.float32)
 
 
-def _fill(about: dict[str, Any], params):
-    numbers = np.concatenate([x.ravel() for x in params.values()]).astype(">f4")
-    planes = numbers.view(np.uint8).reshape(-1, 4).T  # bytes that are alike, side by side
-    packed = base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
-    data = json.dumps(about | {"packed": packed}, ensure_ascii=False, separators=(",", ":"))
+def _pack(arrays):
+    """Returns float32 arrays as text; `unpack` in page.js is its inverse."""
+    numbers = np.concatenate([array.ravel() for array in arrays]).astype(">f4")
+    planes = numbers.view(np.uint8).reshape(-1, 4).T  # bytes of a kind side by side compress better
+    return base64.b64encode(zlib.compress(planes.tobytes(), 9)).decode()
+
+
+def _fill(about):
+    data = json.dumps(about, ensure_ascii=False, separators=(",", ":"))
     page, script = (
         resources.files(__package__).joinpath(name).read_text("utf-8")
         for name in ("page.html", "page.js")
