@@ -21,7 +21,8 @@ from seqmnist.study import images
 
 PAGE = "draw.html"
 MAX_BYTES = 1_000_000  # of a page; that of a network too large for it is as small as can be
-ALL_BITS, FEWEST_BITS = 24, 16  # significant, of a parameter
+_ALL_BITS = 24  # of a parameter that are significant
+_BITS = (_ALL_BITS, 20, 18, 17, 16)  # the first that fits
 _ORDERS = {
     "rows": "one row of the image, from top to bottom",
     "columns": "one column of the image, from left to right",
@@ -35,8 +36,8 @@ _ORDERS = {
 def make(config: ModelConfig, spec: ImageSpec, params: Mapping[str, np.ndarray]) -> str:
     """Returns the page of a network; `params` are those of the safetensors file, by name.
 
-    If it would be larger than `MAX_BYTES`, matrices are rounded to as many bits as fit, but no
-    fewer than `FEWEST_BITS`. Vectors keep all: among them are time scales, of which a long sequence
+    If it would be larger than `MAX_BYTES`, matrices are rounded to as many significant bits as
+    fit, or 16. Vectors keep all: among them are time scales, of which a long sequence
     takes high powers. Raises UserError if a part of the network has no JavaScript.
     """
     _check(config)
@@ -51,7 +52,7 @@ def make(config: ModelConfig, spec: ImageSpec, params: Mapping[str, np.ndarray])
         "shapes": [[name, array.shape] for name, array in params.items()],
         **spec.to_dict(),
     }
-    for bits in range(ALL_BITS, FEWEST_BITS - 1, -1):
+    for bits in _BITS:
         rounded = [_round(x, bits) if x.ndim > 1 else x for x in params.values()]
         page = _fill({**about, "bits": bits, "packed": _pack(rounded)})
         if len(page.encode()) <= MAX_BYTES:
@@ -102,7 +103,7 @@ def _reads(config):
 
 def _round(array, bits):
     """Rounds float32 numbers to a number of significant bits."""
-    unit = 1 << (ALL_BITS - bits)
+    unit = 1 << (_ALL_BITS - bits)
     return ((array.view(np.uint32) + unit // 2) // unit * unit).view(np.float32)
 
 
