@@ -20,9 +20,9 @@ from seqmnist.spec import ImageSpec
 from seqmnist.study import images
 
 PAGE = "draw.html"
-MAX_BYTES = 1_000_000  # of a page; that of a network too large for it is as small as can be
-_ALL_BITS = 24  # of a parameter that are significant
-_BITS = (_ALL_BITS, 20, 18, 17, 16)  # the first that fits
+MAX_BYTES = 1_000_000  # of a page, if rounding can achieve it
+_ALL_BITS = 24  # significant bits of a float32 number
+_BITS = (_ALL_BITS, 20, 18, 17, 16)  # that matrices keep, tried in this order
 _ORDERS = {
     "rows": "one row of the image, from top to bottom",
     "columns": "one column of the image, from left to right",
@@ -36,9 +36,10 @@ _ORDERS = {
 def make(config: ModelConfig, spec: ImageSpec, params: Mapping[str, np.ndarray]) -> str:
     """Returns the page of a network; `params` are those of the safetensors file, by name.
 
-    If it would be larger than `MAX_BYTES`, matrices are rounded to as many significant bits as
-    fit, or 16. Vectors keep all: among them are time scales, of which a long sequence
-    takes high powers. Raises UserError if a part of the network has no JavaScript.
+    If it would be larger than `MAX_BYTES`, matrices are rounded to fewer significant bits. Vectors
+    are not: some are time scales, and a long sequence raises those to high powers.
+
+    Raises UserError if a part of the network has no JavaScript.
     """
     _check(config)
     about = {
@@ -90,14 +91,13 @@ def _pixels(config, spec):
 
 def _reads(config):
     """Returns in words what a time step reads."""
-    order = _ORDERS.get(config.view)
-    if config.view.startswith("patches"):
-        order = "one square patch, row after row"
-    order = order or "some pixels"
+    is_patches = config.view.startswith("patches")
+    order = "one square patch, row after row" if is_patches else "some pixels"
+    order = _ORDERS.get(config.view, order)
     if config.reverse:
-        order += ", all this in reverse"
+        order += "; this order is reversed"
     if config.subsample > 1:
-        order += f"; only 1 of {config.subsample} steps is taken"
+        order += f"; only 1 of {config.subsample} steps is kept"
     return order
 
 
