@@ -22,10 +22,17 @@ from seqmnist.config import Config, DataConfig, TrainConfig
 from seqmnist.display import Display
 from seqmnist.study import trained
 
-SECTION = (
-    (REPOSITORY / "README.md").read_text(encoding="utf-8").split("## Use it from Python\n")[1]
-).partition("\n## ")[0]
-LINES, LOOP, SETTINGS = re.findall(r"^```python\n(.*?)^```", SECTION, re.M | re.S)
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(title):
+    """The Python code in a section of the README."""
+    section = README.split(f"## {title}\n")[1].partition("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
+
+
+LINES, LOOP, SETTINGS = blocks("Use it from Python")
+(DEBUG,) = blocks("Read the code")
 
 # What a library must leave alone, and what of it has changed.
 BEFORE = """
@@ -95,8 +102,9 @@ def test_the_readme_is_as_brief_as_it_says():
 
 @pytest.mark.slow
 def test_the_readme_in_an_interpreter(tmp_path, data_dir):
-    loop = LOOP + "assert (logits.argmax(1) == data.arrays('test')[1]).mean() > 0.5"
-    result = python("\n".join((BEFORE, LINES, loop, AFTER)), tmp_path, environment(data_dir))
+    loop = LOOP + "assert (logits.argmax(1) == data.arrays('test')[1]).mean() > 0.5\n"
+    code = "\n".join((BEFORE, LINES, loop, DEBUG, "assert state.step == 126", AFTER))
+    result = python(code, tmp_path, environment(data_dir))
     assert not result.returncode, result.stderr
     assert not result.stderr
     assert (tmp_path / "runs" / "python" / "results.json").exists()
