@@ -103,7 +103,7 @@ def test_the_readme_is_as_brief_as_it_says():
 @pytest.mark.slow
 def test_the_readme_in_an_interpreter(tmp_path, data_dir):
     loop = LOOP + "assert (logits.argmax(1) == data.arrays('test')[1]).mean() > 0.5\n"
-    code = "\n".join((BEFORE, LINES, loop, DEBUG, "assert state.step == 126", AFTER))
+    code = "\n".join((BEFORE, LINES, loop, DEBUG, "assert state.step % 5 == 1", AFTER))
     result = python(code, tmp_path, environment(data_dir))
     assert not result.returncode, result.stderr
     assert not result.stderr

@@ -315,3 +315,19 @@ def test_project_takes_any_leading_axes(name):
     cell = make(name)
     x = jax.random.normal(jax.random.key(0), (2, 3, F))
     assert_close(cell.project(x)[1], cell.project(x[1]))
+
+
+@pytest.mark.parametrize("name", ["gru", "lru"])
+def test_each_step_can_be_seen_without_compilation(name, monkeypatch):
+    graphdef, params = nnx.split(make(name))
+    x, seen = jnp.asarray(INPUTS[:3], jnp.float32), []
+
+    def loss(params):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)))
+
+    expected = jax.jit(jax.grad(loss))(params)
+    step = CELLS[name].step
+    monkeypatch.setattr(CELLS[name], "step", lambda *each: seen.append(each) or step(*each))
+    with jax.disable_jit():
+        assert_close(jax.grad(loss)(params), expected)
+    assert len(seen) == 3

@@ -92,7 +92,8 @@ class Cell(nnx.Module):
         with jax.named_scope("project"):
             z = self.project(x)
         with jax.named_scope("recurrence"):
-            if mask is None:
+            # Without compilation, one wants to see each step.
+            if mask is None and not jax.config.jax_disable_jit:
                 state, h = self.recur(state, z)
             else:
                 state, h = scans.plain(self.step, state, z, mask)
