@@ -3,7 +3,8 @@
 A cell has a time-parallel half and a recurrent half. `project` computes the input products of
 several time steps at once, as one large matrix product; `step` computes what depends on the
 previous step; `emit` turns states into outputs, again for several time steps at once. A new cell is
-a subclass of `Cell` with `step`, an entry in `cells.CELLS`, and an oracle in the tests.
+a subclass of `Cell` with `step`, an entry in `cells.CELLS`, an oracle in the tests, and its step in
+JavaScript for exported pages, in `study/page.js`.
 
 Shapes: B batch, T time steps, L time steps that are read in one go, F features per step, H hidden
 units, K gates.

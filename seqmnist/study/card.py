@@ -54,6 +54,7 @@ print(class_names[int(logits[0].argmax())])
 
 `$classifier` classifies any number B of images; it includes normalization. `$parameters` contains
 the parameters by name, `$spec_file` the size of images and the names of the classes, by label.
+`draw.html`, if it is here, is a page to draw on that runs the network in a browser.
 $steps
 ## Prepare an image
 
