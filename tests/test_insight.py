@@ -138,10 +138,12 @@ def test_scores_are_their_definitions(pairs):
         assert scores.support[c] == true + missed
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 200))
-def test_calibration_is_its_definition(seed, num):
+@given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.booleans())
+def test_calibration_is_its_definition(seed, num, between_bins):
     rng = np.random.default_rng(seed)
     probabilities, labels = rng.dirichlet(np.ones(3), num), rng.integers(0, 3, num)
+    if between_bins:
+        probabilities = rng.multinomial(4, np.ones(3) / 3, num) / 4
     found = insight.calibration(labels, probabilities, num_bins=4)
     error = 0.0
     for k in range(4):

@@ -58,6 +58,13 @@ def test_all_steps_are_solved_sooner_if_the_past_is_forgotten(recurrence):
     assert newton.solve(gates, kernel / 10, bias, state, z)[1] <= 0.75 * T
 
 
+@pytest.mark.parametrize("recurrence", ["simple_rnn", "gru"], indirect=True)
+def test_units_without_cross_connections_are_solved_as_fast_as_newtons_method_is(recurrence):
+    gates, kernel, *rest = recurrence
+    kernel = kernel * jnp.tile(jnp.eye(H), kernel.shape[1] // H)  # then J is diagonal
+    assert newton.solve(gates, kernel, *rest)[1] <= 8
+
+
 def test_a_cell_of_ones_own_reads_in_parallel():
     class ParallelGRU(CELLS["gru"]):
         def recur(self, state, z):
