@@ -15,10 +15,10 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 100
+    config.train.num_epochs = 20
     config.model.view = "permuted_pixels"
     config.model.cell = "lru"
-    config.model.hidden_size = 128
+    config.model.hidden_size = 64
     config.model.num_layers = 4
     config.model.block = "residual"
     config.model.readout = "mean"
