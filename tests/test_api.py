@@ -33,6 +33,7 @@ def blocks(title):
 
 LINES, LOOP, SETTINGS = blocks("Use it from Python")
 (DEBUG,) = blocks("Read the code")
+(PARTS,) = blocks("Networks")
 
 # What a library must leave alone, and what of it has changed.
 BEFORE = """
@@ -103,7 +104,10 @@ def test_the_readme_is_as_brief_as_it_says():
 @pytest.mark.slow
 def test_the_readme_in_an_interpreter(tmp_path, data_dir):
     loop = LOOP + "assert (logits.argmax(1) == data.arrays('test')[1]).mean() > 0.5\n"
-    code = "\n".join((BEFORE, LINES, loop, DEBUG, "assert state.step % 5 == 1", AFTER))
+    check = "assert abs(jax.nn.softmax(logits) - probabilities[:5]).max() < 1e-5"
+    code = "\n".join(
+        (BEFORE, LINES, PARTS, check, loop, DEBUG, "assert state.step % 5 == 1", AFTER)
+    )
     result = python(code, tmp_path, environment(data_dir))
     assert not result.returncode, result.stderr
     assert not result.stderr

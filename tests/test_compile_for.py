@@ -200,7 +200,7 @@ def test_unknown_topologies_are_refused(topology):
 
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs libtpu; pip install 'jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"needs libtpu; pip install -e"):
         compile_for.describe("v5e:2x2")
     with pytest.raises(UserError, match=r"needs jax_cuda13_plugin; pip install 'jax\[cuda13\]'"):
         compile_for.describe("h100:1x8")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 
 import browser
 import jax
@@ -207,6 +208,18 @@ def exported(finished_run, tmp_path_factory):
     return workdir
 
 
+def test_what_is_in_the_way_of_the_page_is_told(exported, tmp_path, monkeypatch, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(exported, workdir)
+    (workdir / "export" / page.PAGE).unlink()
+    (workdir / "export" / page.PAGE).mkdir()
+    assert call(monkeypatch, export, f"--workdir={workdir}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert page.PAGE in line
+    assert "move it away" in line
+    assert not list((workdir / "export").glob("*.partial"))
+
+
 def test_the_tool_writes_the_page_or_says_why_not(exported, monkeypatch, capsys):
     folder = exported / "export"
     text = (folder / page.PAGE).read_text(encoding="utf-8")
@@ -278,6 +291,23 @@ def test_keys_draw_undo_and_clear(tab, exported):
     tab.press("Delete")
     assert tab.run(SHOWN)["strokes"] == 0
     assert tab.run("document.querySelector('#answer').textContent") == "Nothing drawn yet"
+
+
+def test_a_damaged_page_says_so(tab, exported, tmp_path):
+    text = (exported / "export" / page.PAGE).read_text(encoding="utf-8")
+    damaged = tmp_path / page.PAGE
+    damaged.write_text(text.replace('"packed":"', '"packed":"AAAA'), encoding="utf-8")
+    tab.call("Page.navigate", url=damaged.as_uri())
+    expected = "This page is damaged; export it again."
+    for _ in range(200):
+        time.sleep(0.05)
+        if tab.run("document.querySelector('#answer')?.textContent") == expected:
+            break
+    tab.events.clear()
+    tab.run("strokes.push({width: 9, points: [[9, 9]]}); changed()")
+    tab.run("new Promise((resolve) => setTimeout(resolve, 200))")
+    assert tab.run("document.querySelector('#answer').textContent") == expected
+    assert not [each for each in tab.events if each["method"] == "Runtime.exceptionThrown"]
 
 
 _CONTRASTS = """(() => {

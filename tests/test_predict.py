@@ -243,6 +243,9 @@ def test_redrawn_digits_are_known_again(tmp_path, monkeypatch, capsys):
     assert set(accuracies) == set(redraw.KINDS)
     assert min(accuracies.values()) >= 0.8
     assert len(capsys.readouterr().out.splitlines()) == len(redraw.KINDS)
+    most = len(network.test_set()[1]) // 2
+    assert call(monkeypatch, redraw, "--workdir=x", f"--num_images={most + 1}") == 2
+    assert f"choose at most {most}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -255,12 +258,17 @@ def test_redrawn_digits_are_known_again(tmp_path, monkeypatch, capsys):
         (["--workdir=x", "*.nothing"], ["*.nothing", "no file matches"]),
         (["--workdir=mnist", "README.md"], ["README.md", "not an image"]),
         (["--workdir=mnist", "--no_prepare", "{}/large.png"], ["large.png", "30 × 40"]),
-        (["--workdir=mnist", "{}/blank.png"], ["blank.png", "shows nothing"]),
+        (["--workdir=mnist", "{}/blank.png"], ["blank.png", "nothing like a digit"]),
         (["--workdir=mnist", "{}/empty.npy"], ["empty.npy", "0 × 0"]),
         (["--workdir=mnist", "{}/blank.png"], ["no digit found"]),
         (["--workdir=x", "{}/folder"], ["folder", "no image"]),
         (["--workdir=x", "--artifact=y", "README.md"], ["--artifact", "--workdir"]),
         (["--artifact=y", "--by_row", "README.md"], ["--by_row", "--workdir"]),
+        (["--artifact=y", "--member=1", "README.md"], ["--member", "--workdir"]),
+        (["--artifact=y", "--checkpoint=best", "README.md"], ["--checkpoint", "--workdir"]),
+        (["--workdir=mnist", "{}/rgba.npy"], ["rgba.npy", "[28, 28, 4]"]),
+        (["--workdir=x", "--json={}/large.png", "README.md"], ["large.png", "is not JSON"]),
+        (["--workdir=x", "--json={}/pipe", "README.md"], ["pipe", "no regular file"]),
         (["--artifact=README.md", "{}/large.png"], ["README.md", "export"]),
         (["--artifact=", "{}/large.png"], ["--artifact", "empty"]),
         (["--workdir={}", "{}/large.png"], ["config.json", "train"]),
@@ -280,7 +288,9 @@ def test_a_mistake_ends_in_one_line(arguments, words, tmp_path, monkeypatch, cap
     Image.fromarray(drawn).save(tmp_path / "large.png")
     Image.new("L", (28, 28)).save(tmp_path / "blank.png")
     np.save(tmp_path / "empty.npy", np.zeros((0, 0), np.uint8))
+    np.save(tmp_path / "rgba.npy", np.zeros((28, 28, 4), np.uint8))
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     assert call(monkeypatch, predict, *(argument.format(tmp_path) for argument in arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")

@@ -32,6 +32,10 @@ def add_output_argument(parser: argparse.ArgumentParser, flag: str, help_: str) 
             raise UserError(f"{flag}={text}: there is no folder {path.parent}; make it first")
         if path.is_dir():
             raise UserError(f"{flag}={text} is a folder; name a file")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{flag}={text} is no regular file; choose another path")
+        if flag == "--json" and path.exists() and path.read_bytes()[:1] not in (b"", b"{"):
+            raise UserError(f"--json={text} exists and is not JSON; choose another path")
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise UserError(f"{flag}={text}: {path.parent} is not writable; choose another folder")
         return path

@@ -42,6 +42,7 @@ _FORMS = (
     "v5e:2x2 to v5e:16x16, v6e:2x2 to v6e:16x16, v5p:2x2x1 or tpu7x:2x2x1 and larger, or h100:1x8 "
     "and others, HOSTSxGPUS"
 )
+_PATTERN = r"v[56]e:\d+x\d+|(v5p|tpu7x):\d+x\d+x\d+|h100:[1-9]\d*x[1-9]\d*"
 _ENVIRONMENT = {  # else libtpu looks for a TPU's host, and writes logs to /tmp and standard error
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -78,10 +79,12 @@ def describe(topology: str) -> list[Any]:
 
     Raises UserError if it is unknown, or if what compiles for it is not installed.
     """
+    if not re.fullmatch(_PATTERN, topology):
+        raise UserError(f"--topology={topology} does not exist; choose one of {_FORMS}")
     gpus = re.fullmatch(r"h100:(\d+)x(\d+)", topology)
-    module, remedy = ("jax_cuda13_plugin", "jax[cuda13]") if gpus else ("libtpu", "jax[tpu]")
+    module, remedy = ("jax_cuda13_plugin", "'jax[cuda13]'") if gpus else ("libtpu", "-e '.[tpu]'")
     if importlib.util.find_spec(module) is None:
-        raise UserError(f"--topology={topology} needs {module}; pip install '{remedy}'")
+        raise UserError(f"--topology={topology} needs {module}; pip install {remedy}")
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import jax

@@ -13,6 +13,7 @@ draw.html is a page to draw on: it runs the network in a browser, from its param
 the prediction changes by time step. It is one file that needs neither a server nor a network.
 """
 
+import contextlib
 import pathlib
 
 from seqmnist.errors import UserError, explain_storage
@@ -52,13 +53,17 @@ def _write_page(network):
 
     folder = network.workdir.path / export.DIRECTORY
     path, aside = folder / page.PAGE, folder / f"{page.PAGE}.partial"
-    path.unlink(missing_ok=True)  # it may be another network's
-    try:
-        text = page.make(network.config.model, network.spec, load_file(folder / export.PARAMETERS))
-    except UserError as error:
-        print(f"NOTICE: {path} is not written: {error}")
-        return {}
-    with explain_storage(str(path), "make room, then run the same command again"):
+    remedy = "make room or move it away, then run the same command again"
+    with explain_storage(str(path), remedy), contextlib.ExitStack() as stack:
+        try:
+            text = page.make(
+                network.config.model, network.spec, load_file(folder / export.PARAMETERS)
+            )
+        except UserError as error:
+            print(f"NOTICE: {path} is not written: {error}")
+            path.unlink(missing_ok=True)  # another network's
+            return {}
+        stack.callback(aside.unlink, missing_ok=True)
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     return {page.PAGE: path.stat().st_size}

@@ -378,7 +378,9 @@ def gradient_norms(norms: np.ndarray) -> Figure:
     names = ("reading forwards", "reading backwards") if len(norms) > 1 else (None,)
     largest = norms.max() if norms.max() > 0 else 1.0
     for norm, color, name in zip(norms, (BLUE, VERMILION), names, strict=False):
-        low, middle, high = np.maximum(np.percentile(norm, (25, 50, 75), axis=1), 1e-12 * largest)
+        with np.errstate(invalid="ignore"):  # between two infinite norms
+            quartiles = np.percentile(norm, (25, 50, 75), axis=1)
+        low, middle, high = np.maximum(quartiles, 1e-12 * largest)
         axis.fill_between(steps, low, high, color=color, alpha=0.25, lw=0)
         axis.plot(steps, middle, color=color, lw=2, label=name)
     axis.set(yscale="log", xlabel="time step t", ylabel="gradient norm", xlim=(1, steps[-1]))

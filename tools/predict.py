@@ -79,8 +79,11 @@ def _say(line):
 
 
 def _main(arguments):
-    if arguments.artifact is not None and arguments.by_row:
-        raise UserError("--by_row needs --workdir; an artifact classifies whole images only")
+    if arguments.artifact is not None:
+        if arguments.by_row:
+            raise UserError("--by_row needs --workdir; an artifact classifies whole images only")
+        if arguments.member is not None or arguments.checkpoint != "newest":
+            raise UserError("--member and --checkpoint need --workdir; an artifact is one network")
     entries, files = [], []
     for name in arguments.images:
         with _noting_errors(entries, name):

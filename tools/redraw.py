@@ -15,6 +15,8 @@ from seqmnist.errors import UserError
 from seqmnist.study import images
 from tools import cli
 
+_NUM_IMAGES = 1000
+
 
 def _resize(image, size):
     from PIL import Image
@@ -118,6 +120,8 @@ def measure(network, name: str, num_images: int) -> float:
         if len(digits) == num_digits:
             found.append(digits)
             expected.append(labels[own])
+    if not found:
+        return 0.0
     answers = network.probabilities(np.concatenate(found)).argmax(-1)
     right = answers.reshape(-1, num_digits) == expected
     return float(right.all(1).sum() / num_images)
@@ -127,18 +131,28 @@ def _main(arguments):
     network = cli.load(arguments)
     if not images.is_of_digits(network.spec):
         raise UserError(f"--workdir={arguments.workdir} is no network of digits; name another run")
+    num_test = len(network.test_set()[1])
+    most = num_test // 2  # two digits to a picture
+    num_images = arguments.num_images or min(_NUM_IMAGES, most)
+    if num_images > most:
+        raise UserError(
+            f"--num_images={num_images} needs {2 * num_images:,} test images, and there are "
+            f"{num_test:,}; choose at most {most}"
+        )
     accuracies = {}
     for name in KINDS:
-        accuracies[name] = measure(network, name, arguments.num_images)
+        accuracies[name] = measure(network, name, num_images)
         print(f"{accuracies[name]:.4f}  {name}", flush=True)
-    return {"accuracies": accuracies, "num_images": arguments.num_images}
+    return {"accuracies": accuracies, "num_images": num_images}
 
 
 def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_workdir_argument(parser)
     parser.add_argument(
-        "--num_images", type=cli.positive, default=1000, help="of each kind (%(default)s)"
+        "--num_images",
+        type=cli.positive,
+        help=f"of each kind ({_NUM_IMAGES}, if there are as many)",
     )
     return parser
 

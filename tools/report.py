@@ -187,7 +187,7 @@ def _main(arguments):
     workdir = Workdir(arguments.workdir).path
     page = write(workdir, f'Run "{workdir.name}": what it learned', sections)
     test = numbers["test"]
-    print(f"Test accuracy: {test['accuracy']:.4f}, {test['mistakes']:,} mistakes")
+    print(f"Test accuracy: {test['accuracy']:.4f}, mistakes: {test['mistakes']:,}")
     print(f"Report: {page} ({page.stat().st_size:,} bytes)")
     return numbers
 

@@ -131,7 +131,8 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
     names = [workdir.path.name for workdir in workdirs]
     if len(set(names)) < len(names):
         names = [str(workdir.path) for workdir in workdirs]
-    rows = [["run", "network", "parameters", "epochs", "seconds", *card.scores({})]]
+    rows = [["run", "data", "network", "parameters", "epochs", "seconds", *card.scores({})]]
+    fingerprints = set()
     metrics = {}
     for workdir, name in zip(workdirs, names, strict=True):
         config, results = workdir.read_config(), workdir.read_results()
@@ -141,11 +142,16 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
             name = f"{name} ({setting})"
         metrics[name] = own
         seconds = (results.get("seconds") or {}).get("train", "–")
-        row = [name, card.describe(config.model), results.get("parameters", "–")]
+        data = results.get("dataset", {})
+        fingerprints.add(data.get("fingerprint"))
+        row = [name, data.get("name", config.data.name), card.describe(config.model)]
+        row.append(results.get("parameters", "–"))
         rows.append([*row, len(lines), seconds, *card.scores(results).values()])
     alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
     text = "Mean and standard deviation for runs with several members; of a sweep, those of the "
     text += "setting that validation ranks first."
+    if len(fingerprints - {None}) > 1:
+        text += "\nNOTICE: the runs are of different data, so that their scores cannot be compared."
     look = "Compare the solid lines; a run whose dashed line is far better knows its training "
     look += "examples by heart."
     pictures = picture("compare", figures.learning_curves(metrics), alt, look)
@@ -388,7 +394,9 @@ def _unrolled(found):
         "Follow the arrows from the first time step to the prediction: what was read there has to "
     )
     look += "pass through every state on the way."
-    return Section("The network, unrolled over it", text, picture("unrolled", figure, alt, look))
+    return Section(
+        "The network, unrolled over the sequence", text, picture("unrolled", figure, alt, look)
+    )
 
 
 def _beliefs(found):

@@ -94,7 +94,7 @@ def to_bytes(array: np.ndarray, path: pathlib.Path, any_range: bool = False) -> 
     if not (any_range or (low >= 0 and high <= 255)):
         raise UserError(f"{path} contains numbers outside 0 to 255; scale them")
     if not np.isfinite(high - low):
-        raise UserError(f"{path} contains numbers that are not finite; scale them")
+        raise UserError(f"{path} contains numbers that are not finite; replace them")
     is_unit = array.dtype.kind in "bf" and high <= 1 + _ROUNDING
     if any_range and (high > low):
         array, is_unit = (array.astype(np.float64) - low) / (high - low), True

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import string
 from typing import TYPE_CHECKING, Any
 
@@ -120,11 +121,11 @@ def format_score(score: Any, member: int | None = None) -> str:
     With `member`, its own score comes before those.
     """
     if not isinstance(score, list):
-        return "–" if score is None else f"{score:.4f}"
+        return "–" if score is None else _four(score)
     values = [value for value in score if value is not None]
-    text = f"{np.mean(values):.4f}" if values else "–"
+    text = _four(np.mean(values)) if values else "–"
     if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.4f}"
+        text += f" ± {_four(np.std(values, ddof=1))}"
     if len(values) < len(score):
         text += f" ({len(values)} of {len(score)} seeds)"
     return text if member is None else f"{format_score(score[member])} (all seeds: {text})"
@@ -134,7 +135,7 @@ def format_spread(spread: dict[str, Any] | None) -> str:
     """Formats what `members.spread` returns as mean ± standard deviation; – if there is no mean."""
     if not spread or spread["mean"] is None:
         return "–"
-    return f"{spread['mean']:.4f}" + (f" ± {spread['sd']:.4f}" if spread["sd"] is not None else "")
+    return _four(spread["mean"]) + (f" ± {_four(spread['sd'])}" if spread["sd"] is not None else "")
 
 
 def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]:
@@ -212,6 +213,8 @@ def model_card(
     known = facts(config, results, member, step)
     rows = [f"| {key} | {value} |" for key, value in known.items()]
     if notice := results.get("dataset", {}).get("notice"):
+        # Its reason and folders are of interest on the machine of the run only.
+        notice = re.sub(r"(?<!\S)/\S+", "…", notice.partition(", because ")[0])
         rows.append(f"| notice | {notice} |")
     names = list(spec.class_names[:_MAX_NAMES])
     names += [f"and {more} more"] if (more := spec.num_classes - len(names)) else []
@@ -246,3 +249,7 @@ def model_card(
         preparation=_DIGIT_PREPARATION if is_digit else _OTHER_PREPARATION.substitute(words),
         steps=_STEPS.substitute(words) if streaming else "",
     )
+
+
+def _four(number):
+    return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"

@@ -115,7 +115,7 @@ def as_it_is(image: np.ndarray, name: object, spec: ImageSpec) -> np.ndarray:
     if (height, width) != (spec.height, spec.width):
         raise UserError(
             f"{name} has {width} × {height} pixels; without preparation "
-            f"{spec.width} × {spec.height} are needed"
+            f"{spec.width} × {spec.height} are needed; leave out --no_prepare"
         )
     return pictures.to_channels(image, spec.channels)
 
@@ -177,7 +177,7 @@ def prepare_digits(image: np.ndarray, name: object) -> Digits:
     ink = _ink(_without_desk(_gray(image)))
     groups = [] if ink is None else _groups(ink)
     if not groups or len(groups) > _MOST_DIGITS:
-        raise UserError(f"no digit found: {name} shows nothing that stands out; name another image")
+        raise UserError(f"no digit found: {name} shows nothing like a digit; name another image")
     largest = int(np.argmax([group.sum() for group in groups]))
     return Digits([_normalize(group) for group in groups], largest)
 
@@ -424,7 +424,10 @@ def _without_flat_axes(array):
 def _num_axes(array):
     """Returns 2 for an image, 3 for several, 0 for anything else."""
     num_axes = array.ndim - (array.ndim > 2 and array.shape[-1] == 3)
-    return num_axes if num_axes in (2, 3) and array.dtype.kind in "buif" else 0
+    is_transparent = array.ndim > 2 and array.shape[-1] == 4
+    return (
+        num_axes if num_axes in (2, 3) and array.dtype.kind in "buif" and not is_transparent else 0
+    )
 
 
 def _check_bytes(path, num_bytes):
