@@ -1,7 +1,7 @@
 """seqmnist: recurrent networks that read images as sequences, in JAX and Flax.
 
 The names below are the interface for Python; each imports its module, and JAX, when it is first
-used. README's section "Use it from Python" shows them at work.
+used. README's section "Use it from Python" shows how to use them.
 """
 
 import importlib
@@ -38,7 +38,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value  # which is found without this function from now on
+    globals()[name] = value  # from now on, it is found without this function
     return value
 
 

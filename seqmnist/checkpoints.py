@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `checkpoints/STEP`: arrays (the `TrainState` and the sums of the epoch so
 far) and, as JSON, the finished epochs and a SHA-256 of everything. It is restored as it was
-written and only then compared with what the configuration needs, so that damage, another
-network and another version are told apart.
+written and only then compared with what the configuration needs, so that an error can tell damage
+from another network or version.
 """
 
 import functools
@@ -35,7 +35,7 @@ DIRECTORY, DAMAGED = "checkpoints", "damaged"
 # What Orbax raises for content that is missing or cannot be decoded.
 _UNDECODABLE = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 _UNDECODABLE += (FileNotFoundError,)
-# What TensorStore says in a ValueError that has other causes.
+# How TensorStore begins a ValueError that has other causes.
 _NOT_DAMAGE = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "ABORTED", "CANCELLED")
 
 
@@ -49,8 +49,8 @@ class Saved(NamedTuple):
       history: a record for each finished epoch, as in `metrics.jsonl`.
       fingerprint: of the dataset.
       seconds: spent on training so far.
-      images: what the dataset's images are, `ImageSpec.to_dict()`.
-      best: the parameters of the lowest validation loss; None without early stopping.
+      images: the dataset's `ImageSpec.to_dict()`.
+      best: the parameters with the lowest validation loss; None without early stopping.
     """
 
     state: TrainState
@@ -63,7 +63,7 @@ class Saved(NamedTuple):
     best: Any = None
 
 
-# What `facts` hold; earlier versions, which read MNIST and its like only, did not say so.
+# What `facts` hold. Earlier versions, which read only images like MNIST's, saved no `images`.
 _FACTS = {"step", "history", "fingerprint", "seconds"}
 _DEFAULTS = {"images": MNIST.to_dict()}
 
@@ -71,8 +71,8 @@ _DEFAULTS = {"images": MNIST.to_dict()}
 def validation_losses(history: list[dict[str, Any]]) -> dict[int, float]:
     """Returns the validation loss by step, of the epochs that have one.
 
-    The best state of a run is that with the lowest. Of members, it is the mean of those that have
-    not diverged.
+    The best state of a run is that with the lowest loss. With members, the loss is the mean over
+    those that have not diverged.
     """
     losses = {}
     for record in history:
@@ -93,10 +93,10 @@ class _DamagedError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of a workdir. Of several processes, all call every method."""
+    """The checkpoints of a workdir. With several processes, all must call every method."""
 
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
-        """Takes the workdir's path, and for saving when and what is kept; touches nothing yet."""
+        """Takes the workdir's path and, for saving, what to keep; reads and writes nothing yet."""
         self._workdir, self._config = workdir, config
         self._best: int | None = None
 
@@ -112,13 +112,13 @@ class Checkpoints:
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
 
     def check(self) -> None:
-        """Raises UserError if something else has the place of the checkpoints' folder."""
+        """Raises UserError if the checkpoints' folder exists but is not a folder."""
         if self.directory.exists() and not self.directory.is_dir():
             raise UserError(f"{self.directory} is not a folder; move it, or choose another workdir")
 
     @functools.cached_property
     def _manager(self):
-        import orbax.checkpoint as ocp  # here, not above: it takes long to import
+        import orbax.checkpoint as ocp  # imported here: it takes long to import
         from orbax.checkpoint import checkpoint_managers as policies
 
         checkpoints = self
@@ -147,7 +147,7 @@ class Checkpoints:
         arrays = (facts.pop("state"), facts.pop("sums"), facts.pop("best"))
         arrays = jax.tree.map(np.array, devices.gather(arrays))
         facts["sha256"] = _digest(_by_name(arrays), facts)
-        with no_warnings_of("absl"):  # of a disk on which saving takes longer than an epoch
+        with no_warnings_of("absl"):  # about saving that takes longer than an epoch
             self._manager.save(
                 saved.step,
                 args=ocp.args.Composite(
@@ -159,17 +159,17 @@ class Checkpoints:
     def restore(
         self, expect: Callable[[dict[str, Any]], Any], notice: Callable[[str], None]
     ) -> Saved | None:
-        """Restores the newest checkpoint that is whole; sets damaged ones aside.
+        """Restores the newest undamaged checkpoint; moves damaged ones to `damaged/`.
 
         Args:
-          expect: returns shapes, dtypes and shardings of (state, sums, best) that belong to a
-            checkpoint's facts, a dict of the other fields of `Saved`; it may refuse them.
-          notice: is told of each damaged checkpoint.
+          expect: takes a checkpoint's facts, a dict of the other fields of `Saved`, and returns
+            shapes, dtypes and shardings of its (state, sums, best), or raises UserError.
+          notice: called with a line about each damaged checkpoint.
 
         Returns None if nothing has been saved yet. Raises UserError if one cannot be read or is of
         another network, or if all are damaged.
         """
-        # Agreed on: another process may be removing an old run, or has not seen it removed.
+        # Agreed on: while one process removes an old run, others may still see it.
         steps = self.steps() if devices.agree(bool(self.steps())) else []
         for step in reversed(steps):
             reason, leaves, facts = self._try_read(step)
@@ -197,9 +197,9 @@ class Checkpoints:
     ) -> tuple[Any, dict[str, Any]]:
         """Restores the parameters of a checkpoint; writes nothing.
 
-        `expect` returns shapes and dtypes of the parameters; arguments are those of `restore`.
-        `which` is "newest", "best" (see `validation_losses`) or the number of a step. If the newest
-        or the best is damaged, the next one is used.
+        `expect` and `notice` are those of `restore`, but `expect` returns shapes and dtypes of the
+        parameters only. `which` is "newest", "best" (see `validation_losses`) or the number of a
+        step. If the newest or the best is damaged, the next one is used.
 
         Returns the parameters and the facts. Raises UserError if there is no such checkpoint, or
         it cannot be read, or is of another network.
@@ -221,11 +221,11 @@ class Checkpoints:
             damaged = f"{self.directory / str(step)} is damaged ({reason})"
             if which not in ("newest", "best"):
                 raise UserError(f"{damaged}; choose another with --checkpoint")
-            notice(f"{damaged}; another one is used")
+            notice(f"{damaged}; another one is used instead")
         raise UserError(f"{self.directory} holds no usable checkpoint; train with this workdir")
 
     def _by_loss(self, notice):
-        """Returns the steps that are kept and validated, the best one first."""
+        """Returns the steps that were kept and validated, the best one first."""
         contents = (self._try_read(step)[2] for step in self.steps()[::-1])
         newest = next(filter(None, contents), {"history": []})
         losses = validation_losses(newest["history"])
@@ -234,8 +234,8 @@ class Checkpoints:
         best, kept = best_step(newest["history"]), set(self.steps())
         if best not in kept:
             notice(
-                f"the best state, of step {best}, was not kept; this is the best of those that "
-                "were; config.checkpoint.keep_best=true keeps it"
+                f"the best state, of step {best}, was not kept; the best of the others is used; "
+                "train with config.checkpoint.keep_best=true to keep it"
             )
         return sorted(kept & losses.keys(), key=losses.get)
 
@@ -255,8 +255,8 @@ class Checkpoints:
         if devices.agree(bool(reason)):
             if not all(devices.collect(bool(reason))):
                 raise UserError(
-                    f"{self.directory / str(step)} can be read by some processes only; let all "
-                    "hosts see the same disk"
+                    f"{self.directory / str(step)} can be read by some processes only; put the "
+                    "workdir on a disk that all hosts share"
                 )
             reason = reason or "see the first process"
         return reason, *content
@@ -288,7 +288,7 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _with_norms(leaves):
-    """Adds the sums of norms that earlier versions did not save: unknown within an epoch."""
+    """Adds sums of norms, which earlier versions did not save: NaN in the middle of an epoch."""
     if "1.loss" not in leaves:
         return leaves
     loss = leaves["1.loss"]
@@ -297,7 +297,7 @@ def _with_norms(leaves):
 
 
 def _check_readable(folder):
-    """Raises UserError if the system refuses to read a file: that is no damage."""
+    """Raises UserError if the system refuses to read a file: that is not damage."""
     try:
         for path in folder.rglob("*"):
             if path.is_file():
@@ -309,13 +309,16 @@ def _check_readable(folder):
 def _unreadable(folder, error):
     reason = storage_reason(error) or one_line(error)
     return UserError(
-        f"{error.filename or folder} cannot be read ({reason}); make it readable, nothing was "
+        f"{error.filename or folder} cannot be read ({reason}); make it readable; nothing was "
         "changed"
     )
 
 
 def _fitted(step, leaves: Mapping[str, np.ndarray], template, prefix=""):
-    """Returns the arrays under a prefix as the template has them; raises UserError unless equal."""
+    """Returns the arrays under a prefix in the template's structure, unless they do not fit it.
+
+    Raises UserError if names, shapes or dtypes differ.
+    """
     holds = {name: leaf for name, leaf in leaves.items() if name.startswith(prefix)}
     needs = {prefix + name: leaf for name, leaf in _by_name(template).items()}
     for name in (*needs, *sorted(holds)):

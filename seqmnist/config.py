@@ -61,17 +61,21 @@ class DataConfig(_Group):
     name: str = _field(
         "auto",
         "mnist, fashion_mnist, kmnist, k49, emnist_balanced, emnist_letters, emnist_digits, "
-        "cifar10; mnist_5k, digits, which need no file; npz or folder, files of one's own in "
+        "cifar10; mnist_5k, digits, which need no file; npz or folder, your own files in "
         "manual_dir; tfds:NAME, prepared by TFDS in data_dir; or another name in sources.LOADERS. "
         "auto is mnist if available, else mnist_5k",
     )
-    data_dir: str | None = _field(None, "folder of prepared datasets; none is TFDS's own")
+    data_dir: str | None = _field(None, "folder of prepared datasets; none is TFDS's own folder")
     manual_dir: str | None = _field(
-        None, "folder of the published archives, instead of a download; of pictures; a .npz file"
+        None,
+        "folder of the published archives, instead of a download; or a folder of pictures, or a "
+        ".npz file",
     )
     verify_checksums: bool = _field(True, "refuse archives whose SHA-256 is not the registered one")
     grayscale: bool = _field(False, "make colored images gray")
-    size: int | None = _field(None, "resize images to so many pixels a side", within="[1, 4096]")
+    size: int | None = _field(
+        None, "resize images to this many pixels per side", within="[1, 4096]"
+    )
     validation_fraction: float = _field(
         0.2, "share of the training archive, its tail, that is held out", within="[0, 1)"
     )
@@ -117,15 +121,17 @@ class OptimizerConfig(_Group):
     learning_rate: float = _field(1e-3, "peak learning rate", within=f"[{SMALLEST}, {LARGEST}]")
     schedule: str = _field(
         "constant",
-        "constant; cosine: half a cosine down to zero; plateau: smaller when the training loss of "
-        "an epoch stays as it is",
+        "constant; cosine: half a cosine down to zero; plateau: lower whenever the training loss "
+        "of an epoch stops falling",
         choices=("constant", "cosine", "plateau"),
     )
     plateau_factor: float = _field(
-        0.1, "share of the learning rate that plateau leaves", within="(0, 1)"
+        0.1, "factor by which plateau lowers the learning rate", within="(0, 1)"
     )
     plateau_patience: int = _field(
-        5, "epochs without a lower training loss, for plateau", within="[1, 1000000]"
+        5,
+        "epochs without a lower training loss before plateau lowers the learning rate",
+        within="[1, 1000000]",
     )
     warmup_fraction: float = _field(
         0.0, "share of the run in which the learning rate rises from zero", within="[0, 1)"
@@ -143,7 +149,8 @@ class OptimizerConfig(_Group):
     )
     recurrent_factor: float = _field(
         1.0,
-        "learning rate of RecurrentParams (how long linear cells remember) as a share",
+        "learning rate of RecurrentParams (how long linear cells remember), as a share of "
+        "learning_rate",
         within="[0, 1]",
     )
 
@@ -160,8 +167,8 @@ class TrainConfig(_Group):
     truncate: int = _field(0, "gradients stop after every n time steps; 0 never", within=_COUNT)
     early_stopping: int = _field(
         0,
-        "stop after n epochs in a row without a lower validation loss; the parameters of the "
-        "lowest are taken back; 0 never",
+        "stop after n epochs in a row without a lower validation loss, and restore the parameters "
+        "of the lowest; 0 never",
         within=_COUNT,
     )
     log_every_steps: int = _field(
@@ -169,7 +176,7 @@ class TrainConfig(_Group):
         "write loss and norms of every n-th step of the run to steps.jsonl; 0 never",
         within=_COUNT,
     )
-    augment: str = _field("none", "distortion of training images, in augment.AUGMENTATIONS")
+    augment: str = _field("none", "distortion of training images, a name in augment.AUGMENTATIONS")
 
 
 @dataclasses.dataclass
@@ -181,8 +188,8 @@ class MembersConfig(_Group):
     )
     sweep: str = _field(
         "{}",
-        'settings as JSON: {"optimizer.learning_rate": [0.001, 0.01]} is a grid, a list of objects '
-        "a list of settings; fields of members.SWEEPABLE, and options that are floats",
+        'settings as JSON: an object such as {"optimizer.learning_rate": [0.001, 0.01]} is a grid, '
+        "a list of objects lists settings; for fields in members.SWEEPABLE, and float options",
     )
 
 
@@ -191,7 +198,9 @@ class MeshConfig(_Group):
     """How the work spreads over devices; changes results only by rounding."""
 
     member: int = _field(
-        0, "devices over which members spread; 0 is as many as divide them", within="[0, 65536]"
+        0,
+        "devices over which members spread; 0 is the largest number that divides theirs",
+        within="[0, 65536]",
     )
     data: int = _field(
         0, "devices over which a batch is split; 0 chooses by device and size", within="[0, 65536]"
@@ -210,7 +219,7 @@ class CheckpointConfig(_Group):
 
 @dataclasses.dataclass
 class ProfileConfig(_Group):
-    """What is measured on the way; changes no result."""
+    """What is measured during a run; changes no result."""
 
     steps: str | None = _field(
         None, "steps of the run, counted from 0, that the profiler traces", form="START:STOP"
@@ -224,7 +233,7 @@ class Config(_Group):
     seed: int = _field(
         0, "seed of initialization, order, dropout and augmentation", within="[0, 4294967295]"
     )
-    plugins: str = _field("", "Python files, with commas between, that add cells, views and others")
+    plugins: str = _field("", "Python files, separated by commas, that add cells, views, etc.")
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -235,10 +244,10 @@ class Config(_Group):
     profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
 
 
-# Groups of earlier versions, which changed no result; they are skipped where they are read.
+# Groups of earlier versions, which changed no result; they are ignored in files.
 _RETIRED = ("scan",)
 
-# What a resumed run may change: how it is done, but not its results. Data are compared by content.
+# What a resumed run may change: how it runs, but not its results. Data are compared by content.
 NEUTRAL = ("data.name", "data.data_dir", "data.manual_dir", "data.verify_checksums")
 NEUTRAL += ("data.grayscale", "data.size")
 NEUTRAL += ("plugins", "data.input_mode", "mesh.member", "mesh.data", "profile.steps")

@@ -1,4 +1,4 @@
-"""What a person sees: a bar and colour on a terminal or in a notebook, elsewhere plain lines."""
+"""What a person sees: a bar and color on a terminal or in a notebook, elsewhere plain lines."""
 
 import contextlib
 import errno
@@ -27,9 +27,9 @@ class _Console(Console):
 
 
 class _Cell:
-    """The output of a notebook's cell, as a text file: one for a run, with a bar at its end.
+    """The output of a notebook's cell, as a text file: one output per run, with a bar at its end.
 
-    Rich would add an output for each line, and needs widgets for a bar, which no file keeps.
+    Rich would add an output for each line; its bar needs widgets, which a saved notebook loses.
     """
 
     def __init__(self):
@@ -41,7 +41,7 @@ class _Cell:
         self._show(self._text)
 
     def flush(self) -> None:
-        """Does nothing: all is shown."""
+        """Does nothing: `write` has shown everything."""
 
     def show_bar(self, title: str, step: int, num_steps: int, metrics: str) -> None:
         """Shows how far an epoch is, below the text."""
@@ -60,7 +60,7 @@ class _Cell:
 
 
 class Display:
-    """Prints the progress of a run on standard output; of several processes, the first one does."""
+    """Prints the progress of a run on standard output; of several processes, only the first."""
 
     def __init__(self):
         settings = {"highlight": False, "quiet": jax.process_index() != 0}
@@ -84,11 +84,11 @@ class Display:
         self.say(f"NOTICE: {text}", style="bold black on yellow")
 
     def setup(self, task: Any, params: Any) -> None:
-        """Prints what runs, on which data and devices, and the table of parameters.
+        """Prints the data, the devices, the network and its table of parameters.
 
         Args:
           task: a `training.task.Task`.
-          params: arrays or their shapes; of members, with a leading axis S.
+          params: arrays or their shapes; with members, they have a leading axis S.
         """
         if task.dataset.notice:
             self.notice(task.dataset.notice)
@@ -154,8 +154,8 @@ class Display:
     ) -> None:
         """Prints the line of an epoch as Keras does.
 
-        `seconds` is how long those of its steps took that this process has `taken`: not all of
-        them if the run was resumed within the epoch.
+        `taken` is the number of its steps that this process has taken, fewer than all if the run
+        was resumed within the epoch, and `seconds` is how long those took.
         """
         parts = [title, f"{num_steps}/{num_steps}"]
         parts += [f"{seconds:.1f}s {1000 * seconds / taken:.1f}ms/step"]
@@ -198,15 +198,13 @@ class Display:
             return table
 
         names, unlimited = list(rows[0]), self._console.options.update(max_width=1000)
-        for name in ("test_loss", "95 % interval"):  # which results.json holds, too
+        for name in ("test_loss", "95 % interval"):  # results.json holds these, too
             needed = self._console.measure(table(names), options=unlimited).maximum
             if needed > self._console.width:
                 names.remove(name)
         self._print(table(names))
         if diverged := sum(setting.get("diverged", 0) for setting in results["settings"]):
-            self.say(
-                f"{diverged} of {len(results['members'])} members diverged; they count nowhere"
-            )
+            self.say(f"{diverged} of {len(results['members'])} members diverged and are left out")
         if swept and results["best"] is not None:
             chosen = results["settings"][results["best"]]
             values = ", ".join(f"{name} = {chosen[name]:g}" for name in swept)
@@ -238,13 +236,13 @@ class Display:
     def _print(self, what, style=None):
         try:
             self._console.print(what, style=style)
-        except OSError as error:  # the terminal is closed or the disk full; the run goes on
+        except OSError as error:  # the terminal is closed or the disk full; the run continues
             self._console.on_broken_pipe()
             self._failure = error if error.errno == errno.ENOSPC else None
 
 
 class Quiet(Display):
-    """Shows notices only, and tells `advance` how many epochs of the run are done, a float."""
+    """Shows only notices, and calls `advance` with the number of epochs done so far, a float."""
 
     def __init__(self, advance: Callable[[float], None]):
         super().__init__()
@@ -282,7 +280,7 @@ def describe(model: ModelConfig) -> str:
 
 
 def _text(value):
-    """One score, or the mean ± standard deviation of members' that did not diverge."""
+    """Returns one score, or mean ± standard deviation over members that did not diverge."""
     values = np.array([value] if not isinstance(value, list) else value, float)
     finite = values[np.isfinite(values)]
     if not len(finite):

@@ -1,4 +1,4 @@
-"""What Python users need beside the library's own functions: data as arrays, and batches."""
+"""What Python users need besides the library's own functions: data as arrays, and batches."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +14,7 @@ from seqmnist.training import batches
 def load_data(name: str = "auto", **settings: Any) -> sources.Prepared:
     """Loads a dataset, preparing it first if need be.
 
-    `data.arrays("train")` and `data.arrays("test")` are images uint8 [N, *data.spec.shape], 0 to
+    `data.arrays("train")` and `data.arrays("test")` return images uint8 [N, *data.spec.shape], 0 to
     255, and labels int32 [N]. "train" is the whole training archive, whose tail `train` holds out
     for validation. `name` and `settings` are the fields of `config.data`, for example
     `load_data("npz", manual_dir="my.npz")`.
@@ -35,8 +35,8 @@ def epoch_batches(
 ) -> Iterator[batches.Batch]:
     """Yields each example once, in batches for `train_step`; the last one is padded.
 
-    Takes images uint8 [N, …] and labels int [N]. Seed and epoch, counted from 0, determine the
-    order; it is that in which `train` visits N training examples.
+    Takes images uint8 [N, …] and labels int [N]. The seed and the epoch, counted from 0, determine
+    the order, the same in which `train` visits N training examples.
     """
     images, labels = np.asarray(images), np.asarray(labels, np.int32)
     records = batches.Records((images, labels), (images[:0], labels[:0]))

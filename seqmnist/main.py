@@ -20,9 +20,9 @@ from seqmnist.stop import StopRequest
 
 
 def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """Returns the parser; fields of `Config` that are not given have no value in its result.
+    """Returns the parser; its result lacks the fields of `Config` that are not given.
 
-    Options, such as `--config.model.cell_options.NAME`, are known if they are in `arguments`.
+    Options, such as `--config.model.cell_options.NAME`, are accepted if they are in `arguments`.
     """
     parser = process.Parser(prog="python -m seqmnist.main", description=__doc__)
     parser.add_argument("--version", action="version", version=seqmnist.__version__)
@@ -39,26 +39,30 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         help="with --mode=evaluate: newest, best by validation loss, or the number of a step",
     )
     switch = {"nargs": "?", "const": True, "default": False, "type": _boolean, "metavar": "BOOL"}
-    parser.add_argument("--overwrite", **switch, help="replace the run in --workdir by a new one")
+    parser.add_argument("--overwrite", **switch, help="replace the run in --workdir with a new one")
     parser.add_argument(
-        "--debug_nans", **switch, help="name the operation that gives the first non-finite number"
+        "--debug_nans",
+        **switch,
+        help="name the operation that gives the first non-finite number",
     )
-    several = parser.add_argument_group("several processes that run one job")
+    several = parser.add_argument_group("several processes running one job")
     several.add_argument(
         "--distributed",
         **switch,
-        help="SLURM, Open MPI, Kubernetes or a TPU pod says which process this is",
+        help="ask SLURM, Open MPI, Kubernetes or the TPU pod which process this is",
     )
     several.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
-    several.add_argument("--num_processes", type=int, metavar="N", help="with --coordinator")
-    several.add_argument("--process_id", type=int, metavar="I", help="with --coordinator, from 0")
+    several.add_argument(
+        "--num_processes", type=int, metavar="N", help="of the job; with --coordinator"
+    )
+    several.add_argument("--process_id", type=int, metavar="I", help="from 0; with --coordinator")
     add_config_arguments(parser, arguments)
     return parser
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Adds --config and a flag for each field of `Config`; see `make_parser`."""
-    parser.add_argument("--config", metavar="FILE", help="an experiment: a file with get_config()")
+    parser.add_argument("--config", metavar="FILE", help="Python file with get_config()")
     groups = {}
     for field in config_lib.fields().values():
         title = f"config.{field.name}".rpartition(".")[0]
@@ -117,7 +121,7 @@ def _parse(arguments):
     if not flags.workdir:
         raise UserError("--workdir is missing; name a folder for the run's files, --workdir=DIR")
     if flags.checkpoint and flags.mode == "train":
-        raise UserError("--checkpoint goes with --mode=evaluate; a run resumes from the newest")
+        raise UserError("--checkpoint needs --mode=evaluate; training resumes from the newest")
     _check_distributed(flags)
     return flags
 
@@ -139,7 +143,9 @@ def _check_distributed(flags):
     given = [flags.coordinator, flags.num_processes, flags.process_id]
     if any(value is not None for value in given):
         if None in given:
-            raise UserError("--coordinator, --num_processes and --process_id go together; give all")
+            raise UserError(
+                "--coordinator, --num_processes and --process_id go together; give all three"
+            )
         if not re.fullmatch(r".+:\d{1,5}", flags.coordinator):
             raise UserError(
                 f"--coordinator={flags.coordinator} must be HOST:PORT, e.g. 127.0.0.1:8476"
@@ -152,7 +158,7 @@ def _check_distributed(flags):
 
 
 def _resolve_config(flags, workdir) -> config_lib.Config:
-    """Returns what --config says, or what the workdir holds, with single fields overridden."""
+    """Returns the configuration of --config or of the workdir, with the given fields overridden."""
     resumes = flags.mode == "evaluate" or (flags.config is None and not flags.overwrite)
     if resumes and (flags.mode == "evaluate" or workdir.has_config()):
         return _override(workdir.read_config(), flags)
@@ -178,13 +184,13 @@ def _run(arguments, stop):
 
     workdir = Workdir(flags.workdir)
     config = config_lib.validated(_resolve_config(flags, workdir))
-    from seqmnist import run  # here, not above: --help and mistakes need no JAX
+    from seqmnist import run  # imported here: --help and mistakes need no JAX
     from seqmnist.training import distributed
 
     with distributed.joined(
         flags.distributed, flags.coordinator, flags.num_processes, flags.process_id
     ):
-        process.listen(stop)  # once more: a distributed JAX takes SIGTERM for itself
+        process.listen(stop)  # again: distributed JAX replaces the handler of SIGTERM
         process.set_up_jax(config)
         if flags.mode == "train":
             run.train(

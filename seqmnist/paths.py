@@ -11,7 +11,7 @@ _NOT_STORABLE = re.compile(r"[\[\]*?\\]|gs:|s3:")
 
 
 def resolve(path: str | os.PathLike, name: str) -> pathlib.Path:
-    """Returns the absolute path that a user means; nothing is made, links are kept.
+    """Returns the absolute path that a user means; creates nothing and keeps symbolic links.
 
     Args:
       path: what the user wrote; `~` and `~user` are home folders.
@@ -48,7 +48,7 @@ def resolve_storage(path: str | os.PathLike, name: str) -> pathlib.Path:
     """Returns what `resolve` does, for a folder in which storage libraries write.
 
     Raises:
-      UserError: no file can have this path, or those libraries would take it for another.
+      UserError: no file can have this path, or storage libraries would take it for another.
     """
     absolute = resolve(path, name)
     if found := _NOT_STORABLE.search(str(absolute)):

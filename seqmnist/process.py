@@ -25,7 +25,7 @@ _ASCII = {"×": "x", "→": "->", "±": "+/-", "…": "...", "–": "-", "²": "
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose help is not lost silently on a full disk."""
+    """A parser whose errors are one line, and whose help raises OSError if the disk is full."""
 
     def __init__(self, **settings):
         """Takes the settings of `argparse.ArgumentParser`."""
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def prepare_output() -> None:
-    """Makes output work whatever its encoding is, and silences the logs of libraries."""
+    """Makes output work in any encoding, and silences the logs of libraries."""
 
     def replace(error):
         part = error.object[error.start : error.end]
@@ -55,7 +55,7 @@ def prepare_output() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
     def report(failure):
-        """Threads of storage libraries fail after the main thread has said why."""
+        """Hides storage errors: threads of libraries repeat what the main thread has reported."""
         if storage_reason(failure.exc_value) is None:
             threading.__excepthook__(failure)
 
@@ -63,7 +63,7 @@ def prepare_output() -> None:
     previous = sys.unraisablehook
 
     def report_unraisable(failure):
-        """TensorStore calls back an event loop that Orbax has left after an error."""
+        """Hides that TensorStore calls an event loop that Orbax closed after an error."""
         if str(failure.exc_value) != "Event loop is closed":
             previous(failure)
 
@@ -71,21 +71,21 @@ def prepare_output() -> None:
 
 
 def listen(stop: StopRequest) -> None:
-    """Lets the signals that ask a process to end reach `stop`."""
+    """Passes SIGINT, SIGTERM and SIGHUP to `stop`."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            continue  # the latter under nohup
+            continue  # nohup ignores SIGHUP
         signal.signal(number, stop.receive)
 
 
 def set_up_jax(config: Config) -> None:
     """Chooses the number of CPU devices and where compiled programs are kept.
 
-    Each CPU core becomes a device if there are members, or examples of a batch, for it, unless
-    the environment says how many devices there are or devices are in use already.
+    CPU cores become devices as far as there are members, or parts of a batch, for them; not if
+    XLA_FLAGS sets the number of devices, or if JAX already uses its devices.
     """
-    import jax  # here, not above: command lines answer --help without it
+    import jax  # imported here: command lines answer --help without it
 
     from seqmnist.training import devices, members
 
@@ -97,7 +97,7 @@ def set_up_jax(config: Config) -> None:
             jax.config.update("jax_num_cpu_devices", min(num_devices, num_cores()))
     if jax.config.jax_compilation_cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        # Not the folder of earlier versions: a cache with a limit cannot use entries made without.
+        # Not the folder of earlier versions: their entries lack the times that a limit needs.
         folder = pathlib.Path(home) / "seqmnist" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
@@ -115,8 +115,8 @@ def num_cores() -> int:
 def exit_code(command: Callable[[], int | None]) -> int:
     """Runs a command line and returns its exit code, after printing what ended it.
 
-    It is what `command` returns or exits with; 2 after one line on what a user can correct; 130
-    after Ctrl-C; 141 if the reader of the output has gone; 1 after any other error's traceback.
+    The exit code is what `command` returns or exits with; 2 after the line of an error that a user
+    can fix; 130 after Ctrl-C; 141 if the output is a closed pipe; 1 after any other error.
     """
     try:
         try:
@@ -144,10 +144,10 @@ def exit_code(command: Callable[[], int | None]) -> int:
 
 
 def leave(code: int) -> None:
-    """Ends the process at once: threads of storage libraries could keep it alive for ever."""
+    """Ends the process at once: threads of storage libraries could keep it alive forever."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # nobody reads it
+        except (OSError, ValueError):  # it is closed
             continue
     os._exit(code)

@@ -1,4 +1,4 @@
-"""A run: trains a network and writes what comes out.
+"""A run: trains a network and writes the results.
 
 `train` is one loop over named events: epoch begun, progress, epoch ended, stop asked, diverged,
 finished. `Session` passes each of them to the parts that listen: display, records, checkpoints
@@ -48,8 +48,8 @@ def train(
       debug_nans: name the operation that gives the first non-finite number.
       stop: ends the run early, with its state saved.
       display: shows the run; by default, on standard output.
-      withhold_test: leave the test set alone; its scores are None. Of a sweep, only the setting
-        that validation chooses is ever scored.
+      withhold_test: do not score the test set; its scores are None. In a sweep, only the setting
+        that validation chooses is ever scored on it.
 
     Raises:
       UserError: the configuration, the data or the workdir cannot be used, or the run diverged.
@@ -87,7 +87,8 @@ def evaluate(
     "accuracy"}, lists of S values when there are several members.
 
     Raises:
-      UserError: there is no usable checkpoint, or the data are not those of the run.
+      UserError: there is no usable checkpoint, the data are not those of the run, or the run is a
+        sweep in which no setting has been chosen.
     """
     workdir, display = Workdir(workdir), Display()
     config_lib.check_same_network(workdir.read_config(), config)
@@ -105,8 +106,9 @@ def evaluate(
         chosen = (results.get("ensemble") or {}).get("members")
         if not chosen:
             raise UserError(
-                f"{workdir} holds a sweep in which validation has not chosen a setting; only the "
-                "chosen one is scored on the test set"
+                f"{workdir} holds a sweep in which validation has not chosen a setting, the only "
+                "one that is scored on the test set; finish the run, or train it again with "
+                "config.data.validation_fraction above 0"
             )
         unseen = ~np.isin(np.arange(len(task.members)), chosen)
     test = task.evaluate(params, "test", unseen)
@@ -144,12 +146,12 @@ class Session:
         self._pace = 0, 0.0  # steps of the current epoch that this process took, and their seconds
 
     def remaining_epochs(self) -> Iterator[int]:
-        """Yields the epochs that are left, counted from 0, until all that trains has stopped."""
+        """Yields the remaining epochs, counted from 0, until all members have stopped."""
         while not self._is_over():
             yield len(self._saved.history)
 
     def train_epoch(self, epoch: int) -> Iterator[Progress]:
-        """Epoch begun: trains what is left of it, and reports its progress."""
+        """Epoch begun: trains what is left of it, and yields its progress."""
         task, first = self._task, epoch * self._task.steps_per_epoch
         config, traced = task.config, (step - first for step in self._profile.breaks)
         due = (*traced, *self._due(first, config.checkpoint.every_steps))
@@ -179,8 +181,8 @@ class Session:
             newest = f"{DIRECTORY}/{steps[-1]}" if steps else "none"
             reason = divergence.explain(self._task, progress.state, newest, debug_nans)
             raise divergence.DivergedError(reason)
-        self._log_step(progress)  # before the checkpoint, which says that it was
-        if progress.step < steps_per_epoch:  # else the epoch's end follows, and saves more
+        self._log_step(progress)  # before the checkpoint, which counts it as logged
+        if progress.step < steps_per_epoch:  # else `end_epoch` follows, and saves
             if _divides(self._task.config.checkpoint.every_steps, self._saved.step):
                 self._save()
             self._stop_if_asked()
@@ -256,14 +258,14 @@ class Session:
         return len(history) == train.num_epochs or ended.all()
 
     def _take_back_best(self):
-        """Keeps the best parameters, and gives them back to what stops, or to all at the end."""
+        """Keeps each member's best parameters; restores them when it stops or the run ends."""
         saved, patience = self._saved, self._task.config.train.early_stopping
         best_epochs = stopping.best_epochs(saved.history)
         is_best = best_epochs == len(saved.history) - 1
         stopped = stopping.has_stopped(saved.history, patience)
         if stopped.all():
             epochs = ", ".join(sorted({str(epoch + 1) for epoch in best_epochs.ravel()}, key=int))
-            self._display.say(f"Stopped early; taken back: the parameters of epoch {epochs}")
+            self._display.say(f"Stopped early; restored the parameters of epoch {epochs}")
         stops = (stopped | self._is_over()) & ~_diverged(saved.history)
         best = stopping.choose(is_best, saved.state.params, saved.best)
         params = stopping.choose(stops, best, saved.state.params)
@@ -277,7 +279,7 @@ class Session:
         return f"Epoch {epoch + 1}/{self._task.config.train.num_epochs}"
 
     def _timed(self, progresses, first):
-        """Keeps the pace of steps after the first ones, without what is done between them."""
+        """Counts the steps after step `first` and their seconds, without the work between them."""
         seconds, began = 0.0, time.monotonic()
         for progress in progresses:
             seconds += time.monotonic() - began
@@ -286,11 +288,11 @@ class Session:
             began = time.monotonic()
 
     def _due(self, first, every):
-        """Steps within the epoch that begins after step `first`, one of every n of the run."""
+        """Returns which steps of the epoch after step `first` are every n-th step of the run."""
         return range(every - first % every, self._task.steps_per_epoch, every) if every else ()
 
     def _log_step(self, progress):
-        """Writes what the newest step was like, if that is asked for."""
+        """Writes loss and norms of the newest step, if that step is to be logged."""
         if not _divides(self._task.config.train.log_every_steps, self._saved.step):
             return
         last = devices.gather(progress.last)
@@ -350,7 +352,7 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
                 _read_finished(task.config, workdir)
         checkpoints = Checkpoints(workdir.path, task.config.checkpoint)
         checkpoints.check()
-        # One program after the other: each keeps several cores busy, and takes 60 MB.
+        # One program after the other: compiling one keeps several cores busy, and takes 60 MB.
         pool = futures.ThreadPoolExecutor(max_workers=1)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         ahead = task.compile_ahead(pool, state, sums)
@@ -370,7 +372,7 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
             saved = Saved(start.state, start.sums, 0, [], dataset.fingerprint, 0.0, images)
             if task.config.train.early_stopping:
                 saved = saved._replace(best=jax.tree.map(jnp.copy, saved.state.params))
-        batches.epoch_order(0, 0, len(task.splits["train"]))  # compiles what draws it
+        batches.epoch_order(0, 0, len(task.splits["train"]))  # compiles the shuffle
         programs |= {name: program.result() for name, program in ahead.items()}
         check_memory(task.mesh, max(map(_num_bytes, programs.values())))
         session = Session(task, workdir, display, stop, checkpoints, profile, saved, programs)
@@ -402,8 +404,8 @@ def _explain_memory():
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            "the memory is not enough; make config.model.hidden_size, config.train.batch_size or "
-            "config.members.num smaller"
+            "there is not enough memory; make config.model.hidden_size, config.train.batch_size "
+            "or config.members.num smaller"
         ) from error
 
 
@@ -411,7 +413,7 @@ def _read_finished(config, workdir) -> dict[str, Any]:
     """Returns the results of the run that the workdir holds if nothing is left to do, else {}.
 
     Raises:
-      UserError: it holds a run that this configuration cannot resume.
+      UserError: the workdir holds a run that this configuration cannot resume.
     """
     if not workdir.has_config():
         if Checkpoints(workdir.path).steps():
@@ -436,13 +438,13 @@ def _check_data(task, workdir, fingerprint):
     if fingerprint != task.dataset.fingerprint:
         raise UserError(
             f"--workdir={workdir} was trained on other data than {task.dataset.name} in "
-            f"{task.dataset.directory}; give config.data.name, manual_dir, size and grayscale as "
-            "it was trained, or choose another --workdir"
+            f"{task.dataset.directory}; set config.data.name, manual_dir, size and grayscale as "
+            "in that run, or choose another --workdir"
         )
 
 
 def _expect(task, workdir, template):
-    """Returns what tells a template to a checkpoint, once its data are known to be the task's."""
+    """Returns the `expect` of `Checkpoints`: it checks a checkpoint's data; gives `template`."""
 
     def expect(facts):
         _check_data(task, workdir, facts["fingerprint"])
@@ -452,17 +454,17 @@ def _expect(task, workdir, template):
 
 
 def _show_finished(display, workdir, results):
-    display.say(f"{workdir} holds this run, finished; --overwrite replaces it")
+    display.say(f"{workdir} holds this run, already finished; --overwrite replaces it")
     display.results(results)
     return results
 
 
 def _score(task, saved, withhold_test):
-    """Validation and test scores, and of members their summary and their ensemble's."""
+    """Returns validation and test scores; with members, also their summary and the ensemble's."""
     diverged, patience = _diverged(saved.history), task.config.train.early_stopping
     last = saved.history[-1]
     validation = {key: last[f"validation/{key}"] for key in ("loss", "accuracy")}
-    if patience:  # of the parameters that were taken back
+    if patience:  # of the parameters that were restored
         best = stopping.best_epochs(saved.history)
         for key in validation:
             values = np.array([record[f"validation/{key}"] for record in saved.history], float)
@@ -493,7 +495,7 @@ def _score(task, saved, withhold_test):
 
 
 def _chosen(task, losses, diverged, withhold_test):
-    """Returns whose test scores may be seen: of a sweep, those of the chosen setting only."""
+    """Returns whose test scores may be seen, bool [S]: in a sweep, only the chosen setting's."""
     num, chosen = task.config.members.num, ~np.asarray(diverged)
     if len(task.members) > num:
         best = members.best_setting(task.config, losses, diverged)
@@ -511,7 +513,7 @@ def _means(sums):
 
 
 def _norms(saved, num_steps):
-    """An epoch's norms, as its record holds them; NaN of what has diverged or stopped."""
+    """Returns an epoch's norms, as its record holds them; NaN if diverged or stopped."""
     sums = devices.gather(saved.sums)
     params = devices.gather(nnx.filter_state(saved.state.params, nnx.Param))
     norm = np.where(np.isfinite(sums.loss), parameter_norm(params, sums.loss.shape), np.nan)
@@ -520,7 +522,7 @@ def _norms(saved, num_steps):
 
 
 def _divides(every, count):
-    """Whether a count is one of every n; n = 0 is never."""
+    """Returns whether `every` divides a count; 0 divides none."""
     return every and count % every == 0
 
 

@@ -16,13 +16,13 @@ class ImageSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of an image, bytes: (H, W) if it is gray, else (H, W, channels)."""
+        """The shape of an image: (H, W) if it is gray, else (H, W, channels)."""
         size = (self.height, self.width)
         return size if self.channels == 1 else (*size, self.channels)
 
     @property
     def num_classes(self) -> int:
-        """C."""
+        """The number of classes, C."""
         return len(self.class_names)
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,10 +5,10 @@ import signal
 
 
 class StopRequest:
-    """Tells a run to stop. A run looks at it between steps; nobody else has to.
+    """Tells a run to stop; the run checks it between steps.
 
     Attributes:
-      number: of the signal that asked for the stop; 0 if none has.
+      number: the number of the signal that asked for the stop; 0 if there was none.
     """
 
     def __init__(self):
@@ -16,14 +16,14 @@ class StopRequest:
         self._is_deferred = False
 
     def defer(self) -> None:
-        """From now on a signal is only noted: a run that looks at it has something to save."""
+        """From now on, only notes a signal: the run checks for it and saves its state."""
         self._is_deferred = True
 
     def receive(self, number: int, frame: object = None) -> None:
-        """Handles a signal: notes it, or ends the process if nothing has to be saved.
+        """Handles a signal: notes it, or ends the process if there is nothing to save.
 
         A second signal ends the process at once. No exception is raised: libraries swallow those
-        that come in the middle of an import or of a callback.
+        raised in the middle of an import or a callback.
         """
         del frame
         if self.number:

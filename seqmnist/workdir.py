@@ -2,8 +2,8 @@
 
 config.json     the whole configuration
 metrics.jsonl   one line per epoch
-steps.jsonl     one line per so many steps, if asked for
-results.json    what came out; exists once the run has finished
+steps.jsonl     one line per logged step, if asked for
+results.json    the results; exists once the run has finished
 events.out.tfevents.*   the metrics for TensorBoard
 checkpoints/, damaged/  see `checkpoints`
 profile/, export/, report.html, report/   what the profiler and the tools write
@@ -32,7 +32,7 @@ RESULTS = "results.json"
 PROFILE, EXPORT, REPORT = "profile", "export", "report"
 _LOCK, _REPLACED, _EVENTS = ".lock", ".replaced", "events.out.tfevents.*"
 
-# What a run writes, and in folders a file that shows that a run or a tool has made them.
+# What a run writes; for each folder, a file that only a run or a tool puts there.
 _FILES = (CONFIG, METRICS, STEPS, RESULTS, _EVENTS, f"{REPORT}.html", f"{CONFIG}.partial")
 _FILES += (f"{METRICS}.partial", f"{STEPS}.partial", f"{RESULTS}.partial")
 _FOLDERS = {
@@ -47,10 +47,10 @@ _PACKAGES = (
     "numpy",
 )  # fmt: skip
 
-# What a file system without locks says.
+# The errors of a file system without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
-# The kinds of what other programs rely on; more may be there.
+# The types of the values that other programs rely on; there may be more values.
 _SCORE = (float, int, list, type(None))
 _RESULTS_KINDS = {
     "dataset": {"name": str, "fingerprint": str, "train": int, "validation": int, "test": int},
@@ -73,14 +73,14 @@ _CHARTS = {
 
 
 class Workdir:
-    """The one owner of a workdir's files, but for checkpoints.
+    """The one owner of a workdir's files, except checkpoints.
 
     Attributes:
-      path: absolute.
+      path: the absolute path of the folder.
     """
 
     def __init__(self, path: str | os.PathLike):
-        """Raises UserError if no run can have this folder; makes nothing."""
+        """Raises UserError if no run can have this folder; creates nothing."""
         self.path = paths.resolve_storage(path, "--workdir")
 
     def __fspath__(self):
@@ -89,7 +89,7 @@ class Workdir:
     __str__ = __fspath__
 
     def check_usable(self) -> None:
-        """Raises UserError if the folder cannot be made or written; makes nothing."""
+        """Raises UserError if the folder cannot be created or written; creates nothing."""
         nearest = next(path for path in (self.path, *self.path.parents) if path.exists())
         if not nearest.is_dir():
             raise UserError(f"--workdir={self}: {nearest} is not a folder; choose another")
@@ -103,26 +103,27 @@ class Workdir:
 
     @contextlib.contextmanager
     def hold(self, notice: Callable[[str], None]) -> Iterator[None]:
-        """Makes the folder, and keeps other processes out of it; a killed process keeps no one out.
+        """Creates and locks the folder; the lock of a killed process does not remain.
 
-        `notice` is told if the file system has no locks. Raises UserError if another process holds
-        the folder, or it cannot be made.
+        `notice` is called with a line if the file system has no locks. Raises UserError if another
+        process holds the lock, or if the folder cannot be created.
         """
-        import filelock  # here, not above: only a run that writes needs it
+        import filelock  # imported here: only a run that writes needs it
 
         lock = filelock.FileLock(self.path / _LOCK)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with warnings.catch_warnings(action="ignore"):  # of a lock that is a mere file
+            with warnings.catch_warnings(action="ignore"):  # about a lock that is only a file
                 lock.acquire(timeout=0)
         except filelock.Timeout:
             raise UserError(
                 f"--workdir={self} is in use by another process; wait for it, or choose another"
             ) from None
-        except (OSError, NotImplementedError) as error:  # the latter from flock, too
+        except (OSError, NotImplementedError) as error:  # filelock raises both without locks
             if getattr(error, "errno", errno.ENOSYS) not in _NO_LOCKS:
                 raise UserError(
-                    f"--workdir={self} cannot be made or locked ({error.strerror}); choose another"
+                    f"--workdir={self} cannot be created or locked ({error.strerror}); choose "
+                    "another"
                 ) from error
             notice(f"the disk of {self} has no locks; let no other process train there")
         try:
@@ -162,8 +163,8 @@ class Workdir:
     def read_steps(self, step: int) -> list[dict[str, Any]]:
         """Returns the lines of `steps.jsonl` up to a step of the run; none if there is no file.
 
-        What a process that was killed left of its last line is no line. Raises UserError if the
-        file is not what a run writes.
+        The incomplete last line of a killed process is ignored. Raises UserError if the file is not
+        what a run writes.
         """
         path = self.path / STEPS
         lines = _read_text(path).split("\n")[:-1] if step and path.exists() else []
@@ -173,7 +174,7 @@ class Workdir:
     def begin(
         self, config: config_lib.Config, history: list[dict[str, Any]], step: int = 0
     ) -> None:
-        """Writes the configuration and the run so far, `step` steps; it has no results any more."""
+        """Writes the configuration and the records of the first `step` steps; removes results."""
         (self.path / RESULTS).unlink(missing_ok=True)
         write_json(self.path / CONFIG, config_lib.to_dict(config))
         _write_lines(self.path / METRICS, history)
@@ -202,7 +203,7 @@ class Workdir:
         write_json(self.path / RESULTS, results)
 
     def _written(self):
-        """What a run or a tool has written; the configuration, which makes it a run, first."""
+        """Yields what a run or a tool has written: first config.json, which makes it a run."""
         for pattern in _FILES:
             yield from sorted(self.path.glob(pattern))
         for name, mark in _FOLDERS.items():
@@ -211,7 +212,7 @@ class Workdir:
                 yield folder
 
     def _recover(self):
-        """Ends a replacement that was interrupted: forwards if the new run has begun, else back."""
+        """Completes an interrupted replacement if the new run has begun; else undoes it."""
         aside = self.path / _REPLACED
         if not aside.is_dir():
             return
@@ -224,7 +225,7 @@ class Workdir:
 class Events:
     """TensorBoard's event file of a workdir: records as curves, charts, and hyper-parameters.
 
-    Wall times are those of a run without interruptions: they differ by seconds of training.
+    Wall times count seconds of training only, as if the run had not been interrupted.
     """
 
     def __init__(
@@ -235,7 +236,7 @@ class Events:
         steps: list[dict[str, Any]],
         seconds: float,
     ):
-        """Takes epochs, logged steps and seconds of training so far, to start the file anew."""
+        """Takes epochs, logged steps and seconds of training so far: the file is written anew."""
         self._directory, self._config = workdir.path, config
         self._began = time.time() - seconds
         self._pending: list[tuple[str, dict[str, Any], float]] = []
@@ -252,7 +253,7 @@ class Events:
         self._writer.flush()
 
     def add_step(self, record: dict[str, Any]) -> None:
-        """Adds a logged step, as `add_epoch` does; on the disk within ten seconds or so."""
+        """Adds a logged step, as `add_epoch` does; it is on disk within about ten seconds."""
         self._queue_step(record)
         self._write()
 
@@ -299,7 +300,7 @@ class Events:
 
 
 def _hyperparameters(config):
-    """What determines a run's results, by field, as numbers, text and bool."""
+    """Returns the fields that determine a run's results, as numbers, strings and booleans."""
     names = ("data.name", *(name for name in config_lib.fields() if name not in config_lib.NEUTRAL))
     values = {name: config_lib.get(config, name) for name in names}
     values = {name: _dump(v) if isinstance(v, dict) else v for name, v in values.items()}
@@ -307,7 +308,7 @@ def _hyperparameters(config):
 
 
 def _charts():
-    """The layout of TensorBoard's custom scalars; its own function for that needs TensorFlow."""
+    """Returns the layout of TensorBoard's custom scalars; its own function needs TensorFlow."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.custom_scalar import layout_pb2, metadata
     from tensorboard.util.tensor_util import make_tensor_proto
@@ -327,7 +328,7 @@ def _charts():
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a value completely or not at all: aside first, then renamed; NaN becomes null."""
+    """Writes JSON completely or not at all, by renaming a finished file; NaN becomes null."""
     _write_aside(path, _dump(value, indent=2) + "\n")
 
 
@@ -348,7 +349,7 @@ def versions() -> dict[str, str]:
 
 
 def _write_aside(path, text):
-    if path.exists() and not path.is_file():  # a device, which must stay one
+    if path.exists() and not path.is_file():  # a device such as /dev/stdout, not to be replaced
         path.write_text(text, encoding="utf-8")
         return
     aside = path.with_name(path.name + ".partial")
@@ -384,7 +385,7 @@ def _parse(path, text):
 
 
 def _checked(path, value, kinds: Mapping[str, Any], where=""):
-    """Returns a value that holds, at least, values of these kinds under these names."""
+    """Returns `value`; raises UserError unless it is a dict with values of these types."""
     if not isinstance(value, dict):
         raise UserError(f"{path} {where}is not what a run writes; restore it, or move it away")
     for name, kind in kinds.items():
@@ -399,7 +400,7 @@ def _checked(path, value, kinds: Mapping[str, Any], where=""):
 
 
 def _scalars(record):
-    """The curves of an epoch's record; of members, those of the finite values."""
+    """Yields a name and a value for each curve of a record; of members, of their finite values."""
     for name, value in record.items():
         if isinstance(value, list):
             values = [x for x in value if x is not None and math.isfinite(x)]

@@ -25,7 +25,7 @@ def assert_close(got, expected, tolerance=1e-5):
 
 
 def random_params(shapes: Any, seed: int = 0, dtype: Any = jnp.float32) -> Any:
-    """Returns parameters of which none is zero, where a mistake could hide."""
+    """Returns random parameters, none of them zero: zeros could hide a mistake."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.array(rng.normal(0, 0.4, leaf.shape), dtype), shapes)
 

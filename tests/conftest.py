@@ -35,17 +35,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the caches of the
         sys.dont_write_bytecode, sys.pycache_prefix = False, os.environ["PYTHONPYCACHEPREFIX"]
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# A shell lets what it starts in the background ignore interrupts, and processes inherit that.
+# Shells make background processes ignore interrupts, and their child processes inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Fixtures that train: what needs one of them is slow.
+# Fixtures that train: tests that use one of them are slow.
 _TRAINED = {"finished_run", "together", "trained"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks tests as slow by their fixtures, before `-m` is looked at."""
+    """Marks tests as slow by their fixtures, before `-m` is evaluated."""
     for item in items:
         if _TRAINED.intersection(item.fixturenames):
             item.add_marker("slow")
@@ -86,7 +86,7 @@ def shared_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_dir(shared_folder):
-    """A folder with mnist_5k, prepared; only read it."""
+    """A folder with mnist_5k, prepared; tests must not change it."""
     from seqmnist.config import DataConfig
     from seqmnist.datasets import sources
 
@@ -97,7 +97,7 @@ def data_dir(shared_folder):
 
 @pytest.fixture(scope="session")
 def full_mnist(shared_folder):
-    """A folder with full MNIST, prepared; only read it."""
+    """A folder with full MNIST, prepared; tests must not change it."""
     from seqmnist.config import DataConfig
     from seqmnist.datasets import sources
 
@@ -110,7 +110,7 @@ def full_mnist(shared_folder):
 
 @pytest.fixture(scope="session")
 def finished_run(shared_folder, data_dir):
-    """The workdir of a small network after an epoch over the 5,000 digits; only read it."""
+    """The workdir of a network after an epoch over the 5,000 digits; tests must not change it."""
     from seqmnist import run
     from seqmnist.config import Config, DataConfig, ModelConfig, TrainConfig
 

@@ -27,7 +27,7 @@ def execute(
     options |= {"timeout": 120, "coalesce_streams": True}
     options["resources"] = {"metadata": {"path": str(folder)}}
     with tempfile.TemporaryDirectory() as channels:
-        # By files: ports, chosen before they are used, are at times taken by a test beside this.
+        # By files: a port, chosen before it is used, may be taken by another test meanwhile.
         manager = {"transport": "ipc", "ip": f"{channels}/channel"}
         kernel = Kernel(notebook, config=Config(KernelManager=manager), **options)
         kernel.execute(env=environment)
@@ -35,7 +35,7 @@ def execute(
 
 
 def environment(data_dir: os.PathLike, path: os.PathLike = REPOSITORY) -> dict[str, str]:
-    """That of a user's program, with mnist_5k prepared and the packages in a folder.
+    """Returns the environment of a user's program, with mnist_5k prepared and the packages in path.
 
     It compiles as quickly as the tests do.
     """

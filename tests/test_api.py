@@ -1,4 +1,4 @@
-"""`import seqmnist`: few names, imported lazily, that change nothing for a program."""
+"""`import seqmnist`: few names, imported lazily, that change no setting of a program."""
 
 import ast
 import contextlib

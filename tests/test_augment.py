@@ -52,7 +52,7 @@ def test_images_move_differently_and_keep_their_ink():
 
 
 def affine_of_digits(image, amounts):
-    """What `affine` computes for gray square images on an empty ground, and for no others."""
+    """What `affine` computes for gray square images on an empty background, and only these."""
     angle, *shift, tall, wide, shear = amounts
     rotation = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
     distortion = jnp.array([[1 + tall, shear], [0.0, 1 + wide]])

@@ -74,8 +74,11 @@ def test_a_baseline_does_its_own_job(tmp_path, digits):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sections=epochs"], "--sections: no section 'epochs'; choose of job, epoch, "),
-        (["--cases=gru columns"], "--cases: no case has 'gru columns'; choose of simple_rnn rows"),
+        (["--sections=epochs"], "--sections: no section 'epochs'; choose from job, epoch, "),
+        (
+            ["--cases=gru columns"],
+            "--cases: no case has 'gru columns'; choose from simple_rnn rows",
+        ),
         (["--baseline={}"], "--baseline={} is not a checkout of this project"),
         (["--figure={}/no/figure.png"], "--figure={}/no/figure.png: there is no folder {}/no"),
     ],

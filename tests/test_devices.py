@@ -170,7 +170,7 @@ def test_devices_are_shared_out(num_members, batch_size, num_devices, asked, exp
 
 
 def test_a_batch_is_split_as_its_devices_need():
-    """Whatever devices JAX would take without being asked."""
+    """With simulated devices, whatever this machine has."""
     gpus = [types.SimpleNamespace(platform="gpu", process_index=0)] * 8
     assert devices.plan(MeshConfig(), 1, 128, gpus) == [1, 1]
     assert devices.plan(MeshConfig(), 1, 512, gpus) == [1, 4]

@@ -35,7 +35,7 @@ def record(loss, accuracy, val_loss, val_accuracy):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Lets the standard output pass for a colour terminal of 80 columns."""
+    """Makes standard output pass for a color terminal of 80 columns."""
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"FORCE_COLOR": "1", "COLUMNS": "80", "TERM": "xterm-256color"}.items():
@@ -43,7 +43,7 @@ def terminal(monkeypatch):
 
 
 def lines_of(capsys):
-    """The lines that were printed, without colours; all but sentences fit into 80 columns."""
+    """The lines that were printed, without colors; all but sentences fit into 80 columns."""
     lines = CONTROL.sub("", capsys.readouterr().out).replace("\r", "\n").splitlines()
     for line in lines:
         is_sentence = line.startswith(("Best by ", "Device: "))

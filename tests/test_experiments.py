@@ -1,4 +1,4 @@
-"""Experiments: the files of this repository, and files of one's own, with and without mistakes."""
+"""Experiments: the files of this repository, and a user's own, with and without mistakes."""
 
 import ast
 import textwrap

@@ -147,7 +147,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def run_on_a_full_disk(name, *arguments):
-    """Runs a tool whose files cannot exceed 4096 bytes; -B spares the cached bytecode."""
+    """Runs a tool whose files cannot exceed 4096 bytes; -B writes no bytecode."""
     return subprocess.run(
         [sys.executable, "-B", "-c", LIMITED, f"tools.{name}", *map(str, arguments)],
         cwd=REPOSITORY,
@@ -460,7 +460,7 @@ def run_python(*command, cwd):
 
 @pytest.fixture(scope="module")
 def exported_by_tool(data_dir, tmp_path_factory):
-    """The workdir of a network that reads most digits, with an export; only read it."""
+    """The workdir of a network that reads most digits, with an export; do not change it."""
     workdir = tmp_path_factory.mktemp("exported_by_tool") / "run"
     config = Config(
         data=DataConfig(name="mnist_5k", data_dir=str(data_dir)),

@@ -47,7 +47,10 @@ def test_a_list_of_settings():
         ({"optimizer.learning_rate": 0.1}, "needs a list of values"),
         ({"optimizer.learning_rate": []}, "needs a list of values"),
         ({"optimizer.learning_rate": [0]}, "learning_rate must lie in .* got 0"),
-        ({"optimizer.learning_rate": [True]}, "has True, which"),
+        (
+            {"optimizer.learning_rate": [True]},
+            "has True for optimizer.learning_rate, which must be a number",
+        ),
         ({"optimizer.momentum": [1.0]}, "momentum must lie in .* got 1.0"),
         ({"model.hidden_size": [1]}, "model.hidden_size"),
         ({"optimizer.learning_rate": [1e-60]}, "must lie in .* got 1e-60"),

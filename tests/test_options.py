@@ -114,7 +114,11 @@ def test_what_is_no_option_is_refused(values, message):
         ("leaky", {"model.cell_options.keep": [0.1, 1.0]}, "keep must lie in"),
         ("leaky", {"model.cell_options.forms": [1, 2]}, "forms cannot be swept"),
         ("leaky", {"model.cell_options.kep": [1, 2]}, "kep does not exist"),
-        ("leaky", {"model.cell_options.keep": ["a"]}, "has 'a', which"),
+        (
+            "leaky",
+            {"model.cell_options.keep": ["a"]},
+            "has 'a' for model.cell_options.keep, which must be a number",
+        ),
         ("leaky", {"optimizer.options.decay": [0.9, 2]}, "decay must lie in"),
         ("attribute", {"model.cell_options.keep": [0, 0.1]}, "keep its attribute `rest` as"),
         ("branch", {"model.cell_options.keep": [0, 0.1]}, "must use JAX's functions only"),

@@ -154,7 +154,7 @@ def test_every_kind_of_network_is_drawn(model, untrained, tmp_path):
     workdir_lib.append_line(tmp_path / "metrics.jsonl", line(1, (1.0, 0.5), (None, None)))
     shown, found = sections.examine(tmp_path, None)
     page = report.render("title", shown)
-    assert "the run has not ended" in page
+    assert "the run has not finished" in page
     assert np.sum(found["confusion"]) == 60
     for section in shown:
         for name, (content, _, look) in section.pictures.items():

@@ -70,7 +70,7 @@ def here(tmp_path, monkeypatch):
 
 
 def asks(owner, name, number, stop, times=1):
-    """Wraps a function: after so many calls of it, a signal arrives."""
+    """Wraps a function: after a number of calls, a signal arrives."""
     function, calls = getattr(owner, name), []
 
     def wrapped(*arguments, **keywords):
@@ -181,7 +181,7 @@ def test_seconds_of_an_epoch_go_on_after_a_stop(make_config, monkeypatch):
 def test_the_pace_of_an_epoch_is_that_of_the_steps_of_this_process(
     make_config, monkeypatch, capsys
 ):
-    """By a clock that goes a second a step, and far on whenever something else is done."""
+    """With a clock that advances by a second per step, and by much more in between."""
     config, stop, clock = make_config(1, checkpoint={"every_steps": 12}), StopRequest(), [0.0]
 
     def late(owner, name):

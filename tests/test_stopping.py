@@ -73,7 +73,7 @@ def test_what_stops_follows_from_the_history(seed):
         stopped = stopping.has_stopped(history, patience)
         for member, (best, number) in enumerate(expected):
             is_over = epochs >= number and number - 1 - best >= patience
-            if epochs <= number:  # later losses are those of what was taken back
+            if epochs <= number:  # later losses are those of the restored parameters
                 assert stopped[member] == is_over
             if epochs == number:
                 assert stopping.best_epochs(history)[member] == best
@@ -91,7 +91,7 @@ def test_the_best_parameters_are_taken_back(every_steps, make_config, losses_fro
     best = trained.load("a", checkpoint="50")
     jax.tree.map(np.testing.assert_array_equal, trained.load("a").params, best.params)
     assert results["test"] == run.evaluate(make_config(9), "a")
-    assert "taken back: the parameters of epoch 2" in capsys.readouterr().out
+    assert "restored the parameters of epoch 2" in capsys.readouterr().out
     again = run.train(make_config(9, checkpoint=checkpoint), "a")
     assert again == json.loads(pathlib.Path("a/results.json").read_text())
 

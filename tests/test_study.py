@@ -47,7 +47,7 @@ def test_hidden_sizes_are_the_largest_within_the_budget(cell, budget, spec):
 
 
 def test_a_budget_that_nothing_fits_is_refused():
-    with pytest.raises(UserError, match="a single unit of lstm exceed the budget of 10"):
+    with pytest.raises(UserError, match="one unit of lstm exceed the budget of 10"):
         plan.fit(Config(model=ModelConfig(cell="lstm")), MNIST, 10)
 
 
@@ -60,7 +60,7 @@ def test_a_budget_that_nothing_fits_is_refused():
         ({"seeds": [1, 2]}, "must be a range"),
         ({"entries": {}}, "at least one"),
         ({"entries": {"a/b": Config()}}, "name of a folder"),
-        ({"entries": {"a": Config(seed=3)}}, "config.seed is the study's"),
+        ({"entries": {"a": Config(seed=3)}}, "config.seed is set by the study"),
         ({"entries": {"a": config_of(**{"data.validation_fraction": 0.0})}}, "never by test"),
         ({"select": {"optimizer.learning_rate": []}}, "needs a list of values"),
         ({"select": {"optimizer.learning_rate": 0.1}}, "needs a list of values"),

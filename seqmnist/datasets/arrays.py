@@ -27,12 +27,12 @@ def read(path: pathlib.Path) -> Splits:
             )
         (path,) = files
     if not path.is_file():
-        fault = "is no regular file" if path.exists() else "does not exist"
+        fault = "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"config.data.manual_dir={path} {fault}; name a .npz file")
     try:
         if not zipfile.is_zipfile(path):
             raise UserError(
-                f"{path} is damaged, or no .npz file; save the arrays {', '.join(_NAMES)} with "
+                f"{path} is damaged, or not a .npz file; save the arrays {', '.join(_NAMES)} with "
                 "numpy.savez"
             )
         with np.load(path, allow_pickle=False) as file:

@@ -15,7 +15,7 @@ from seqmnist.errors import UserError
 
 _LAYOUTS = "train/CLASS/* and test/CLASS/*, or in CLASS/*"
 _SPLITS = ("train", "test")
-_HELD_OUT = {"val", "valid", "validation", "dev", "eval"}  # what others call what they score with
+_HELD_OUT = {"val", "valid", "validation", "dev", "eval"}  # names that others give to a test set
 # What systems and programs leave in folders, besides names that begin with a dot.
 _HIDDEN = {"Thumbs.db", "desktop.ini", "__MACOSX"}
 _TEST_EVERY = 5  # of each class, without a test folder, the last of five pictures is for testing
@@ -42,7 +42,7 @@ def read(
 
     Returns:
       Per split images uint8 [N, H, W], or [N, H, W, 3] if colored, and labels int32 [N], which
-      count the class names.
+      index the class names.
 
     Raises:
       UserError: the folder has another layout, or there are pictures that cannot be read, all of
@@ -111,7 +111,7 @@ def _find(folder, say):
     if len(class_names) == 1:
         raise UserError(f"{folder} contains a single class, {class_names[0]}; add another class")
     if skipped:
-        say(f"Skipped, since not pictures in class folders of {folder}: {_name(skipped, folder)}")
+        say(f"Skipped in {folder}, not pictures in class folders: {_name(skipped, folder)}")
     return class_names, {split: list(classes.values()) for split, classes in found.items()}
 
 

@@ -57,8 +57,8 @@ def read(name: str, data_dir: pathlib.Path) -> archives.Splits:
       data_dir: the folder in which TFDS has prepared it.
 
     Returns:
-      Per split images uint8 [N, H, W], or [N, H, W, 3] if colored, labels int32 [N], and the names
-      of the classes that they count.
+      Per split images uint8 [N, H, W], or [N, H, W, 3] if colored, and labels int32 [N], which
+      index the class names.
 
     Raises:
       UserError: the dataset is not there, needs TensorFlow to be read, is damaged, or holds no
@@ -67,7 +67,7 @@ def read(name: str, data_dir: pathlib.Path) -> archives.Splits:
     folder = found(data_dir, name)
     if folder is None:
         raise UserError(_not_found(name, data_dir))
-    import tensorflow_datasets as tfds  # here, not above: it takes a second
+    import tensorflow_datasets as tfds  # imported here: it takes a second
 
     with _explain_damage(folder):
         builder = tfds.builder_from_directory(folder)
@@ -140,7 +140,7 @@ def _supervised_keys(folder, info):
     image, label = (info.features[key] for key in keys)
     if not isinstance(label, kinds.ClassLabel) or not label.num_classes:
         raise UserError(
-            f"{folder} is no classification dataset: its labels are {features[keys[1]]}; "
+            f"{folder} is not a classification dataset: its labels are {features[keys[1]]}; "
             f"{_OTHER_SOURCE}"
         )
     is_image = len(image.shape) == 3 and image.shape[2] in (1, 3)
@@ -183,7 +183,7 @@ def _check_same_size(folder, one, other):
 
 @contextlib.contextmanager
 def _explain_damage(folder):
-    """Turns the errors with which TFDS and its readers meet damaged files into one line."""
+    """Turns the errors that TFDS and its readers raise for damaged files into one line."""
     from google.protobuf.json_format import ParseError
 
     try:

@@ -37,7 +37,7 @@ def read_images(
 def read_labels(
     path: str | os.PathLike, content: bytes | None = None, classes: range = range(10)
 ) -> np.ndarray:
-    """Reads an archive of labels, uint8 [N], MNIST's unless told otherwise; as `read_images`."""
+    """Reads an archive of labels, uint8 [N] within `classes`; the rest is as in `read_images`."""
     labels = _read(path, content, 0x801, "labels", ())
     if len(others := labels[(labels < classes[0]) | (labels > classes[-1])]):
         raise IdxError(
@@ -47,7 +47,7 @@ def read_labels(
 
 
 def decompressed(content: bytes) -> bytes:
-    """Returns what a gzip file holds, or the content of any other; of a damaged one, what is."""
+    """Returns what a gzip file holds; of any other or damaged file, its content as it is."""
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:

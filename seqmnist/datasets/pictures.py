@@ -11,8 +11,8 @@ import numpy as np
 from seqmnist.errors import UserError, one_line
 
 MAX_PIXELS = 50_000_000  # per picture
-_ROUNDING = 1e-3  # that floats may exceed 1 by
-# Pillow has Ghostscript, another program, run EPS files. The others it only recognizes.
+_ROUNDING = 1e-3  # by which floats may exceed 1
+# Pillow passes EPS files to another program, Ghostscript. The others it only recognizes.
 _NOT_READ = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
 # Pillow's formula for gray, ITU-R 601-2, in units of 1 / 65536.
 _LUMA = np.array([19595, 38470, 7471])
@@ -21,16 +21,16 @@ _LUMA = np.array([19595, 38470, 7471])
 def read_picture(path: str | os.PathLike, any_range: bool = False) -> np.ndarray:
     """Reads a picture file: gray as uint8 [H, W], colors as uint8 [H, W, 3].
 
-    The content counts, not the name; of several frames, the first. The file's kind of pixels
+    The content counts, not the name; of several frames, the first is read. The file's pixel format
     decides whether it is colored; a palette is colored unless all its colors are gray. 16 bits per
     pixel become 8; floating point is in 0 to 1 or 0 to 255; for `any_range`, see `to_bytes`. The
-    picture is turned as its EXIF data say. Transparent pixels become white behind dark strokes and
+    picture is rotated as its EXIF data say. Transparent pixels become white behind dark strokes and
     black behind light ones.
 
-    Raises UserError, in one line, if the file is missing, no regular file, no picture, damaged, or
-    larger than MAX_PIXELS; that is found before its pixels are decoded.
+    Raises UserError if the file is missing, not a regular file, not a picture, damaged, or larger
+    than MAX_PIXELS, which is checked before its pixels are decoded.
     """
-    from PIL import Image, UnidentifiedImageError  # here, not above: only picture files need it
+    from PIL import Image, UnidentifiedImageError  # imported here: only picture files need it
 
     path = pathlib.Path(path)
     read_beginning(path)
@@ -57,7 +57,7 @@ def read_picture(path: str | os.PathLike, any_range: bool = False) -> np.ndarray
 def read_beginning(path: pathlib.Path, num_bytes: int = 8) -> bytes:
     """Returns a file's first bytes; raises UserError if it is missing, unreadable or empty.
 
-    Another kind of file than a regular one, such as a FIFO, is refused, not waited for.
+    Anything but a regular file, such as a FIFO, is refused, not waited for.
     """
     try:
         if not path.is_file():
@@ -125,7 +125,7 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 @functools.cache
 def extensions() -> frozenset[str]:
-    """Returns how the names of pictures that can be read end, in lower case, such as ".png"."""
+    """Returns the endings of names of pictures that can be read, in lower case, such as ".png"."""
     from PIL import Image
 
     readable = {*_formats(), "MPO"}  # MPO is JPEG with several frames

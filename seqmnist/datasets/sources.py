@@ -53,7 +53,7 @@ class Prepared:
     notice: str | None  # what must be said wherever scores on this dataset are shown
     directory: pathlib.Path  # of its TFDS records
     fingerprint: str  # SHA-256 of all images and labels
-    spec: ImageSpec  # what the images are
+    spec: ImageSpec  # size and classes of the images
     decoded: Decoded = dataclasses.field(repr=False, compare=False)
 
     def arrays(self, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,7 @@ class Prepared:
         return self.decoded.load(f"{split}_images", "r"), self._labels(split)
 
     def _labels(self, split):
-        """Returns labels that are known to be classes: JAX's loss of any other is NaN."""
+        """Returns labels, of which all are classes: JAX's loss for any other is NaN."""
         labels, count = self.decoded.load(f"{split}_labels"), self.spec.num_classes
         if len(others := labels[(labels < 0) | (labels >= count)]):
             raise UserError(
@@ -80,24 +80,24 @@ class Prepared:
 
 
 class _Source(NamedTuple):
-    """What is prepared under a name, and how it is read unless that has been done."""
+    """The name under which a dataset is prepared, and how it is read if it is not yet prepared."""
 
     name: str
     read: Callable[[], Splits]
     notice: str | None = None
-    class_names: tuple[str, ...] = ()  # if they are known before
+    class_names: tuple[str, ...] = ()  # if they are known before reading
 
 
 def prepare(config: DataConfig, say: Callable[[str], None] = lambda _: None) -> Prepared:
-    """Prepares a dataset from `data_dir`, else from `manual_dir`, else by download.
+    """Returns a dataset in `data_dir`; prepares it first, if need be, from files or a download.
 
     Any number of processes may prepare the same dataset at the same time. An incomplete dataset
     is never used. Raises UserError if the dataset is not available, a file is damaged, or a
     folder cannot be used.
 
     `auto` is mnist_5k if mnist is neither prepared nor can be downloaded. Archives whose SHA-256 is
-    not the registered one become, unless they are refused, a dataset of another name. `say` is
-    called with a line about whatever takes time.
+    not the registered one are refused; with `verify_checksums=False`, they become a dataset of
+    another name. `say` is called with a line about whatever takes time.
     """
     name, data_dir = config.name, config.data_dir
     if not name.startswith(_TFDS):
@@ -128,7 +128,7 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda _: None) -> 
 def notices(
     images: np.ndarray, labels: np.ndarray, splits: dict[str, range], spec: ImageSpec
 ) -> list[str]:
-    """Returns what must be known of a training archive before scores on it mean anything.
+    """Returns warnings about a training archive, without which its scores would mislead.
 
     `splits` are example numbers, "train" and "validation" those of the archive.
     """
@@ -136,7 +136,10 @@ def notices(
     found = []
     for unknown, where in (
         (np.setdiff1d(held_out, known), "that validation, the archive's end, holds; shuffle it"),
-        (np.setdiff1d(np.arange(spec.num_classes), labels), "of the labels; see whether they fit"),
+        (
+            np.setdiff1d(np.arange(spec.num_classes), labels),
+            "that no label names; check the labels",
+        ),
     ):
         if len(unknown):
             names = ", ".join(spec.class_names[label] for label in unknown[:5])
@@ -157,7 +160,7 @@ def _prepare(name, config, root, say) -> Prepared:
     source = _find(name, config, root, say)
     # The names of a TFDS directory, spelled out so that a prepared dataset needs no TFDS.
     directory, arrays = root / "mnist_family" / source.name / "1.0.0", None
-    if not os.path.isdir(directory):  # which TFDS renames to this when it is complete
+    if not os.path.isdir(directory):  # TFDS gives it this name when it is complete
         splits = _converted(source.read(), config)
         try:
             with errors.explain_storage(f"config.data.data_dir={root}", "name another folder"):
@@ -166,7 +169,7 @@ def _prepare(name, config, root, say) -> Prepared:
             reason = error.__cause__
             if not (name.startswith(_TFDS) and getattr(reason, "errno", None) in errors.READ_ONLY):
                 raise
-            arrays = splits  # its own folder is where it stays
+            arrays = splits  # kept in memory: TFDS's records are in a folder that is read-only
     decoded = Decoded(directory, arrays)
     class_names = tuple(decoded.load("class_names").tolist())
     class_names = source.class_names or class_names  # earlier versions recorded numbers
@@ -306,14 +309,14 @@ def _converted(splits, config) -> Splits:
     names = splits.class_names or tuple(map(str, range(labels.max() + 1)))
     if labels.max() >= len(names) or len(names) < 2:
         raise UserError(
-            f"labels are {labels.min()} to {labels.max()}, and classes {len(names)} in number; "
-            "labels are whole numbers from 0, of at least two classes"
+            f"labels are {labels.min()} to {labels.max()}, and there are {len(names)} class names; "
+            "labels must be numbers of classes, counted from 0, and classes two or more"
         )
     return Splits(**converted, class_names=names)
 
 
 def _resized(images, config):
-    from seqmnist.datasets import pictures  # here, not above: most datasets are as they are
+    from seqmnist.datasets import pictures  # imported here: most datasets are as they are
 
     if config.grayscale and images.ndim == 4:
         images = np.stack([pictures.to_channels(each, 1) for each in images])
@@ -325,10 +328,10 @@ def _resized(images, config):
 def _build(config, directory, splits, say):
     """Writes the records, unless another process is first.
 
-    The lock only saves work, since TFDS writes aside and renames: nobody waits for ever, and a
-    file system without locks will do.
+    The lock only saves work, since TFDS writes aside and renames: nobody waits forever, and a file
+    system without locks will do.
     """
-    import filelock  # here, not above: a prepared dataset needs neither
+    import filelock  # imported here: a prepared dataset needs neither
     import tensorflow_datasets as tfds
 
     from seqmnist.datasets.builder import Builder
@@ -350,7 +353,7 @@ def _build(config, directory, splits, say):
         if not shutil.disk_usage(root).free:  # TFDS's own error of this has no errno
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         tfds.disable_progress_bar()
-        # They are of a configuration that TFDS does not list.
+        # TFDS warns that it does not list this configuration.
         stack.enter_context(errors.no_warnings_of("absl"))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # TFDS names no dataset
         builder = Builder(splits, config=config, data_dir=root)

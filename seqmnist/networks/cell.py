@@ -34,15 +34,15 @@ class Constant(nnx.Variable):
 
 
 class Cell(nnx.Module):
-    """A recurrent layer; constructed as `cell(F, H, rngs=rngs)`, and options as further keywords.
+    """A recurrent layer, constructed as `cell(F, H, rngs=rngs)` with options as further keywords.
 
     A subclass defines `step`, and either a `kernel` W [F, K·H] and a `bias` b [K·H], or `project`
     and `initial_state` of its own; the rest follows. Reading a sequence in one go, in parts or step
     by step gives the same numbers.
 
     Its options are keywords of `__init__` with a default; each is a field of the configuration,
-    `model.cell_options.NAME`. A float may come as an array, if it is swept; what is needed of it
-    after initialization is kept as a `Constant`.
+    `model.cell_options.NAME`. A float may be an array, if it is swept; keep it as a `Constant` if
+    it is needed after initialization.
     """
 
     num_gates = 1
@@ -87,8 +87,8 @@ class Cell(nnx.Module):
     ) -> tuple[Any, jax.Array]:
         """Reads the next time steps: (state, x [L, B, F]) -> (state, outputs [L, B, H]).
 
-        Where the mask, bool [L, B], is False, the state stays, and the output has no meaning. If
-        only the `last` output is needed, it is the only one, [1, B, H].
+        Where the mask, bool [L, B], is False, the state stays, and the output has no meaning. With
+        `last`, only the last output is returned, [1, B, H].
         """
         with jax.named_scope("project"):
             z = self.project(x)
@@ -106,8 +106,8 @@ class Cell(nnx.Module):
     ) -> jax.Array:
         """Returns the outputs for whole sequences: [T, B, F] -> [T, B, H].
 
-        Of example b, the first `lengths[b]` time steps are read, or all without lengths, int [B];
-        further outputs have no meaning. `truncate` as in `scans.in_stretches`.
+        With `lengths`, int [B], only the first `lengths[b]` time steps of example b are read, and
+        its further outputs have no meaning. `truncate` is as in `scans.in_stretches`.
         """
 
         def read(state, at_t):

@@ -1,4 +1,4 @@
-"""The cells that a configuration can name, and what one's own are made from."""
+"""The cells that a configuration can name, and the base classes of new ones."""
 
 from seqmnist.networks.cell import Cell, Constant, RecurrentParam
 from seqmnist.networks.gated import GRU, IRNN, LEM, LSTM, SLSTM, GatedCell, SimpleRNN

@@ -1,4 +1,4 @@
-"""Cells whose gates see the previous state, which therefore read step by step.
+"""Cells whose gates depend on the previous state, and which therefore read step by step.
 
 Shapes as in `cell`.
 """
@@ -39,7 +39,7 @@ class GatedCell(Cell):
         raise NotImplementedError
 
     def recurrence(self) -> tuple[jax.Array, jax.Array | None]:
-        """Returns U and c, or U and None."""
+        """Returns U [H, K·H], and c [K·H] or None."""
         return self.recurrent_kernel[...], None
 
     def step(self, state: Any, z: jax.Array) -> Any:
@@ -215,8 +215,8 @@ class SLSTM(LSTM):
     n_t = f_t n_{t-1} + i_t
     h_t = o_t c_t / n_t
 
-    m_t = max(log f_t + m_{t-1}, ĩ_t) keeps the exponentials small: c and n are kept divided by
-    exp(m), which h does not see. Parameters are those of `LSTM`, side by side: i, f, g, o. There is
+    m_t = max(log f_t + m_{t-1}, ĩ_t) keeps the exponentials small: c and n are stored divided by
+    exp(m), which cancels in h. Parameters are those of `LSTM`, side by side: i, f, g, o. There is
     one head: U is not block-diagonal.
 
     Source: M. Beck et al., xLSTM: extended long short-term memory, arXiv 2405.04517, section 2.2,
@@ -225,7 +225,7 @@ class SLSTM(LSTM):
 
     def initial_state(self, batch_size: int) -> SLSTMState:
         zeros = super().initial_state(batch_size).h
-        # As good as -inf: the first step's i is 1 then, so that n is never 0.
+        # In effect -inf: it makes i equal to 1 in the first step, so that n is never 0.
         return SLSTMState(zeros, zeros, zeros, jnp.full_like(zeros, -1e30))
 
     @staticmethod

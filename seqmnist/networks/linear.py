@@ -93,7 +93,7 @@ class MinLSTM(LinearCell):
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         f, i, candidate = jnp.split(z, 3, axis=-1)
-        odds = jax.nn.log_sigmoid(f) - jax.nn.log_sigmoid(i)  # f / (f + i), of gates near 0, too
+        odds = jax.nn.log_sigmoid(f) - jax.nn.log_sigmoid(i)  # f / (f + i), even for gates near 0
         return jax.nn.sigmoid(odds), jax.nn.sigmoid(-odds) * candidate
 
 
@@ -306,8 +306,8 @@ class S6(LinearCell):
 
     N is `state_size`. Initially, A is -1 to -N in each channel, softplus(b) log-uniform on `dt_min`
     to `dt_max`, D = 1, and each W Glorot uniform; `kernel` has those of u, Δ, B, C side by side.
-    The state is [B, H·N]. Of Mamba's block, convolution and output gate are left out, and W_Δ has
-    full rank.
+    The state is [B, H·N]. The convolution and the output gate of Mamba's block are left out, and
+    W_Δ has full rank.
 
     Source: A. Gu, T. Dao, Mamba: linear-time sequence modeling with selective state spaces, arXiv
     2312.00752, algorithm 2.

@@ -45,7 +45,7 @@ class Bidirectional(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Normalization, cell, gate and a skip connection: x [L, B, W] -> [L, B, W].
 
-    y = x + v_1 σ(v_2), v = gelu(cell(norm(x))) V + b; W (2 W + 4) parameters beside the cell's.
+    y = x + v_1 σ(v_2), v = gelu(cell(norm(x))) V + b; W (2 W + 4) parameters besides the cell's.
 
     Source: A. Orvieto et al., arXiv 2303.06349, figure 1, with S5's gate (arXiv 2208.04933).
     """
@@ -88,15 +88,15 @@ class ResidualBlock(nnx.Module):
 
 
 class Last(nnx.Module):
-    """Keeps the outputs of the last time step. All that a readout of one's own must define."""
+    """Keeps the outputs of the last time step. A new readout must define all that is here."""
 
-    reads_all = False  # or only the last output of what is read in one go, if there is no mask
+    reads_all = False  # if False, without a mask, `read` gets only the last output of each part
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
         self.width = width
 
     def initial_state(self, batch_size: int, dtype: jnp.dtype) -> Any:
-        """Returns what is kept of no outputs, a pytree of [B, …]."""
+        """Returns what is kept before the first output, a pytree of [B, …]."""
         return jnp.zeros((batch_size, self.width), dtype)
 
     def read(self, state: Any, y: jax.Array, mask: jax.Array | None = None) -> Any:
@@ -149,7 +149,7 @@ READOUTS = {"last": Last, "mean": Mean, "max": Max}
 
 
 def make_cell(config: ModelConfig, options: Mapping[str, Any] | None = None) -> Callable[..., Cell]:
-    """Returns the cell that the configuration names, with its options, or others in their place.
+    """Returns the cell that the configuration names, with its options; `options` override these.
 
     Raises UserError if there is no such cell or option, or a value is not valid.
     """
@@ -163,7 +163,7 @@ class State(NamedTuple):
     """All that a network remembers of what it has read: arrays with a leading axis B."""
 
     layers: tuple[Any, ...]
-    outputs: Any  # what the readout keeps of the top layer's
+    outputs: Any  # what the readout keeps of the top layer's outputs
 
 
 class SequenceClassifier(nnx.Module):
@@ -178,8 +178,8 @@ class SequenceClassifier(nnx.Module):
     Attributes:
       encoder: F -> W, before residual blocks; else None.
       layers: first to last, each [L, B, F or W] -> [L, B, W].
-      pool: what `ModelConfig.readout` names; it keeps [B, W] of the last layer's outputs.
-      readout: W -> C, applied to it.
+      pool: what `ModelConfig.readout` names; it reduces the last layer's outputs to [B, W].
+      readout: W -> C, applied to these.
 
     Raises UserError if the view, cell or readout does not exist, or if there are fewer than two
     time steps.
@@ -193,7 +193,7 @@ class SequenceClassifier(nnx.Module):
         rngs: nnx.Rngs,
         cell_options: Mapping[str, Any] | None = None,
     ):
-        """`cell_options`, which may be arrays, are used instead of those of the configuration."""
+        """Takes `cell_options`, which may be arrays, to override those of the configuration."""
         self.config = config
         cell = make_cell(config, cell_options)
         pool = choose(READOUTS, config.readout, "model.readout")
@@ -246,7 +246,8 @@ class SequenceClassifier(nnx.Module):
     ) -> jax.Array:
         """Classifies sequences: [T, B, F] -> logits [B, C].
 
-        Of example b, the first `lengths[b]` time steps are read, or all without lengths, int [B].
+        With `lengths`, int [B], only the first `lengths[b]` time steps of example b are read.
+        `dropout_keys` and `truncate` are those of `__call__`.
         """
         keep = self._draw_kept(dropout_keys)
         if self.config.bidirectional:
@@ -263,7 +264,7 @@ class SequenceClassifier(nnx.Module):
     def initial_state(self, batch_size: int) -> State:
         """Returns the state of a network that has read nothing.
 
-        Raises UserError if the network is bidirectional: that reads whole sequences only.
+        Raises UserError if the network is bidirectional: it then reads whole sequences only.
         """
         if self.config.bidirectional:
             raise UserError(
@@ -305,7 +306,7 @@ class SequenceClassifier(nnx.Module):
         truncate: int = 0,
         num_layers: int | None = None,
     ) -> jax.Array:
-        """Returns all outputs of the top layer, or of the first layers: [T, B, F] -> [T, B, W].
+        """Returns all outputs of the last layer of `layers[:num_layers]`: [T, B, F] -> [T, B, W].
 
         The other arguments are those of `classify` and `read`.
         """
@@ -326,10 +327,10 @@ class SequenceClassifier(nnx.Module):
         return self.answer(State((), self.pool.read(nothing, y, scans.mask(y, lengths))), keep)
 
     def _draw_kept(self, keys):
-        """Returns for each layer which outputs of which example are kept, and by which factor.
+        """Returns factors of the outputs of layers, [layers, B, W]: 0 for outputs that are dropped.
 
-        It is the same for all time steps, [B, W], as in S5: drawing for each costs a fifth of a
-        step on pixels.
+        They are the same for all time steps, as in S5: drawing them for each costs a fifth of a
+        training step on pixels.
         """
         if keys is None:
             return None

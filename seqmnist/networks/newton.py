@@ -8,10 +8,10 @@ all states, one step of Newton's method solves the equations as linearized there
 which is a linear recurrence, and those have a parallel form. Here J_t is the diagonal of the
 Jacobian matrix, so that the linear recurrence is one number for each unit. Iteration k is exact for
 the first k time steps at least: any recurrence is solved after T iterations, and one that forgets
-soon after far fewer. The gradient solves the linear equations of the cotangents in the same way.
+quickly after far fewer. The gradient solves the linear equations of the cotangents in the same way.
 
-Each iteration computes the products of all T steps, so that it pays where many steps at once take
-hardly longer than one, and never on a few CPU cores: see `solve`.
+Each iteration computes the products of all T steps, so this pays only where many steps at once take
+hardly longer than one: never on a few CPU cores.
 
 Sources: Y. H. Lim et al., Parallelizing non-linear sequential models over the sequence length
 (DEER), arXiv 2309.12252; the diagonal: X. Gonzalez et al., Towards scalable and stable
@@ -133,9 +133,9 @@ def _shifted(state, states):
 
 
 def _until_fixed(improve, guess, most):
-    """Repeats `improve` until nothing changes; returns what it is then, and how often it was."""
+    """Repeats `improve` until nothing changes; returns the result and the number of repetitions."""
 
-    def changes(new, old):  # also if it is nan, on the way
+    def changes(new, old):  # also true of NaN, which may occur on the way
         rounding = 8 * jnp.finfo(new.dtype).eps * jnp.abs(new).max(-1, keepdims=True)
         return ~jnp.all(jnp.abs(new - old) <= rounding)
 

@@ -1,4 +1,4 @@
-"""Recurrences over time on plain arrays, time first; how a sequence is cut into stretches.
+"""Recurrences over time on plain arrays, time first, and how a sequence is cut into stretches.
 
 `plain` is the recurrence that everything else here is tested against, values and gradients.
 Shapes: B batch, T time steps, F features, H hidden units, K gates. A mask, bool [T, B] or None,
@@ -39,7 +39,7 @@ def where(is_read: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 def mask(x: jax.Array, lengths: jax.Array | None) -> jax.Array | None:
-    """Returns what is read of sequences x [T, B, …] of these lengths, int [B]; None of None."""
+    """Returns the mask, bool [T, B], for x [T, B, …] and lengths, int [B]; None for None."""
     return None if lengths is None else jnp.arange(len(x)).reshape(-1, 1) < lengths.reshape(1, -1)
 
 
@@ -58,7 +58,7 @@ def in_stretches(
 
     Training on a CPU keeps only the states at the cuts of a long sequence, and computes the
     inside of a stretch again when it comes to its gradients: memory does not grow with what a
-    step keeps, and a stretch stays in the cache. On an accelerator, whose time goes into the
+    step keeps, and a stretch stays in the cache. On an accelerator, whose time depends on the
     number of steps in a row, nothing is cut.
 
     Args:
@@ -94,8 +94,8 @@ def in_stretches(
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """Multiplies all time steps by one kernel: x [..., F], W [F, H] -> [..., H].
 
-    The gradient of Wᵀ is a product that transposes one of its factors, that of W both: on rows, a
-    minGRU trains 1.27 times as fast this way. The barrier keeps XLA from merging the transposition.
+    The gradient of Wᵀ is a product with one transposed factor, that of W has two: on rows, a minGRU
+    trains 1.27 times as fast this way. The barrier keeps XLA from merging the transposition.
     """
     transposed = lax.optimization_barrier(kernel.T)
     return lax.dot_general(x, transposed, (((x.ndim - 1,), (1,)), ((), ())))
@@ -189,7 +189,7 @@ def _split_gates(z, kernel):
 def ungated(
     activation: Callable, slope: Callable, kernel: jax.Array, state: jax.Array, z: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes h_t = φ(z_t + h_{t-1} U), z [T, B, H] -> (h_T, h [T, B, H]), h_t in z_t's place.
+    """Computes h_t = φ(z_t + h_{t-1} U), z [T, B, H] -> (h_T, h [T, B, H]); h_t overwrites z_t.
 
     In the backward pass, dz_t overwrites dh_t in place: on rows, a SimpleRNN trains 1.25 times as
     fast as by `plain`. `activation` is φ, and `slope` φ' as a function of φ's result, both
@@ -274,8 +274,8 @@ def linear(a: Any, b: Any, state: Any, form: Callable = linear_by_platform) -> t
     """Computes h_t = a_t h_{t-1} + b_t; returns h_T and h.
 
     Each is an array, or a pair of arrays, (real parts, imaginary parts): on pixels, an LRU trains
-    1.18 times as fast as with complex arrays, which are slow on a CPU. b and h are [T, B, H], a is
-    of a shape that broadcasts to it, and `state` is h_0 [B, H]. The cotangents follow a recurrence
+    1.18 times as fast as with complex arrays, which are slow on a CPU. b and h are [T, B, H], a has
+    a shape that broadcasts to theirs, and `state` is h_0 [B, H]. The cotangents follow a recurrence
     of the same kind, backwards in time, so only h is kept for them: on rows, a minGRU trains 1.3
     times as fast as by `plain`.
     """

@@ -21,7 +21,7 @@ from seqmnist.spec import ImageSpec
 
 
 def permutation(height: int, width: int) -> np.ndarray:
-    """Returns the order of `permuted_pixels`, int64 [H·W]: drawn once, for all.
+    """Returns the order of `permuted_pixels`, int64 [H·W], which is always the same.
 
     It is NumPy's `RandomState(92916).permutation(H·W)`, which is the same in all versions of NumPy.
     For 28 × 28 pixels it begins 319, 576, 323, and its `permutation_sha256` is
@@ -35,8 +35,8 @@ def permutation(height: int, width: int) -> np.ndarray:
 def bit_reversal(height: int, width: int) -> np.ndarray:
     """Returns the order of `bit_reversed_pixels`, int64 [H·W].
 
-    Pixel numbers with their bits in reverse, counted up to a power of two; those that are no
-    pixels are left out. For 28 × 28 pixels it begins 0, 512, 256, and its `permutation_sha256` is
+    It counts up to the next power of two, with the bits of each number reversed; numbers that are
+    not pixels are left out. For 28 × 28 pixels it begins 0, 512, 256; its `permutation_sha256` is
     30d91dc29f161321971bfea6ba16c735e4b5fe678d607efb470896d9de75ef44.
 
     Source: the code of A. Gu et al., arXiv 2111.00396, and of J. T. H. Smith et al., arXiv
@@ -49,7 +49,7 @@ def bit_reversal(height: int, width: int) -> np.ndarray:
 
 
 def hilbert(height: int, width: int) -> np.ndarray:
-    """Returns the order of `hilbert_pixels`, int64 [H·W]: neighbors in time are so in the image.
+    """Returns the order of `hilbert_pixels`, int64 [H·W], with neighbors in time close in space.
 
     It follows a Hilbert curve through the smallest square of 2^n pixels that holds the image, and
     leaves out what is outside of it.
@@ -59,7 +59,7 @@ def hilbert(height: int, width: int) -> np.ndarray:
     last = (1 << (max(height, width) - 1).bit_length()) - 1
     y, x = np.indices((height, width)).reshape(2, -1)
     place, half = np.zeros(height * width, np.int64), (last + 1) // 2
-    while half:  # in which quarter of the square, and then within it, turned as the curve is there
+    while half:  # finds the quarter of the square, then goes on within it, rotated with the curve
         right, below = (x & half) > 0, (y & half) > 0
         place += half**2 * np.where(right, 3 - below, below)
         x, y = (np.where(right & ~below, last - axis, axis) for axis in (x, y))

@@ -76,8 +76,8 @@ $config
 ```
 """)
 _STEPS = string.Template("""
-`$step_file` reads one time step of B sequences, float32 [B, $size], pixels / 255, and gives the
-logits of what has been read so far. `$initial_state` contains the state of one sequence before the
+`$step_file` reads one time step of B sequences, float32 [B, $size], pixels / 255, and returns the
+logits for what has been read so far. `$initial_state` contains the state of one sequence before the
 first step, a list of arrays. After the lines above:
 
 ```python
@@ -101,8 +101,8 @@ def prepare(file):  # a picture of one digit, dark strokes on clean light paper
 """
 _DIGIT_PREPARATION = """\
 : a digit as in MNIST, with
-light strokes (up to 255) on a dark ground (0), 20 pixels at its longer side, its centre of mass at
-row 14 and column 14 of 28 × 28. `prepare` makes it from a picture of one digit, dark on clean,
+light strokes (up to 255) on a dark background (0), 20 pixels at its longer side, its centre of mass
+at row 14 and column 14 of 28 × 28. `prepare` makes it from a picture of one digit, dark on clean,
 evenly lit paper. Anything else on the picture, such as lines, shadows or a table, changes the
 answer."""
 _PREPARE_OTHER = string.Template("""\
@@ -112,13 +112,13 @@ def prepare(file):
 _OTHER_PREPARATION = string.Template("""\
 , those of
 $data: $kind, bytes from 0 to 255, $width × $height pixels. `prepare` converts and resizes a
-picture, and nothing else; put the name of your own for `$picture`.""")
+picture, and nothing else; replace `$picture` by the name of your own.""")
 
 
 def format_score(score: Any, member: int | None = None) -> str:
-    """Formats a score, a number or null; of one score per member, mean ± standard deviation.
+    """Formats a score, a number or None; of a list, one per member, mean ± standard deviation.
 
-    With `member`, its own score comes before those.
+    With `member`, its own score comes first.
     """
     if not isinstance(score, list):
         return "–" if score is None else _four(score)
@@ -141,7 +141,8 @@ def format_spread(spread: dict[str, Any] | None) -> str:
 def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]:
     """Returns the scores in `results.json` as text, e.g. {"test accuracy": "0.9447", …}.
 
-    Of a sweep, they are those of the member's setting, or of the one that validation chose.
+    In a sweep, they are those of the member's setting; without `member`, of the one that validation
+    chose.
     """
     num_settings, own = len(results.get("settings") or [None]), slice(None)
     if num_settings > 1:
@@ -164,8 +165,8 @@ def facts(
 ) -> dict[str, str]:
     """Returns what is known about a network as text, e.g. {"parameters": "6,602", …}.
 
-    `results` is what `results.json` holds, empty if the run has not finished; `member` is which of
-    the run's members the network is, or None; `step` that of its checkpoint.
+    `results` is what `results.json` holds, empty if the run has not finished; `member` is the
+    network's number among the run's members, or None; `step` is that of its checkpoint.
     """
     dataset, optimizer = results.get("dataset", {}), config.optimizer
     sizes = [f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if dataset]
@@ -205,7 +206,7 @@ def model_card(
 
     For the arguments, see `facts` and `export.write`. No path of this machine is on the card.
     """
-    from seqmnist.study import export, images  # here, not above: facts need no JAX
+    from seqmnist.study import export, images  # imported here: facts need no JAX
 
     values = config_lib.to_dict(config)
     values["data"] |= {"data_dir": None, "manual_dir": None}

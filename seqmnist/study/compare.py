@@ -1,7 +1,7 @@
 """Differences between entries of a study, with their uncertainty.
 
-Entries are trained from the same seeds, so scores are paired: a seed draws the order of examples
-of every network alike. A seed that diverged in one of two entries counts for neither.
+Entries are trained from the same seeds, so scores are paired: a seed determines the order of
+examples, the same for every network. A seed that diverged in one of two entries counts for neither.
 """
 
 import itertools
@@ -15,11 +15,12 @@ LEVEL = 0.05  # of the family of all tests
 
 
 def differences(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Compares each pair of entries by their scores, [seeds] each, None of what diverged.
+    """Compares each pair of entries by their scores, [seeds] each, None if diverged.
 
-    Returns for each pair {"entries": [a, b], "pairs", "mean": of a - b, "interval": 95 %, "p",
-    "p_holm", "is_significant"}: Student's t-test of paired samples, corrected for all pairs by
-    Holm's method. With fewer than two pairs, or without any spread, the test says nothing: None.
+    Returns for each pair {"entries": [a, b], "pairs": number of seeds, "mean": of a - b,
+    "interval": 95 %, "p", "p_holm", "is_significant"}: Student's t-test of paired samples,
+    corrected for all pairs by Holm's method. With fewer than two seeds, or if all differences are
+    equal, there is no test: its values are None.
 
     Source: S. Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal
     of Statistics 6 (1979).
@@ -44,7 +45,7 @@ def differences(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns p-values corrected for their number by Holm's method, in the same order."""
+    """Returns p-values corrected by Holm's method, in the same order."""
     order = np.argsort(p_values)
     scaled = np.array(p_values, float)[order] * np.arange(len(p_values), 0, -1)
     corrected = np.empty(len(p_values))

@@ -1,8 +1,8 @@
 """Exports a trained network to files that need no code of this package.
 
 `write` makes DIR/export: the classifier as StableHLO, also step by step, its parameters as
-safetensors, what its images are, and a model card. Nothing here depends on the model, so that
-reading an artifact does not either. Each file, except the card and its example, contains the
+safetensors, a description of its images, and a model card. Nothing here depends on the model, so
+that reading an artifact does not either. Each file, except the card and its example, contains the
 SHA-256 of its other bytes, in a place that other readers ignore; so a file that is copied alone
 can be checked too.
 """
@@ -48,7 +48,7 @@ _BLANK_SEAL = _SEAL + b"0" * _DIGEST_SIZE
 
 
 class Artifact:
-    """An exported classifier, of images as its `spec` says; it needs only JAX."""
+    """An exported classifier of the images that `spec` describes; it needs only JAX."""
 
     def __init__(self, exported: jax_export.Exported, spec: ImageSpec | None = None):
         """Takes what `jax.export.deserialize` returns; without a spec, classes are numbered.
@@ -84,15 +84,16 @@ class Streaming(NamedTuple):
     """A network that reads step by step; a state is a list of arrays [B, …]."""
 
     initial_state: list[np.ndarray]  # of one sequence
+    # (state, x [B, F]) -> (state, logits [B, C])
     step: Callable[[list[jax.Array], jax.Array], tuple[list[jax.Array], jax.Array]]
-    size: int  # F: (state, x [B, F]) -> (state, logits [B, C])
+    size: int  # F
 
 
 def read(path: str | os.PathLike) -> bytes:
-    """Returns the content of a file that `write` wrote, not the card or its example.
+    """Returns the content of a file that `write` wrote, other than the card and its example.
 
-    Any reader takes it, e.g. `safetensors.numpy.load`. Raises UserError if the file cannot be read
-    or its digest is not that of its content.
+    Any reader of its format takes it, e.g. `safetensors.numpy.load`. Raises UserError if the file
+    cannot be read or its digest is not that of its content.
     """
     path = paths.resolve(path, "--artifact")
     try:
@@ -112,7 +113,7 @@ def read(path: str | os.PathLike) -> bytes:
 
 
 def load(path: str | os.PathLike) -> Artifact:
-    """Loads the classifier that `write` wrote, and what its images are, from the file beside it.
+    """Loads the classifier that `write` wrote, and its `ImageSpec` from the file beside it.
 
     If only the classifier was copied, classes are numbered. Raises UserError if a file cannot be
     read, is damaged or of another kind, or this JAX cannot run it.
@@ -165,7 +166,7 @@ def _explain_use(path, name):
         yield
     except UserError:
         raise
-    except Exception as error:  # JAX meets another format in many ways; the file is undamaged
+    except Exception as error:  # JAX rejects other formats by many errors; the file is undamaged
         raise UserError(
             f"{path} cannot be used by JAX {jax.__version__} here ({one_line(error)}); export the "
             f"run again and name its {name}"
@@ -197,7 +198,7 @@ def write(
     streaming: Streaming | None = None,
     example: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-    """Writes DIR/export, after a process without the model got the same logits from it.
+    """Writes DIR/export, once a process without this package has got the same logits from it.
 
     Args:
       workdir: the folder DIR; an earlier export there is replaced.
@@ -205,12 +206,12 @@ def write(
       params: the parameters of `classify`, to be written by name.
       card: the model card, Markdown.
       spec: the size of images, and the names of the classes.
-      streaming: the same network step by step, if it can read so.
+      streaming: the same network step by step, if it can read that way.
       example: a picture that the card names, PNG.
 
     Returns:
-      {"files": {name: bytes}, "largest_difference": {batch size or "step": of logits},
-      "logits_scale": …}.
+      {"files": {name: size in bytes}, "largest_difference": {batch size or "step": difference of
+      logits}, "logits_scale": the largest logit, at least 1}.
 
     Raises UserError if the workdir cannot be written, and RuntimeError if the logits differ, which
     is a fault of this program.

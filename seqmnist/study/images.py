@@ -1,7 +1,8 @@
 """Reads image files and prepares images as those of the training set were prepared.
 
-For MNIST that is a light digit on a dark ground, 20 pixels tall or wide, with its centre of mass in
-the middle of 28 × 28 pixels. For any other dataset it is its size, and gray or colors.
+For MNIST the result is a light digit on a dark background, 20 pixels tall or wide, with its centre
+of mass in the middle of 28 × 28 pixels. Images of any other dataset are resized, and made gray or
+colored.
 """
 
 import collections
@@ -22,20 +23,20 @@ from seqmnist.errors import UserError, one_line
 from seqmnist.spec import MNIST, ImageSpec
 
 _BOX, _SIZE, _MIDDLE = 20, MNIST.height, MNIST.height // 2
-_MOST_PIXELS = 1 << 20  # that digits are looked for in; larger images are reduced
-_MIN_CONTRAST = 16  # bytes between the ground and the strongest strokes
-_STROKE, _MIN_INK = 0.5, 0.2  # of the strongest; the least of a stroke, and of its soft edges
-_NEAR = 0.06  # of a digit's size, how far its parts are from each other
+_MOST_PIXELS = 1 << 20  # in which digits are searched; larger images are reduced first
+_MIN_CONTRAST = 16  # gray levels between the background and the strongest strokes
+_STROKE, _MIN_INK = 0.5, 0.2  # least ink of a stroke and of its soft edges; 1 is the strongest
+_NEAR = 0.06  # times a digit's size: how far ink reaches out to join separate parts
 _RECTANGULAR, _ROOM = 0.87, 0.16  # of a sheet of paper; see `_sheet`
 _MIN_WIDTH = 2  # pixels of a prepared stroke; MNIST's pen was no thinner
-_MOST_RADIUS = 0.3  # of a digit's size, half the width of its strokes; others are blots
-_WIDEST = 3  # times its height; others are lines. MNIST's widest digit: 2.5
-_MOST_FIELDS = 16  # of paper beside and within a digit's strokes; grids have more. MNIST's most: 10
-_CLEAN = 0.5  # of all strokes, the least that are digits; noise is anywhere
-_MOST_DIGITS = 30  # noise has more groups
+_MOST_RADIUS = 0.3  # half a stroke's width, in digit sizes; anything wider is a blot
+_WIDEST = 3  # width of a digit, in heights; anything wider is a line. MNIST's widest digit: 2.5
+_MOST_FIELDS = 16  # regions of paper around and within a digit; grids have more. MNIST's most: 10
+_CLEAN = 0.5  # smallest share of all strokes that belongs to digits; noise is everywhere
+_MOST_DIGITS = 30  # in an image; noise has more groups
 _MAX_BYTES = 1 << 31  # of a file of arrays
 
-# How names of files of several images end.
+# How the names of files that may hold several images end.
 _ARRAYS = (".npy", ".npz", "idx3-ubyte", "idx3-ubyte.gz")
 _KINDS = "pictures, NPY, NPZ or IDX"
 
@@ -43,9 +44,9 @@ _KINDS = "pictures, NPY, NPZ or IDX"
 def find(name: str, say: Callable[[str], None]) -> list[pathlib.Path]:
     """Returns the image files that a name stands for, in natural order: 2.png before 10.png.
 
-    It is a file, a folder with its sub-folders, or a pattern such as `scans/*.png`. Hidden files
-    are left out; `say` is told how many others in a folder are no images. Raises UserError if the
-    name stands for nothing.
+    The name is that of a file or of a folder with its sub-folders, or a pattern such as
+    `scans/*.png`. Hidden files are skipped; `say` is told how many other files in a folder are not
+    images. Raises UserError if nothing matches the name.
     """
     paths.resolve(name, "IMAGE")
     path = pathlib.Path(name).expanduser()
@@ -76,7 +77,7 @@ def _walk(folder, say):
                 others[path.suffix.lower() or "no ending"] += 1
     if others:
         listed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items())[:5])
-        say(f"NOTICE: {folder}: {others.total():,} files are not images and left out ({listed})")
+        say(f"NOTICE: {folder}: {others.total():,} files are not images; skipped ({listed})")
     return sorted(found, key=_natural)
 
 
@@ -91,7 +92,7 @@ def read(path: pathlib.Path, any_range: bool = False) -> list[np.ndarray]:
     A picture is in any format that Pillow decodes; see `pictures.read_picture`. NPY contains
     [H, W], [N, H, W], [N, H, W, 1], [N, 1, H, W] or [N, 784], or colors [H, W, 3] or [N, H, W, 3],
     as bytes or numbers in 0 to 1 or 0 to 255; for `any_range`, see `pictures.to_bytes`. NPZ
-    contains one or more such arrays; labels beside them are left out.
+    contains one or more such arrays; labels beside them are skipped.
 
     Returns at least one image, gray uint8 [H, W] or colored uint8 [H, W, 3]. Raises UserError if
     the file is missing, not an image, damaged, empty or too large.
@@ -133,17 +134,17 @@ class Digits(NamedTuple):
 
 
 def prepare(image: np.ndarray, name: object, spec: ImageSpec) -> np.ndarray:
-    """Prepares an image as those of the dataset were, or its largest digit: see `prepare_all`."""
+    """Prepares an image, or its largest digit: uint8 [*spec.shape]; see `prepare_all`."""
     found, largest = prepare_all(image, name, spec)
     return found[largest]
 
 
 def prepare_all(image: np.ndarray, name: object, spec: ImageSpec) -> Digits:
-    """Prepares an image as those of the dataset were, uint8 [*spec.shape].
+    """Prepares an image, uint8 [H, W] or [H, W, 3], as those of the dataset were.
 
-    For a network of MNIST's digits, all digits in the image are prepared as they were. For every
-    other network the image, uint8 [H, W] or [H, W, 3], becomes gray or colored and is resized, with
-    anti-aliasing, and nothing else. Messages call the image `name`; for errors, see
+    For a network of MNIST's digits, all digits in the image are prepared as MNIST's were. For any
+    other network, the result is the one image, uint8 [*spec.shape]: made gray or colored, resized
+    with anti-aliasing, and otherwise unchanged. Messages call the image `name`; for errors, see
     `prepare_digits`.
     """
     if is_of_digits(spec):
@@ -155,11 +156,11 @@ def prepare_all(image: np.ndarray, name: object, spec: ImageSpec) -> Digits:
 def prepare_digits(image: np.ndarray, name: object) -> Digits:
     """Finds the digits in an image and prepares them as MNIST's were.
 
-    Strokes are dark on light paper, which may lie on a dark desk, or light on a dark ground. What
-    differs from the ground around it is ink; a digit is a group of connected ink with the parts
-    close to it. Its bounding box is scaled to 20 pixels at the longer side, with anti-aliasing, and
-    moved so that its centre of mass is on the middle pixel. An image of MNIST itself is returned
-    unchanged.
+    Strokes are dark on light paper, which may lie on a dark desk, or light on a dark background.
+    What differs from the background around it is ink; a digit is a group of connected ink with the
+    parts close to it. Its bounding box is scaled to 20 pixels at the longer side, with
+    anti-aliasing, and moved so that its centre of mass is on the middle pixel. An image of MNIST
+    itself is returned unchanged.
 
     Args:
       image: uint8 [H, W] or [H, W, 3].
@@ -183,7 +184,7 @@ def prepare_digits(image: np.ndarray, name: object) -> Digits:
 
 
 def _is_prepared(image):
-    """Returns whether an image follows MNIST's rules, as all of its own do."""
+    """Returns whether an image follows MNIST's rules, as all of MNIST's own images do."""
     if image.shape != (_SIZE, _SIZE) or not image.any():
         return False
     sides = [np.ptp(np.flatnonzero(image.any(axis))) + 1 for axis in (0, 1)]
@@ -193,7 +194,7 @@ def _is_prepared(image):
 
 
 def _gray(image):
-    """Returns the brightness, or the mixture of colors that varies most, as float32 [H, W]."""
+    """Returns the brightness, or the mixture of colors that varies most: float32 [H, W]."""
     from PIL import Image
 
     height, width = image.shape[:2]
@@ -209,7 +210,7 @@ def _gray(image):
 
 
 def _without_desk(gray):
-    """Returns strokes light, ground dark; what surrounds a sheet of paper becomes like it."""
+    """Makes strokes light and the background dark; what surrounds a sheet becomes like paper."""
     corners = _corners(gray)
     low, high = gray.min(), gray.max()
     middle = (low + high) / 2
@@ -236,7 +237,7 @@ def _corners(gray):
 def _sheet(mask):
     """Returns the sheet of paper, bool [H, W], if the largest group of `mask` is one, else None.
 
-    It fills a rectangle, as seen at an angle, and has more room than the strokes in it.
+    A sheet fills a rectangle, which may be rotated, and its blank parts are wider than its strokes.
     """
     from scipy import ndimage, spatial
 
@@ -257,7 +258,7 @@ def _sheet(mask):
     turned = (hull @ [1, 1j])[:, None] / along
     if sheet.sum() < _RECTANGULAR * (np.ptp(turned.real, 0) * np.ptp(turned.imag, 0)).min():
         return None
-    room = _radius(mask)  # a sheet without ink is no digit 1
+    room = _radius(mask)  # without ink, a narrow sheet may be the stroke of a digit 1
     if room < (_ROOM if holes.any() else _MOST_RADIUS) * long_side or room < _radius(holes):
         return None
     return ndimage.binary_erosion(sheet, iterations=2 + long_side // 200)
@@ -273,14 +274,14 @@ def _largest(mask):
 
 
 def _ink(gray):
-    """Returns how much lighter than the ground each pixel is, 1 for the strongest strokes.
+    """Returns how much lighter than the background each pixel is, 1 for the strongest strokes.
 
-    The ground is what remains of `gray` without what is narrower than half the image's longer side,
-    or twice its shorter one. Returns None if nothing stands out.
+    The background is what remains of `gray` without light parts narrower than half the image's
+    longer side, or than twice its shorter one if that is less. Returns None if nothing stands out.
     """
     from scipy import ndimage
 
-    size = min(max(gray.shape), 4 * min(gray.shape))  # of a digit that fits, by far
+    size = min(max(gray.shape), 4 * min(gray.shape))  # well above that of a digit that fits
     gray = ndimage.gaussian_filter(gray, size / 800) if size > 100 else gray
     ground = ndimage.gaussian_filter(gray, max(1, size / 100))  # not the darkest noise
     corners, width = _corners(gray), size // 2 + 1
@@ -309,7 +310,7 @@ def _groups(ink):
         part = part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         at_border = any(x.start == 0 or x.stop == n for x, n in zip(box, ink.shape, strict=True))
         groups.append((at_border, max(part.shape), box[1].start, part))
-    # The edge of a table is at the border; so is a digit without margins, but alone.
+    # The edge of a table touches the border; so does a digit without margins, but it is alone.
     inner = [group for group in groups if not group[0]]
     if any(own > 0.3 * size for _, own, *_ in inner):
         groups = inner
@@ -344,7 +345,7 @@ def _radius(mask):
 
 def _normalize(ink):
     """Scales and centres the ink of a digit: float32 [H, W] in 0 to 1 -> uint8 [28, 28]."""
-    from PIL import Image  # here, not above: only image files need it
+    from PIL import Image  # imported here: only image files need it
     from scipy import ndimage
 
     scale = _BOX / max(ink.shape)
@@ -410,7 +411,7 @@ def _read_arrays(path, any_range):
 
 
 def _without_flat_axes(array):
-    """Makes [N, H, W, 1] and [N, 1, H, W] to [N, H, W], and [N, 784] to [N, 28, 28]."""
+    """Turns [N, H, W, 1] and [N, 1, H, W] into [N, H, W], and [N, 784] into [N, 28, 28]."""
     if array.ndim in (3, 4) and array.shape[-1] == 1:
         return array[..., 0]
     if array.ndim == 4 and array.shape[1] == 1:

@@ -58,8 +58,8 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
     This gradient flows backwards through time: where it vanishes, the network cannot learn from
     what it read before. `labels` are int32 [B]; the other arguments as `beliefs`.
 
-    Returns ‖∂loss/∂h_t‖ of each example's cross-entropy, [D, T, B]; h_t is the whole state: of an
-    LSTM, h and c. The second direction reads from the end to time step t.
+    Returns ‖∂loss/∂h_t‖ of each example's cross-entropy, [D, T, B]; h_t is the whole state: h and c
+    for an LSTM. The second direction reads from the end to time step t.
     """
     network = nnx.merge(system.graphdef, params)
     x = network.sequence(images)
@@ -82,7 +82,7 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
 
 
 def _nudged(layer, x, nudges):
-    """Returns the outputs of a layer, x [T, B, F], whose states are moved after each time step."""
+    """Returns the outputs of a layer for x [T, B, F], with `nudges` added to its states."""
     if isinstance(layer, ResidualBlock):
         return layer.finish(x, _nudged(layer.layer, layer.prepare(x), nudges))
     if isinstance(layer, Bidirectional):
@@ -99,7 +99,7 @@ def _nudged(layer, x, nudges):
 
 
 class ClassScores(NamedTuple):
-    """Scores of each class, float64 [C], 0 for 0 / 0; its number of examples, int64 [C]."""
+    """Scores of each class, float64 [C], with 0 / 0 as 0; its number of examples, int64 [C]."""
 
     precision: np.ndarray
     recall: np.ndarray
@@ -108,7 +108,7 @@ class ClassScores(NamedTuple):
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
-    """Counts pairs of label (row) and prediction (column), int [N] each: int64 [C, C]."""
+    """Counts pairs of label and prediction, int [N] each: int64 [C, C], a row for each label."""
     pairs = np.asarray(labels, np.int64) * num_classes + np.asarray(predictions, np.int64)
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
@@ -134,7 +134,7 @@ class Calibration(NamedTuple):
 
 
 def calibration(labels: np.ndarray, probabilities: np.ndarray, num_bins: int = 15) -> Calibration:
-    """Compares how sure predictions are with how often they are right; int [N] and [N, C].
+    """Compares the confidence of predictions with their accuracy; takes int [N] and float [N, C].
 
     Bins divide 0 to 1 evenly. Source: C. Guo et al., On calibration of modern neural networks,
     arXiv 1706.04599.

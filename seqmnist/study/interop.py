@@ -27,7 +27,7 @@ _CELLS = {
 def build_keras(config: ModelConfig, spec: ImageSpec) -> "keras.Sequential":
     """Builds the same architecture in Keras: sequences [B, T, F] -> logits [B, C].
 
-    `spec` is that of the images which become the sequences.
+    `spec` describes the images from which the sequences are made.
 
     Keras uses the JAX backend unless it is already imported or KERAS_BACKEND is set. Raises
     UserError if Keras has no such layers, or is not installed.
@@ -85,7 +85,7 @@ def _keras_cell(config):
         if (value := getattr(config, name)) not in values:
             raise UserError(
                 f"config.model.{name}={value} has no equivalent in Keras; use plain stacks of "
-                f"{', '.join(_CELLS)} with the readout last and no dropout"
+                f"{', '.join(_CELLS)} with readout=last and dropout=0"
             )
     return _CELLS[config.cell]
 

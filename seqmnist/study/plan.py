@@ -36,12 +36,12 @@ class Study:
 
     Attributes:
       entries: a configuration for each name.
-      seeds: one after the other, such as range(100, 110); what is compared is trained from these.
-      select: a grid {field: values}, for each entry; the setting with the lowest mean validation
-        loss is chosen.
-      selection_seeds: from which the settings are trained; others than `seeds`.
-      budget: the number of parameters that a network may not exceed, for all or by name; hidden
-        sizes are the largest within it. None leaves them as they are.
+      seeds: consecutive, such as range(100, 110); the compared networks are trained from these.
+      select: a grid {field: values}, tried for each entry; the setting with the lowest mean
+        validation loss is chosen.
+      selection_seeds: the seeds from which the settings are tried; none of them is in `seeds`.
+      budget: the largest number of parameters of a network, one for all or by name; hidden sizes
+        are the largest within it. None leaves hidden sizes as they are.
     """
 
     entries: Mapping[str, Config]
@@ -55,20 +55,20 @@ class Study:
         for name in ("seeds", "selection_seeds"):
             seeds = getattr(self, name)
             if not isinstance(seeds, range) or seeds.step != 1 or not seeds:
-                raise UserError(f"{name}={seeds} must be a range of numbers, one after the other")
+                raise UserError(f"{name}={seeds} must be a range of consecutive numbers")
         if self.select and set(self.seeds) & set(self.selection_seeds):
             raise UserError(
-                f"seeds={self.seeds} and selection_seeds={self.selection_seeds} overlap; scores of "
-                "seeds that settings were chosen by are too good"
+                f"seeds={self.seeds} and selection_seeds={self.selection_seeds} overlap; choose "
+                "others, since scores of the seeds that chose a setting are too good"
             )
         if not self.entries:
-            raise UserError("entries={} is no study; name at least one network")
+            raise UserError("entries={} is empty; name at least one network")
         for name, config in self.entries.items():
             if not name or set(name) & {"/", "\\", "\0"} or name.startswith("."):
                 raise UserError(f"{name!r} cannot be the name of a folder; choose another")
             for field in ("members.num", "members.sweep", "seed"):
                 if config_lib.get(config, field) != config_lib.fields()[field].default:
-                    raise UserError(f"{name}: config.{field} is the study's; leave it out")
+                    raise UserError(f"{name}: config.{field} is set by the study; leave it out")
             if self.select and not config.data.validation_fraction:
                 raise UserError(
                     f"{name}: settings are chosen by validation, never by test; set "
@@ -119,7 +119,7 @@ def fit(config: Config, spec: ImageSpec, budget: int | None) -> Config:
     def of(units):
         return config_lib.override(config, {"model.hidden_size": units})
 
-    low, high = 0, 1  # it fits; it does not
+    low, high = 0, 1  # the first fits; the second does not, once it is found
     while high <= _MOST_UNITS and num_parameters(of(high), spec) <= budget:
         low, high = high, 2 * high
     while high - low > 1:
@@ -128,16 +128,16 @@ def fit(config: Config, spec: ImageSpec, budget: int | None) -> Config:
         low, high = (middle, high) if fits else (low, middle)
     if not low:
         raise UserError(
-            f"{num_parameters(of(1), spec):,} parameters of a single unit of {config.model.cell} "
+            f"the {num_parameters(of(1), spec):,} parameters of one unit of {config.model.cell} "
             f"exceed the budget of {budget:,}; raise it, or leave the entry out"
         )
     return of(low)
 
 
 def selection(study: Study, name: str, spec: ImageSpec) -> list[tuple[dict[str, Any], Config]]:
-    """Returns the runs that try an entry's grid: (the fields that a run fixes, configuration).
+    """Returns the runs that try an entry's grid: ({field: value} that a run fixes, configuration).
 
-    What can be swept is trained in one program, as members.
+    Fields that can be swept are not fixed: their settings are members of one run.
     """
     swept, fixed = {}, {}
     for field, values in study.select.items():
@@ -169,8 +169,8 @@ def _run(study, name, setting, seeds, spec, swept=None):
 def choose(study: Study, tried: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict:
     """Chooses a setting: pairs of what a run fixed and its `results.json` -> {field: value}.
 
-    It is the one with the fewest seeds that diverged, and among these with the lowest mean
-    validation loss; test is not looked at. The results of a run that diverged as a whole are {}.
+    It is the one with the fewest diverged seeds and, among those, the lowest mean validation loss;
+    test scores are not used. The results of a run that diverged as a whole are {}.
     """
     ranked = []
     for fixed, results in tried:
@@ -184,7 +184,7 @@ def choose(study: Study, tried: Sequence[tuple[Mapping[str, Any], Mapping[str, A
 
 
 def at_edges(study: Study, setting: Mapping[str, Any]) -> list[str]:
-    """Returns the fields of which the smallest or the largest of three or more was chosen."""
+    """Returns the fields whose chosen value is the smallest or largest of three or more numbers."""
 
     def is_edge(field):
         values = study.select[field]
@@ -211,7 +211,7 @@ def flops_per_image(config: Config, spec: ImageSpec) -> int:
 
 
 def widest(study: Study) -> Config:
-    """Returns a configuration with as many members as any run has, for which devices are chosen."""
+    """Returns a configuration with as many members as the largest run, by which to set up JAX."""
     config = copy.deepcopy(next(iter(study.entries.values())))
     config.members.num = max(len(study.seeds), len(study.selection_seeds))
     return config
@@ -225,10 +225,10 @@ def describe(
     results: Mapping[str, Any],
     spec: ImageSpec,
 ) -> dict[str, Any]:
-    """Returns what `study.json` holds of an entry; nothing in it depends on time or machine."""
+    """Returns what `study.json` holds about an entry, nothing that depends on time or machine."""
     several = len(study.seeds) > 1
 
-    def listed(values):  # of a run that has just ended they are NaN, of one that is read, None
+    def listed(values):  # diverged: NaN if the run has just ended, None if its results were read
         values = np.array(values if several else [values], float).tolist()
         return [value if math.isfinite(value) else None for value in values]
 

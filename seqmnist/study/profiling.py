@@ -39,8 +39,8 @@ class Profile(contextlib.AbstractContextManager):
     """Traces exactly the steps in `ProfileConfig.steps`, on process 0 of a job.
 
     Evaluations between those steps are in the trace, outside of its step markers. As a context
-    manager, it ends a trace that a stopped run leaves unfinished. A loop must report progress at
-    the steps `breaks` of the run.
+    manager, it ends a trace that a stopped run leaves unfinished. The training loop must report
+    progress at the steps `breaks` of the run.
     """
 
     def __init__(
@@ -136,11 +136,11 @@ def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
 def step_cost(config: Config, spec: ImageSpec = MNIST) -> dict[str, float]:
     """Counts what one training step of one batch does, from shapes alone.
 
-    XLA's own count of bytes takes some updates of slices for updates of whole arrays, so bytes are
-    estimated from its memory plan.
+    XLA's own count of bytes mistakes some updates of slices for updates of whole arrays, so bytes
+    are estimated from its memory plan.
 
     Returns flops of the matrix products; bytes, if arguments are read once, results written once,
-    and temporaries both; temporary_bytes, the largest sum of arrays that live at once.
+    and temporaries written and read once; temporary_bytes, the size of the buffer for temporaries.
     """
     system = make_system(config, 1, spec)
     state = jax.eval_shape(lambda: init_state(config, system, config.seed))
@@ -186,7 +186,7 @@ def product_flops(jaxpr: core.Jaxpr, platform: str | None = None) -> int:
 def program_cost(program: jax.stages.Compiled) -> dict[str, float]:
     """Returns XLA's analysis of a program, as far as the device reports it.
 
-    It counts the body of a loop once in hlo_flops.
+    Its hlo_flops count the body of a loop once.
     """
     cost = {}
     if analysis := program.cost_analysis():

@@ -24,12 +24,12 @@ from seqmnist.training.steps import System, init_state, make_system
 from seqmnist.training.task import as_trained
 from seqmnist.workdir import Workdir
 
-_MOST_AT_ONCE = 1 << 15  # time steps × examples, where something is kept of each
+_MOST_AT_ONCE = 1 << 15  # time steps × examples, where a result is kept for each
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A network of a run: its fixed half and its parameters.
+    """A network of a run: its fixed half, `system`, and its parameters.
 
     `results` is what `results.json` holds, empty if the run has not finished; `step` is that of the
     checkpoint; `fingerprint` is that of the data it was trained on; `member` is None if the run
@@ -50,7 +50,7 @@ class Trained:
 
     @property
     def spec(self) -> ImageSpec:
-        """What the images are that it reads."""
+        """Size and classes of the images that it reads."""
         return self.system.spec
 
     @property
@@ -85,14 +85,15 @@ class Trained:
         """
         if not np.isin(labels, range(self.spec.num_classes)).all():
             raise UserError(
-                f"labels hold what is no class; give whole numbers 0 to {self.spec.num_classes - 1}"
+                "labels contain a value that is not a class; give whole numbers from 0 to "
+                f"{self.spec.num_classes - 1}"
             )
         return self._by_step(_gradient_norms, images, labels, axis=2)
 
     def streaming(self) -> Streaming:
         """Returns the network as one that reads step by step.
 
-        Raises UserError if it is bidirectional: that reads whole sequences only.
+        Raises UserError if it is bidirectional: it then reads whole sequences only.
         """
         network = nnx.merge(self.system.graphdef, self.params)
         initial, structure = jax.tree.flatten(network.initial_state(1))
@@ -106,13 +107,13 @@ class Trained:
     def test_set(self, say=print) -> tuple[np.ndarray, np.ndarray]:
         """Returns the images uint8 [N, …] and labels int32 [N] that the run was tested on.
 
-        Raises UserError if they are not available, or others are in their place.
+        Raises UserError if they are not available, or differ from those of the run.
         """
         dataset = sources.prepare(as_trained(self.config, self.results).data, say)
         if self.fingerprint != dataset.fingerprint:
             raise UserError(
                 f"{dataset.directory} holds other images than those that {self.workdir} was "
-                "trained on; prepare them again with config.data.data_dir of another name"
+                "trained on; prepare those again, in another config.data.data_dir"
             )
         return dataset.arrays("test")
 
@@ -138,11 +139,11 @@ def load(
 ) -> Trained:
     """Loads the network in a workdir, or one of its members.
 
-    Without `member`, it is the best by validation loss, of a sweep that of the chosen setting, or
-    the first if the run has not finished.
-    `checkpoint` is "newest", "best" by validation loss, or the number of a step. `say` is told, in
-    one line, if another one is used, or if it is not the end of the run. Raises UserError if there
-    is no configuration, no usable checkpoint or no such member.
+    Without `member`, it is the one with the lowest validation loss, in a sweep among those of the
+    chosen setting; or the first if the run has not finished.
+    `checkpoint` is "newest", "best" by validation loss, or the number of a step. `say` is called
+    with one line if another checkpoint is used, or if it is not the end of the run. Raises
+    UserError if there is no configuration, no usable checkpoint or no such member.
     """
     workdir = Workdir(workdir)
     config, results = workdir.read_config(), workdir.read_results()

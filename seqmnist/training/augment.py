@@ -11,15 +11,15 @@ def affine(
 ) -> jax.Array:
     """Rotates, stretches, shears and shifts images, uint8 [B, H, W] or [B, H, W, 3].
 
-    Each has a key of its own. Amounts are uniform between minus and plus their limits: of the
-    rotation in degrees, of the relative changes of height and width, of the vertical shear in
-    pixels per pixel of width, and of the shifts down and right in parts of height and width: two
-    pixels of MNIST's images. Pixels are interpolated bilinearly.
+    Each image has its own key, [B]. Amounts are uniform between minus and plus their limits:
+    rotation in `degrees`, `stretch` as relative changes of height and width, vertical `shear` in
+    pixels per pixel of width, and the `shift` down and right as fractions of height and width, by
+    default two pixels of MNIST's images. Pixels are interpolated bilinearly.
 
-    An image whose border is mostly zero shows something on an empty ground. Outside of it pixels
-    are zero. A shift that would leave ink on its border, where MNIST has it in one image of 75, is
-    changed as little as keeps it off; ink that is too large for that is centred. Any other image,
-    such as a photograph, is shifted freely, and continues outside as its nearest pixel.
+    An image whose border is mostly zero shows something on an empty background. Outside of it,
+    pixels are zero. A shift that would leave ink on the border, where MNIST has it in one image of
+    75, is changed just enough to keep it off; ink that is too large for that is centred. Any other
+    image, such as a photograph, is shifted freely; outside of it, its nearest pixel is repeated.
     """
     height, width = images.shape[1:3]
     amounts = jax.vmap(lambda key: jax.random.uniform(key, (6,), minval=-1, maxval=1))(keys)

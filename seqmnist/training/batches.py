@@ -19,8 +19,8 @@ from seqmnist.errors import UserError
 from seqmnist.training import devices, keys
 
 PADDING = -1
-CHUNK = 512  # examples at once, at most, where nothing is trained
-WINDOW = 32  # batches that a stream brings at once; one by one, their dispatch would cost as much
+CHUNK = 512  # most examples that are processed at once, except in training
+WINDOW = 32  # batches that a stream brings at once; one by one, dispatch would take too long
 
 
 class Batch(NamedTuple):
@@ -47,8 +47,8 @@ def join(parts: Sequence[np.ndarray]) -> np.ndarray:
 def make_splits(num_train: int, num_test: int, validation_fraction: float) -> dict[str, range]:
     """Divides the examples of both archives into "train", "validation" and "test".
 
-    Validation is a share of the training archive, its tail: Keras's rule. Raises UserError if
-    nothing is left to train on.
+    Validation is the tail of the training archive, as in Keras. Raises UserError if nothing is left
+    to train on.
     """
     boundary = math.floor(num_train * (1.0 - validation_fraction))
     if boundary == 0:
@@ -66,8 +66,8 @@ def make_splits(num_train: int, num_test: int, validation_fraction: float) -> di
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     """Returns the order in which an epoch visits the training set: int32 [size].
 
-    It is `jax.random.permutation`'s, for sizes in the thousands, but sorted by NumPy, which takes
-    a third of the time that XLA does on CPUs, and nothing to compile.
+    It is that of `jax.random.permutation`, for sizes in the thousands, but sorted by NumPy, which
+    takes a third of XLA's time on CPUs and compiles nothing.
     """
     order = np.arange(size, dtype=np.int32)
     for numbers in np.asarray(_numbers_to_sort_by(np.uint32(seed), epoch, size)):
@@ -77,7 +77,7 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _numbers_to_sort_by(seed, epoch, size):
-    """Draws two rounds, [2, size]: among so many numbers of 32 bits, some pairs are equal."""
+    """Draws two rounds of sort keys, uint32 [2, size]: a single round may contain ties."""
     key, first = jax.random.split(keys.key(seed, "epoch_order", epoch))
     _, second = jax.random.split(key)
     return jnp.stack([jax.random.bits(subkey, (size,)) for subkey in (first, second)])
@@ -89,7 +89,7 @@ def num_batches(size: int, batch_size: int) -> int:
 
 
 def batch_rows(order: Sequence[int], batch_size: int, steps: int | None = None) -> np.ndarray:
-    """Cuts example numbers [N] into batches: int32 [steps, B], padded; `steps` as need be."""
+    """Cuts example numbers [N] into padded batches: int32 [steps, B], by default as few as fit."""
     steps = steps or num_batches(len(order), batch_size)
     padding = (0, steps * batch_size - len(order))
     order = np.pad(np.asarray(order, np.int32), padding, constant_values=PADDING)
@@ -106,7 +106,7 @@ def take(images: jax.Array, labels: jax.Array, row: jax.Array) -> Batch:
 def in_chunks(
     function: Callable[..., jax.Array], *arrays: np.ndarray, most: int = CHUNK, axis: int = 0
 ) -> np.ndarray:
-    """Applies a function to any number of examples, in chunks of few sizes, so that few compile.
+    """Applies a function to any number of examples, in chunks of few sizes, to compile rarely.
 
     Takes arrays [N, …], N > 0, at most `most` examples at once; results have them along `axis`.
     """
@@ -151,7 +151,7 @@ def stream(records: Records, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Itera
     Yields a Batch of [WINDOW, B, …] for each WINDOW of rows int32 [steps, B]; the last one is
     filled up with padding. A process reads only the part of each batch that its devices hold.
     """
-    import grain  # here, not above: resident input never needs it
+    import grain  # imported here: resident input never needs it
 
     rows = rows[:, devices.local_columns(mesh, rows.shape[1])]
     rows = np.pad(rows, ((0, -len(rows) % WINDOW), (0, 0)), constant_values=PADDING)

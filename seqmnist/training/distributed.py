@@ -31,17 +31,17 @@ def joined(
 ) -> Iterator[None]:
     """Joins the job, and leaves it at the end; does nothing for a job of one process.
 
-    `coordinator` is HOST:PORT of process 0; with `is_distributed` and without it, the environment
-    is asked: SLURM, Open MPI, Kubernetes, TPU pods. When another process of the job dies, this one
-    says so and ends. Raises UserError if the environment does not say, or if the coordinator
-    cannot be reached.
+    `coordinator` is HOST:PORT of process 0. If it is None and `is_distributed`, the environment is
+    asked: SLURM, Open MPI, Kubernetes, TPU pods. When another process of the job dies, this one
+    says so and ends. Raises UserError if the environment does not describe the job, or if the
+    coordinator cannot be reached.
     """
     if not is_distributed and coordinator is None:
         yield
         return
     host, _, _ = (coordinator or "").rpartition(":")
     is_local = host in ("127.0.0.1", "localhost", "[::1]")
-    # Before JAX gives up, which it does by aborting this process.
+    # It ends the process in one line, before JAX gives up, which would abort it.
     alarm = threading.Timer(JOINING, _give_up, [coordinator])
     alarm.daemon = True
     alarm.start()
@@ -66,9 +66,9 @@ def joined(
         yield
     except UserError:
         if jax.process_index() == 0:
-            time.sleep(2)  # the others, which it coordinates, say first why they end
+            time.sleep(2)  # so that the others, which it coordinates, can say why they end
         raise
-    except (RuntimeError, ValueError) as error:  # as which JAX and Orbax pass it on
+    except (RuntimeError, ValueError) as error:  # what JAX and Orbax raise if one is gone
         if not _GONE.search(str(error)):
             raise
         print(
@@ -78,7 +78,7 @@ def joined(
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)  # leaving in order would wait for the process that is gone
+        os._exit(1)  # a regular exit would wait for the process that is gone
     jax.distributed.shutdown()
 
 

@@ -16,13 +16,13 @@ from seqmnist.training.task import Task
 
 
 class DivergedError(UserError):
-    """Nothing that trains is finite any more."""
+    """The network, or every member, has diverged."""
 
 
 def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) -> str:
     """Returns one line on the first step whose results were not finite, and what to do.
 
-    `state` is the last good one, which `steps.guarded_step` has left, and `last_saved` the name of
+    `state` is the last good one, which `steps.guarded_step` has kept, and `last_saved` the name of
     the newest checkpoint. `debug_nans` repeats the step of a single network to find the operation.
     """
     step = int(np.max(devices.gather(state.step)))

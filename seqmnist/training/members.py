@@ -16,7 +16,7 @@ from seqmnist import config as config_lib
 from seqmnist.config import Config
 from seqmnist.errors import UserError, choose
 
-# What changes no shape and no structure; so do options of a cell or optimizer, if they are floats.
+# Fields that change no shape and no structure; so are float options of a cell or an optimizer.
 SWEEPABLE = tuple(
     f"optimizer.{name}" for name in ("learning_rate", "momentum", "weight_decay", "clip_norm")
 )
@@ -63,7 +63,7 @@ def settings(config: Config) -> list[dict[str, float]]:
             refuse("names other fields in one setting than in another")
         for name, value in setting.items():
             if not isinstance(value, int | float) or isinstance(value, bool):
-                refuse(f"has {value!r}, which {name} cannot be")
+                refuse(f"has {value!r} for {name}, which must be a number")
             if not config_lib.option_group(name):
                 config_lib.checked(name, value)
     return [{name: float(value) for name, value in setting.items()} for setting in sweep]
@@ -72,7 +72,7 @@ def settings(config: Config) -> list[dict[str, float]]:
 def list_members(config: Config) -> list[dict[str, float]]:
     """Returns what tells members apart: {"seed": …, field: …} for each of S, in order.
 
-    Raises UserError as `settings`, or if seeds would pass 2³² - 1 or members are too many.
+    Raises UserError as `settings` does, if a seed exceeds 2³² - 1, or if members are too many.
     """
     seeds = range(config.seed, config.seed + config.members.num)
     if seeds[-1] > 2**32 - 1:
@@ -92,8 +92,8 @@ def list_members(config: Config) -> list[dict[str, float]]:
 def best_setting(config: Config, losses: np.ndarray | None, diverged: np.ndarray) -> int | None:
     """Returns the number of the setting that validation chooses; None without validation.
 
-    It is, among those with the fewest members that diverged, bool [S], that with the lowest mean of
-    the others' validation losses, [S].
+    Among the settings with the fewest members that `diverged`, bool [S], it is the one with the
+    lowest mean of the other members' validation `losses`, [S].
     """
     if losses is None:
         return None
@@ -111,8 +111,8 @@ def summarize(
 ) -> list[dict[str, Any]]:
     """Sums up members by setting.
 
-    Scores are {"loss", "accuracy"}, lists of S; without validation, None. What is NaN, as of
-    members that `diverged`, bool [S], counts for no mean.
+    Scores are {"loss", "accuracy"}, lists of S values; without validation, None. NaN, as for
+    members that `diverged`, bool [S], is left out.
 
     Returns [{field: value, "diverged": count, "validation": s, "test": s}], where s is {"loss",
     "accuracy"} → {"mean", "sd", "interval"}; the interval is the 95 % confidence interval of the
@@ -129,8 +129,8 @@ def summarize(
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """Returns {"mean", "sd", "interval": 95 %, Student's t}; what is NaN or None counts not."""
-    from scipy import stats  # here, not above: it takes long to import, and one run needs none
+    """Returns {"mean", "sd", "interval": 95 %, Student's t}; NaN and None are left out."""
+    from scipy import stats  # imported here: it takes long to import, and one run needs none
 
     finite = np.array(values, float)
     finite = finite[np.isfinite(finite)]

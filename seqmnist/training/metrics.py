@@ -9,7 +9,7 @@ import optax
 
 
 class Sums(NamedTuple):
-    """Running totals, [] or of members [S]; those over examples add over batches and devices."""
+    """Running totals, [], or [S] with members; sums over examples add over batches and devices."""
 
     loss: jax.Array  # float: summed cross-entropy in nats
     correct: jax.Array  # int32: number of correct predictions
@@ -27,7 +27,7 @@ class Sums(NamedTuple):
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
     def restart(self) -> "Sums":
-        """Returns zeros for the next epoch, but the loss where it is not finite now.
+        """Returns zeros for the next epoch, but keeps a loss that is not finite.
 
         A member that has diverged (NaN) or stopped early (infinity) stays marked, and
         `steps.guarded_step` leaves its state alone.

@@ -52,7 +52,7 @@ OPTIMIZERS = {"rmsprop": rmsprop, "adam": adam, "adamw": adamw, "sgd": sgd}
 
 
 def hyperparameter(name: str) -> str:
-    """Returns under which name a swept field of `OptimizerConfig` is kept in `hyperparams`."""
+    """Returns the name under which a swept field of `OptimizerConfig` is kept in `hyperparams`."""
     return name.removeprefix("optimizer.").replace(".", "_")
 
 
@@ -65,7 +65,8 @@ def make_optimizer(
     """Builds the optimizer that the configuration names, for an `nnx.State` of parameters.
 
     `num_steps` is the length of the run, for schedules; without it the learning rate is constant.
-    Updates take the loss of the batch as `value`, which schedule plateau averages over an epoch.
+    Updates take the loss of the batch as `value`, which the schedule plateau averages over an
+    epoch.
     Values of the `swept` fields live in the optimizer's state, under `hyperparams`, so that each
     member has its own. Raises UserError if there is no optimizer of that name.
     """

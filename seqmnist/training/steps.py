@@ -31,11 +31,11 @@ class TrainState(NamedTuple):
     params: Any  # the model's parameters, an `nnx.State`
     opt_state: optax.OptState
     step: jax.Array  # int32, updates taken so far
-    seed: jax.Array  # uint32, the source of all the run's randomness; it stays
+    seed: jax.Array  # uint32, the source of all the run's randomness; never changes
 
 
 class System(NamedTuple):
-    """All that stays: the structure of the network and the rule of its updates."""
+    """All that stays the same: the structure of the network and the rule of its updates."""
 
     spec: ImageSpec  # of the images that it reads
     graphdef: nnx.GraphDef  # the model without its parameters
@@ -74,7 +74,7 @@ def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = 
 def check_names(config: Config) -> None:
     """Imports the plugins; raises UserError if a name or an option does not exist.
 
-    It needs to know nothing of the images.
+    No images are needed for this.
     """
     load_plugins(config)
     views.find(config.model.view)
@@ -99,7 +99,7 @@ def init_state(
     settings = settings or members.settings(config)[0]
     params = nnx.state(_make_model(config, system.spec, seed, _of("model", settings)))
     opt_state = system.optimizer.init(nnx.filter_state(params, nnx.Param))
-    if config.optimizer.schedule == "plateau":  # Optax begins with inf, which is no good state
+    if config.optimizer.schedule == "plateau":  # `guarded_step` refuses Optax's inf
         opt_state = optax.tree.set(opt_state, best_value=jnp.float32(LARGEST))
     if own := _of("optimizer", settings):
         values = {hyperparameter(name): value for name, value in own.items()}
@@ -114,11 +114,11 @@ def train_step(
 
     Their norms are those of the mean loss's gradient, before it is clipped, and of the update.
     Inside `devices.over_mesh`, `batch` is this device's part of a batch that is split over the mesh
-    axis `axis`; the update and the sums are those of the whole.
+    axis `axis`; the update and the sums are those of the whole batch.
     """
 
     def draw_keys(purpose):
-        """Draws a key for each position in the whole batch, so that a part draws what it does."""
+        """Draws a key for each position in the whole batch; a part of it gets the same keys."""
         size = len(batch.label)
         first = 0 if axis is None else lax.axis_index(axis) * size
         positions = first + jnp.arange(size, dtype=jnp.int32)
@@ -156,9 +156,9 @@ def guarded_step(
 ) -> tuple[TrainState, Sums, Sums]:
     """Takes a `train_step` and adds to the sums, unless something in it is not finite.
 
-    From such a step on, the state stays as it was before it, and the summed loss is NaN: where
-    a run went wrong can be told at any later time, and nothing good is lost. The optimizer's
-    state counts too: with an infinite second moment, parameters stay finite and never move again.
+    From such a step on, the state stays as it was before it, and the summed loss is NaN: the last
+    good state is kept, and tells later at which step the run went wrong. The optimizer's state
+    counts too: with an infinite second moment, parameters stay finite and never move again.
     A summed loss of infinity, which marks a network that has stopped early, stays.
 
     Returns the state, the sums, and the sums of this step alone, marked in the same way.
@@ -194,7 +194,7 @@ def _summed(function, arguments, num_parts):
 
 
 def _norm(tree):
-    """The L2 norm of all numbers of a tree, as one array: leaf by leaf, it compiles for longer."""
+    """Returns the L2 norm of all leaves, joined: computed leaf by leaf, it compiles more slowly."""
     return jnp.linalg.norm(ravel_pytree(tree)[0])
 
 

@@ -1,7 +1,7 @@
 """Early stopping: what follows from the validation losses of the finished epochs.
 
-Members stop one by one. All is computed from the records of epochs, so that a run that resumes
-decides as one that was never interrupted. Shapes: S members; of a single network, [].
+Members stop one by one. All is computed from the records of epochs, so that a resumed run decides
+as an uninterrupted one does. Shapes: [S] for S members, [] for a single network.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ def best_epochs(history: list[dict[str, Any]]) -> np.ndarray:
 
 
 def has_stopped(history: list[dict[str, Any]], patience: int) -> np.ndarray:
-    """Returns what has seen `patience` epochs in a row without a lower loss: bool [S]."""
+    """Returns which members saw `patience` epochs in a row without a lower loss: bool [S]."""
     return len(history) - 1 - best_epochs(history) >= patience
 
 

@@ -1,4 +1,4 @@
-"""A task: all of a run that does not change while it trains, composed from its configuration."""
+"""A task: everything in a run that training does not change, composed from its configuration."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ from seqmnist.training.steps import System, TrainState, check_names, init_state,
 
 
 class Program(NamedTuple):
-    """A compiled program, and how many seconds it took; few if it was in the cache."""
+    """A compiled program, and the seconds that compiling took; few if it was in the cache."""
 
     compiled: jax.stages.Compiled
     seconds: float
@@ -40,7 +40,7 @@ class Task(NamedTuple):
     system: System
     mesh: jax.sharding.Mesh
     loop: Loop
-    rows: dict[str, np.ndarray]  # of "validation" and "test", of one shape
+    rows: dict[str, np.ndarray]  # batches of "validation" and "test", int32 [steps, B] each
 
     @property
     def num_steps(self) -> int:
@@ -61,7 +61,7 @@ class Task(NamedTuple):
 
     def start(self) -> Progress:
         """Returns the beginning of the run."""
-        # It runs once: a third of the time to compile is worth more than how fast it runs.
+        # It runs once, so that quick compilation is worth more than a fast program.
         options = {"xla_backend_optimization_level": 0}
         init = jax.jit(self._init, out_shardings=self.loop.placement, compiler_options=options)
         return self.loop.start(init())
@@ -85,7 +85,8 @@ class Task(NamedTuple):
     ) -> dict[str, futures.Future]:
         """Begins to compile what the run will need: {name: future of a `Program`}.
 
-        The compiler releases Python's lock, and so runs beside this thread; tracing does not.
+        The compiler releases Python's lock, and so runs in parallel to this thread; tracing does
+        not.
         """
 
         def compiled(lowered):
@@ -100,7 +101,7 @@ class Task(NamedTuple):
     ) -> dict[str, Any]:
         """Returns {"loss", "accuracy"} on "validation" or "test"; None on an empty split.
 
-        Of members, both are lists; scores of those that `diverged`, bool [S], become NaN.
+        With members, both are lists; scores of those that `diverged`, bool [S], become NaN.
         """
         if not self.splits[split]:
             return {"loss": None, "accuracy": None}
@@ -108,14 +109,14 @@ class Task(NamedTuple):
         return {name: np.where(diverged, np.nan, value).tolist() for name, value in means.items()}
 
     def describe_data(self) -> dict[str, Any]:
-        """Returns what `results.json` says of the dataset."""
+        """Returns what `results.json` says about the dataset."""
         facts = ("name", "requested", "notice", "fingerprint")
         counts = {name: len(split) for name, split in self.splits.items()}
         named = {fact: getattr(self.dataset, fact) for fact in facts}
         return named | {"images": self.dataset.spec.to_dict()} | counts
 
     def describe_sequence(self) -> dict[str, Any]:
-        """Returns what `results.json` says of what the network reads."""
+        """Returns what `results.json` says about the sequences that the network reads."""
         view, spec = self.config.model.view, self.dataset.spec
         num_steps, num_features = views.sequence_shape(self.config.model, spec)
         description = {"view": view, "time_steps": num_steps, "features": num_features}
@@ -125,7 +126,7 @@ class Task(NamedTuple):
         return description
 
     def _init(self):
-        """Members are initialized one by one, so that each equals a separate run."""
+        """Returns the initial state; members one by one, so that each equals a separate run."""
         if len(self.members) == 1:
             return init_state(self.config, self.system, self.config.seed)
         swept = members.settings(self.config)[0]
@@ -137,13 +138,14 @@ class Task(NamedTuple):
 def compose(
     config: Config, say: Callable[[str], None], described: Sequence[jax.Device] | None = None
 ) -> Task:
-    """Composes a task; prepares its dataset if need be, and tells `say` of what takes long.
+    """Composes a task; prepares its dataset if need be, and calls `say` with what takes long.
 
     `described` are devices to compile for, in place of those to train on. Raises UserError if the
-    configuration names what does not exist or does not fit, or if the data cannot be used.
+    configuration names something that does not exist or does not fit, or if the data cannot be
+    used.
     """
     batch_size = config.train.batch_size
-    with devices.together():  # what does not exist is refused before data are fetched
+    with devices.together():  # names that do not exist are refused before data are fetched
         each = members.list_members(config)
         check_names(config)
         if config.data.input_mode == "stream" and len(each) > 1:
@@ -189,7 +191,7 @@ def compose(
 
 
 def as_trained(config: Config, results: Mapping[str, Any]) -> Config:
-    """Returns a configuration whose dataset "auto" is what it was when the run was trained.
+    """Returns a configuration with the dataset to which "auto" resolved when the run was trained.
 
     `results` are those of the run, empty if it has not finished.
     """

@@ -320,7 +320,7 @@ def test_what_is_no_npz_file_is_said_so(content, tmp_path):
         path.write_bytes(b"nothing" if content == "text" else whole[: len(whole) // 2])
     with pytest.raises(UserError) as caught:
         prepare(tmp_path, "npz", path)
-    assert_one_line(caught, path, "no .npz file", "numpy.savez")
+    assert_one_line(caught, path, "not a .npz file", "numpy.savez")
 
 
 @pytest.mark.parametrize("name", ["mnist", "npz", "folder", "cifar10"])
@@ -348,7 +348,7 @@ def test_a_fifo_in_the_place_of_an_archive_is_not_waited_for(name, tmp_path):
     os.mkfifo(folder / name)
     with pytest.raises(UserError) as caught:
         prepare(tmp_path, "mnist", folder, verify_checksums=False)
-    assert_one_line(caught, name, "it is no file")
+    assert_one_line(caught, name, "it is not a file")
 
 
 def test_an_unknown_name_is_refused_with_the_choices(tmp_path):
