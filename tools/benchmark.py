@@ -1,4 +1,4 @@
-"""Times this project against Keras 3 on JAX, PyTorch (if installed) and an earlier version of it.
+"""Times this project against Keras 3 on JAX and PyTorch, if installed, and an earlier version.
 
 Example:
   python -m tools.benchmark --data_dir=DIR --json=benchmark.json --figure=benchmark.png
@@ -207,7 +207,7 @@ def _time_step(setup, case, num_steps, with_cost=False):
 def _main(arguments):
     sections = arguments.sections.split(",")
     if unknown := sorted(set(sections) - set(SECTIONS)):
-        raise UserError(f"--sections: no section {unknown[0]!r}; choose of {', '.join(SECTIONS)}")
+        raise UserError(f"--sections: no section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
     names = ("ours", *(name for name in ("keras", "torch") if importlib.util.find_spec(name)))
     folders = dict.fromkeys(names, _ROOT)
     if arguments.baseline:
@@ -217,7 +217,7 @@ def _main(arguments):
     parts = (arguments.cases, "rows" if arguments.quick else "")
     cases = {name: case for name, case in CASES.items() if all(part in name for part in parts)}
     if not cases:
-        raise UserError(f"--cases: no case has {arguments.cases!r}; choose of {', '.join(CASES)}")
+        raise UserError(f"--cases: no case has {arguments.cases!r}; choose from {', '.join(CASES)}")
     rounds = arguments.rounds or (1 if arguments.quick else 5)
     dataset = cli.prepare_data(arguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -276,10 +276,12 @@ def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_data_arguments(parser)
     parser.add_argument("--baseline", metavar="CHECKOUT", help="folder of another version")
-    parser.add_argument("--rounds", type=cli.positive, help="(default: 5)")
-    parser.add_argument("--cases", default="", metavar="TEXT", help="cases whose names hold TEXT")
+    parser.add_argument("--rounds", type=cli.positive, help="how often to time (5; 1 with --quick)")
+    parser.add_argument(
+        "--cases", default="", metavar="TEXT", help="only cases with TEXT in their name"
+    )
     parser.add_argument("--quick", action="store_true", help="rows only, and by default one round")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="(default: %(default)s)")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="(%(default)s)")
     cli.add_output_argument(parser, "--figure", "draw ratios and growth as a PNG image")
     return parser
 

@@ -24,12 +24,12 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
 
 
 def add_output_argument(parser: argparse.ArgumentParser, flag: str, help_: str) -> None:
-    """Adds a flag for a file to write; what cannot be written is refused before any work."""
+    """Adds a flag for a file to write; a path that cannot be written is refused before any work."""
 
     def output_file(text):
         path = paths.resolve(text, flag)
         if not path.parent.is_dir():
-            raise UserError(f"{flag}={text}: there is no folder {path.parent}; make it first")
+            raise UserError(f"{flag}={text}: there is no folder {path.parent}; create it first")
         if path.is_dir():
             raise UserError(f"{flag}={text} is a folder; name a file")
         if path.exists() and not path.is_file():
@@ -56,7 +56,9 @@ def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
         "--workdir", metavar="DIR", required=not choices, help="folder of a trained run"
     )
     parser.add_argument(
-        "--member", type=int, help="for a run with several (default: best validation loss)"
+        "--member",
+        type=int,
+        help="number of a member, from 0 (default: the one with the lowest validation loss)",
     )
     parser.add_argument(
         "--checkpoint",
@@ -68,7 +70,7 @@ def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
 
 def load(arguments: argparse.Namespace) -> "trained.Trained":
     """Loads the network that `add_workdir_argument`'s arguments name."""
-    from seqmnist.study import trained  # here, not above: --help needs no JAX
+    from seqmnist.study import trained  # imported here: --help needs no JAX
 
     return trained.load(arguments.workdir, arguments.member, checkpoint=arguments.checkpoint)
 
@@ -90,8 +92,8 @@ def positive(text: str) -> int:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Iterable], title: str | None = None) -> None:
-    """Prints a table, unless it has no rows; of numbers, three digits."""
-    from rich import box, console, table  # here, not above: most tools print none
+    """Prints a table, unless it has no rows; numbers are rounded to three digits."""
+    from rich import box, console, table  # imported here: most tools print none
 
     grid = table.Table(*columns, title=title, box=box.SIMPLE_HEAD)
     for row in rows:

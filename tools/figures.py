@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, PercentFormatter
 
 WIDTH = 6.0
-# The palette of M. Okabe and K. Ito, distinguishable with any kind of colour vision; darker colors
+# The palette of M. Okabe and K. Ito, distinguishable with any kind of color vision; darker colors
 # in place of three of which a thin line is hard to see on white.
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 BLACK, BROWN, VIOLET, GOLD, GREY = "#000000", "#8C510A", "#5E3C99", "#B8860B", "#666666"
@@ -88,7 +88,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
 
 
 def _name_runs(figure, names):
-    """Adds a legend below the axes, and makes the figure higher by as much."""
+    """Adds a legend below the axes, and makes the figure taller by its height."""
     # The space is for names that begin with "_", which matplotlib 3.9 leaves out.
     labels = [" " * name.startswith("_") + _plain(textwrap.fill(name, 64)) for name in names]
     colors = (COLORS[i % len(COLORS)] for i in range(len(labels)))
@@ -142,7 +142,7 @@ def class_bars(
 def calibration(confidence: np.ndarray, accuracy: np.ndarray, counts: np.ndarray) -> Figure:
     """Draws the accuracy by confidence, [bins] each; NaN without examples. Dot areas are shares."""
     figure, axis = subplots(3.4)
-    axis.plot([0, 1], [0, 1], ":", color=GREY, label="as often right as it says")
+    axis.plot([0, 1], [0, 1], ":", color=GREY, label="accuracy = confidence")
     areas = 20 + 500 * counts / counts.sum()
     axis.scatter(confidence, accuracy, areas, BLUE, zorder=3, clip_on=False, label="the network")
     for style in (axis.xaxis, axis.yaxis):

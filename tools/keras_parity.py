@@ -220,7 +220,11 @@ def _make_parser():
     parser.add_argument("--float64", action="store_true", help="compute in double precision")
     parser.add_argument("--steps", type=cli.positive, help="steps of the epoch (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--softmax", action="store_true", help="Keras computes probabilities")
+    parser.add_argument(
+        "--softmax",
+        action="store_true",
+        help="let Keras compute probabilities, as the notebook does",
+    )
     cli.add_output_argument(parser, "--save", "save the trained network for Keras, as FILE.keras")
     return parser
 

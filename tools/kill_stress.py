@@ -46,7 +46,7 @@ def start(workdir: pathlib.Path, data_dir: str | None, kind: str) -> subprocess.
 
 def outcome(workdir: pathlib.Path) -> dict[str, Any]:
     """Returns everything of a finished run that must not depend on how often it was interrupted."""
-    import orbax.checkpoint as ocp  # here, not above: command lines answer --help without it
+    import orbax.checkpoint as ocp  # imported here: command lines answer --help without it
 
     run = Workdir(workdir)
     metrics, results = run.read_metrics(), run.read_results()
@@ -143,10 +143,10 @@ def _main(arguments):
 
 def _make_parser():
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--kills", type=cli.positive, default=100, help="(default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--kills", type=cli.positive, default=100, help="how many (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (%(default)s)")
     parser.add_argument("--data_dir", help="as --config.data.data_dir")
-    parser.add_argument("--signals", default=",".join(SIGNALS), help="(default: %(default)s)")
+    parser.add_argument("--signals", default=",".join(SIGNALS), help="to send (%(default)s)")
     return parser
 
 

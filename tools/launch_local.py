@@ -3,8 +3,8 @@
 Example:
   python -m tools.launch_local --processes=2 -- --workdir=runs/two --config=experiments/notebook.py
 
-The processes connect through 127.0.0.1. On GPUs, process i gets one: entry i of
-CUDA_VISIBLE_DEVICES if it is set, else GPU i. Lines of all processes but the first are printed
+The processes connect through 127.0.0.1. Each gets one GPU, if there are any: process i gets entry i
+of CUDA_VISIBLE_DEVICES if it is set, else GPU i. Lines of all processes but the first are printed
 with the number of their process. If a process fails, the others end as well.
 """
 
@@ -103,9 +103,9 @@ def _main(arguments):
 
 def _make_parser():
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--processes", type=cli.positive, default=2, help="(default: %(default)s)")
+    parser.add_argument("--processes", type=cli.positive, default=2, help="how many (%(default)s)")
     parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="of seqmnist.main"
+        "arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="flags of seqmnist.main"
     )
     return parser
 

@@ -1,4 +1,4 @@
-"""What comes out of a study: tables for people and papers, pictures, and one page."""
+"""The results of a study: tables for people and papers, pictures, and one page."""
 
 import csv
 import io
@@ -21,12 +21,12 @@ _COLUMNS = {
     "network": "",
     "parameters": "",
     "FLOPs per image": "of the matrix products that classify one image",
-    "seconds per epoch": "of one network, trained with the others of its seeds in one program",
+    "seconds per epoch": "of one network, when all seeds are trained in one program",
     "memory": "MiB of the program that trains all seeds, by XLA",
     "validation": "accuracy, mean ± standard deviation over seeds",
     "test": "accuracy, mean ± standard deviation over seeds",
     "95 % interval": "of the mean test accuracy, Student's t",
-    "diverged": "seeds, which count nowhere else",
+    "diverged": "number of seeds, which are left out of all other columns",
 }
 
 
@@ -51,7 +51,7 @@ def write(workdir: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
 
 
 def show(workdir: pathlib.Path, found: Mapping[str, Any]) -> None:
-    """Prints the table, as much of it as fits 80 columns, and what is to be known of it."""
+    """Prints those columns of the table that fit on 80 characters, and remarks on it."""
     names = ("network", "parameters", "validation", "test", "95 % interval")
     measured = {name: _measured(workdir / "final" / name, found) for name in found["entries"]}
     heads, *rows = table(found, measured)
@@ -102,7 +102,7 @@ def _ranked(found):
 
 
 def _measured(folder, found):
-    """What depends on the machine, from the workdir of an entry's final run."""
+    """Returns what depends on the machine, from the workdir of an entry's final run."""
     workdir = Workdir(folder)
     metrics, results = workdir.read_metrics(), workdir.read_results()
     seeds = found["study"]["seeds"]
@@ -115,7 +115,7 @@ def _measured(folder, found):
 
 
 def _remarks(found):
-    """What a reader must know of the choice of settings."""
+    """Yields what a reader must know about the choice of settings, in lines."""
     entries = found["entries"]
 
     def told(name, fields):
@@ -124,7 +124,7 @@ def _remarks(found):
     if chosen := [told(name, each["setting"]) for name, each in entries.items() if each["setting"]]:
         yield f"Chosen by validation: {'; '.join(chosen)}"
     if edges := [told(name, each["at_edge"]) for name, each in entries.items() if each["at_edge"]]:
-        yield f"NOTICE: at the edge of the grid, beyond which may lie better: {'; '.join(edges)}"
+        yield f"NOTICE: at the edge of the grid; values beyond may be better: {'; '.join(edges)}"
     for name, entry in entries.items():
         if entry["diverged"]:
             yield f"NOTICE: {name}: {entry['diverged']} of {len(entry['seeds'])} seeds diverged"
@@ -133,7 +133,7 @@ def _remarks(found):
 def _sections(workdir, found, measured, rows, pairs):
     study = found["study"]
     seeds, select = study["seeds"], study["select"]
-    text = [f"Each network was trained from {seeds[1] - seeds[0]} seeds, {seeds[0]} and on."]
+    text = [f"Each network was trained from {seeds[1] - seeds[0]} seeds, beginning at {seeds[0]}."]
     if study["budget"]:
         text.append("Hidden sizes are the largest within the budget of parameters.")
     if select:
@@ -174,7 +174,7 @@ def _sections(workdir, found, measured, rows, pairs):
         sections.append(Section(title, "", pictures))
     metrics = {name: own["metrics"] for name, own in measured.items()}
     alt = "Validation accuracy by epoch, mean and standard deviation over seeds"
-    look = "A line that still rises at the end would gain by more epochs."
+    look = "A line that still rises at the end would gain from more epochs."
     curves = picture("curves", figures.learning_curves(metrics), alt, look)
     sections.append(Section("Learning curves", "Bands are one standard deviation.", curves))
     for field, tried in select.items():

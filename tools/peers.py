@@ -156,7 +156,7 @@ def _sequences(file, split, case):
 
 
 def _serve(name):
-    import resource  # here, not above: Windows has none
+    import resource  # imported here: Windows has none
 
     answers, sys.stdout = sys.stdout, sys.stderr  # libraries print; answers stay clean
     peer = None

@@ -6,12 +6,12 @@ Example:
 
 Reads pictures of any format that Pillow decodes, NPY, NPZ and IDX, of any size; folders with their
 sub-folders. For a network of MNIST's digits, the digit is found, dark on light paper or light on a
-dark ground, and prepared as MNIST was; for any other network images are resized, and become gray or
-colored, as its own are. Prints one line per image: the predicted class, probabilities, and the name
-of the image.
+dark background, and prepared as MNIST was; for any other network, images are resized, and made gray
+or colored like those that it was trained on. Prints one line per image: the predicted class, the
+probabilities, and the name of the image.
 
-An image that cannot be used is one line on standard error. The exit code is 1 if some cannot, and 2
-if none can.
+For an image that cannot be used, one line is printed on standard error. The exit code is 1 if some
+images cannot be used, and 2 if none can.
 """
 
 import contextlib
@@ -34,11 +34,11 @@ _MAX_WIDTH = 100  # of a table of all probabilities; if it is wider, the highest
 def gather(
     files: Iterable[pathlib.Path], spec: ImageSpec, prepared: bool = True, several: bool = False
 ) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
-    """Reads the images of files, `prepared` for the network or not resized.
+    """Reads the images of files, and prepares them for the network if `prepared`.
 
-    Returns an entry for each, as in --json, {"image": its title, …}, and those without an "error"
-    as uint8 [*spec.shape]. If an image shows several digits, there is an entry for each with
-    `several`, else one with a "warning" for the largest.
+    Returns an entry for each, as in --json, {"image": its title, …}, and for each entry without an
+    "error" an array uint8 [*spec.shape]. If an image shows several digits, there is an entry for
+    each with `several`, else one for the largest, with a "warning".
     """
     entries, arrays = [], []
     for path in files:
@@ -66,7 +66,7 @@ def gather(
 
 @contextlib.contextmanager
 def _noting_errors(entries: list, title: str) -> Iterator[None]:
-    """Says a UserError and adds an entry for it, so that it does not concern other images."""
+    """Prints a UserError and adds an entry for it, so that the other images are still read."""
     try:
         yield
     except UserError as error:
@@ -128,20 +128,20 @@ def _answer(network, entries, arrays, by_row):
 
 
 def _save(folder, entries, arrays):
-    """Writes what the network sees, and adds to each entry where."""
+    """Writes the images that the network sees, and adds their paths to the entries."""
     from PIL import Image
 
     with explain_storage(f"--save_prepared={folder}", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         for i, (entry, array) in enumerate(zip(entries, arrays, strict=True)):
-            # A name may be as long as the disk allows already.
+            # The name may already be as long as the disk allows.
             path = folder / f"{i:05}-{pathlib.Path(entry['image']).name[:40]}.png"
             Image.fromarray(array).save(path)
             entry["prepared"] = str(path)
 
 
 def _format(names):
-    """Returns a head, and how probabilities become a line below it."""
+    """Returns a heading, and a function that turns probabilities [C] into a line below it."""
     first = max(5, *map(len, names))
     widths = [max(5, len(name)) for name in names]
     if first + sum(widths) + len(names) > _MAX_WIDTH:
@@ -167,16 +167,18 @@ def _make_parser():
     parser = cli.make_parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     cli.add_workdir_argument(parser, source)
-    source.add_argument("--artifact", metavar="FILE", help="an exported classifier")
+    source.add_argument("--artifact", metavar="FILE", help="exported classifier, instead of a run")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a file, folder or pattern")
     parser.add_argument(
         "--by_row", action="store_true", help="also print the prediction after each time step"
     )
     parser.add_argument(
-        "--no_prepare", action="store_true", help="use images of the network's size, not resized"
+        "--no_prepare",
+        action="store_true",
+        help="use images as they are, all of the network's size",
     )
     parser.add_argument(
-        "--several", action="store_true", help="answer each digit of an image, from left to right"
+        "--several", action="store_true", help="classify each digit of an image, from left to right"
     )
     parser.add_argument(
         "--save_prepared",

@@ -3,8 +3,9 @@
 Example:
   python -m tools.redraw --workdir=runs/notebook
 
-Only for networks of MNIST's digits. Prints the accuracy for each kind of picture, of a sample of
-the test images that is always the same. With two digits in a picture, both must be found and right.
+Only for networks of MNIST's digits. Prints the accuracy for each kind of picture, on a sample of
+the test images that is always the same. With two digits in a picture, both must be found and
+classified correctly.
 """
 
 import io
@@ -105,7 +106,7 @@ KINDS = {
 
 
 def measure(network, name: str, num_images: int) -> float:
-    """Returns the share of pictures of a kind whose digits, all of them, are found and right."""
+    """Returns the share of pictures of a kind in which all digits are found and correct."""
     draw, (test_images, labels) = KINDS[name], network.test_set()
     num_digits, rng = 1 + (draw is draw_two), np.random.default_rng(0)
     rows = rng.choice(len(labels), (num_images, num_digits), replace=False)
@@ -130,7 +131,9 @@ def measure(network, name: str, num_images: int) -> float:
 def _main(arguments):
     network = cli.load(arguments)
     if not images.is_of_digits(network.spec):
-        raise UserError(f"--workdir={arguments.workdir} is no network of digits; name another run")
+        raise UserError(
+            f"--workdir={arguments.workdir} holds no network of MNIST's digits; name another run"
+        )
     num_test = len(network.test_set()[1])
     most = num_test // 2  # two digits to a picture
     num_images = arguments.num_images or min(_NUM_IMAGES, most)

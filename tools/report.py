@@ -5,7 +5,7 @@ Example:
   python -m tools.report --workdir=runs/lstm --compare runs/notebook runs/gru
 
 The page needs no network and no other file. Its pictures are also written to DIR/report: SVG where
-they are lines, PNG otherwise. Runs to compare with share one table and one set of axes with DIR.
+they are lines, PNG otherwise. The runs of --compare share one table and one set of axes with DIR.
 """
 
 import base64
@@ -21,14 +21,14 @@ from seqmnist.errors import explain_storage
 from tools import cli
 
 PAGE, FOLDER = "report.html", "report"
-# Pictures that an earlier page may have had, and this one has not, or not as this kind of file.
+# Pictures that an earlier page may have had, and this one may lack or have as another kind of file.
 _FORMER = {"mistakes.png"} | {
     f"{name}.{kind}"
     for name in ("compare", "by_step", "curves", "classes", "gradients")
     for kind in ("png", "svg")
 }
 _CARDS_ABOVE = 5  # columns: on a phone, each row of such a table is a list of labeled values
-_LONG = 24  # letters: such cells are broken anywhere
+_LONG = 24  # letters; longer cells may be broken anywhere
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -116,8 +116,8 @@ def write(
 ) -> pathlib.Path:
     """Writes the page and its pictures, all or nothing; returns the path of the page.
 
-    Pictures of an earlier page go, files of the user stay. Raises UserError if the workdir cannot
-    be written.
+    Pictures of an earlier page are removed, files of the user are kept. Raises UserError if the
+    workdir cannot be written.
     """
     from seqmnist.study import export
 
@@ -177,7 +177,7 @@ def _cell(value, tag="td", label=None):
 
 def _main(arguments):
     from seqmnist.workdir import Workdir
-    from tools import sections as section_lib  # here, not above: --help needs no JAX
+    from tools import sections as section_lib  # imported here: --help needs no JAX
 
     sections, numbers = section_lib.examine(
         arguments.workdir, arguments.member, arguments.checkpoint
@@ -195,7 +195,9 @@ def _main(arguments):
 def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_workdir_argument(parser)
-    parser.add_argument("--compare", nargs="+", default=[], metavar="DIR", help="other runs")
+    parser.add_argument(
+        "--compare", nargs="+", default=[], metavar="DIR", help="folders of other runs"
+    )
     return parser
 
 

@@ -25,7 +25,7 @@ DPI = 150
 _NUM_MISTAKES = 15
 _NUM_EXAMPLES = 3  # of correct predictions, and as many of wrong ones
 _NUM_GRADIENTS = 200
-# Accuracy by time step reads at most so many time steps, all examples together.
+# Accuracy by time step reads at most this many time steps, over all examples.
 _MAX_STEPS, _MAX_EXAMPLES, _MIN_EXAMPLES = 1 << 21, 2000, 50
 _NUM_CURVES = 8  # of settings, in one figure
 _LARGEST_SVG = 250_000  # bytes
@@ -47,11 +47,11 @@ class Section(NamedTuple):
     pictures: dict[str, Picture]  # by file name
     # Rows of cells. The first row holds the headings; if it is empty, the first column does.
     table: Sequence[Sequence[Any]] = ()
-    code: str = ""  # shown if asked for, and on paper
+    code: str = ""  # folded on a screen, shown on paper
 
 
 class Found:
-    """What a trained network does on its test set; `n` examples stand for some of the N."""
+    """What a trained network does on its test set; [n] is an array for some of the N examples."""
 
     def __init__(self, network: trained.Trained, metrics: list[dict[str, Any]], is_asked: bool):
         """Reads the test set; `metrics` are the lines of `metrics.jsonl`.
@@ -148,7 +148,7 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
         row.append(results.get("parameters", "–"))
         rows.append([*row, len(lines), seconds, *card.scores(results).values()])
     alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
-    text = "Mean and standard deviation for runs with several members; of a sweep, those of the "
+    text = "Mean and standard deviation for runs with several members; for a sweep, those of the "
     text += "setting that validation ranks first."
     if len(fingerprints - {None}) > 1:
         text += "\nNOTICE: the runs are of different data, so that their scores cannot be compared."
@@ -164,7 +164,7 @@ def _what_was_run(found):
     if network.member is not None:
         text += _which_member(found)
     if not results:
-        text += "\nNOTICE: the run has not ended; this is its latest checkpoint."
+        text += "\nNOTICE: the run has not finished; this is its latest checkpoint."
     if notice := results.get("dataset", {}).get("notice"):
         text += f"\nNOTICE: {notice}"
     facts = card.facts(network.config, results, network.member, network.step)
@@ -183,7 +183,7 @@ def _which_member(found):
     if found.is_asked:
         reason = "as --member asks"
     elif all(loss is None for loss in losses):
-        reason = "the first, as no validation losses are there to choose by"
+        reason = "the first, as there are no validation losses to choose by"
     text = " All pictures except the learning curves, and all scores of classes, are of member "
     text += f"{member} ({_named(each)}), {reason}."
     best = results.get("best")
@@ -318,14 +318,12 @@ def _classes(found):
         f"{names[i]} as {names[j]} ({counts[i, j]} times)" for i, j in pairs if mistakes[i, j]
     )
     alt = f"Confusion matrix; most frequent mistakes: {worst or 'none'}"
-    look = (
-        "Look for bright cells: pairs of classes that the network takes for each other, often in "
-    )
+    look = "Look for bright cells: pairs of classes that the network confuses, often in "
     look += "one direction only."
     pictures = picture("confusion", figures.confusion(counts, found.drawn_names), alt, look)
     alt = f"Precision, recall and F1 by class; lowest F1: class {names[f1.argmin()]}, "
     alt += f"{f1.min():.3f}"
-    look = "A class with low precision is named too often, one with low recall too seldom."
+    look = "A class with low precision is predicted too often, one with low recall too rarely."
     figure = figures.class_bars(precision, recall, f1, found.drawn_names)
     pictures |= picture("classes", figure, alt, look)
     table = [["class", "precision", "recall", "F1", "examples"]]
@@ -345,7 +343,8 @@ def _calibration(found):
     text = "Predictions in groups by the probability of the predicted class. The expected "
     text += f"calibration error, their mean distance from the dotted line, is {error:.4f}."
     look = (
-        "Dots below the line: the network is surer than it is right. Large dots are many examples."
+        "Dots below the line: the network is more confident than accurate. Larger dots stand for "
+        "more examples."
     )
     pictures = picture("calibration", figures.calibration(confidence, accuracy, counts), alt, look)
     return Section("Can its probabilities be trusted?", text, pictures)
@@ -362,8 +361,8 @@ def _mistakes(found):
     figure = figures.mistakes(
         found.images[most], found.labels[most], found.probabilities[most], found.drawn_names
     )
-    look = "Look for those that you read at once: what they have in common, the network lacks. "
-    look += "Others may be labeled wrongly."
+    look = "Look for those that you can read at once: what they have in common, the network has "
+    look += "not learned. Others may be labeled wrongly."
     pictures = picture("mistakes", figure, f"Images classified wrongly: {shown}, …", look)
     text = "The predicted class, its probability, and the image's label."
     return Section("The most confident mistakes", text, pictures)
@@ -380,7 +379,7 @@ def _sequence(found):
     look = (
         "Neighbors of different colors are read at different times: to see a stroke, the network "
     )
-    look += "has to remember the one until it reads the other."
+    look += "has to remember one of them until it reads the other."
     return Section("The image as a sequence", text, picture("sequence", figure, alt, look))
 
 
@@ -402,8 +401,8 @@ def _unrolled(found):
 def _beliefs(found):
     figure = figures.beliefs(found.correct, found.wrong)
     alt = f"Heat maps of class probabilities by time step; predictions: {_titles(found.examples)}"
-    look = "Look for the time step at which one class turns bright, and for what of the image had "
-    look += "been read by then."
+    look = "Look for the time step at which one class turns bright, and for the part of the image "
+    look += "that had been read by then."
     pictures = picture("beliefs", figure, alt, look)
     text = "The prediction if the sequence ended at each time step, for correct predictions and "
     text += "for the most confident mistakes."
@@ -471,7 +470,7 @@ def picture(name: str, figure: Any, alt: str, look: str) -> dict[str, Picture]:
     """
     if not any(axis.images for axis in figure.axes):
         file = io.BytesIO()
-        with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):  # the same names of parts
+        with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):  # reproducible names
             figure.savefig(file, format="svg", metadata={"Date": None})
         # A hundredth of a point is precise enough for a path.
         content = re.sub(

@@ -5,7 +5,7 @@ Example:
 
 STUDY is a Python file whose `get_study()` returns a `seqmnist.study.plan.Study`. DIR gets an
 ordinary workdir for each training, and study.json, study.csv, study.md, study.tex and study.html.
-Stopped, by Ctrl-C or otherwise, the same command goes on where it was.
+After a stop, by Ctrl-C or otherwise, the same command resumes the study.
 """
 
 import pathlib
@@ -153,7 +153,7 @@ def _main(arguments):
 
 def _make_parser():
     parser = cli.make_parser(__doc__)
-    parser.add_argument("study", metavar="STUDY", help="a file with get_study()")
+    parser.add_argument("study", metavar="STUDY", help="Python file with get_study()")
     parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the study")
     parser.add_argument("--data_dir", help="as --config.data.data_dir, for all entries")
     parser.add_argument("--manual_dir", help="as --config.data.manual_dir, for all entries")
