@@ -1,4 +1,4 @@
-"""Small real digits, 8 × 8, row by row: from nothing to a good network in seconds.
+"""Small real digits, 8 × 8, row by row: a good network in seconds.
 
 Command:
   python -m seqmnist.main --workdir=runs/digits --config=experiments/digits.py

@@ -3,9 +3,9 @@
 Command:
   python -m seqmnist.main --workdir=runs/irnn_pixels --config=experiments/irnn_pixels.py
 
-Duration: not run in full. The paper trains for far longer, at a rate of 1e-8; this uses Adam at
-1e-4, which is faster.
-Reference: 97 (Q. V. Le et al., arXiv 1504.00941).
+Duration: not run in full. The paper trains for far longer, at a learning rate of 1e-8; this uses
+Adam at 1e-4, which is faster.
+Reference: 97 % (Q. V. Le et al., arXiv 1504.00941).
 """
 
 from seqmnist import config as config_lib

@@ -3,9 +3,9 @@
 Command:
   python -m seqmnist.main --workdir=runs/lru_permuted --config=experiments/lru_permuted.py
 
-Duration: not run in full. The eigenvalues learn at a quarter of the rate and without weight decay,
-as the paper asks.
-Reference: none for the LRU; S4 98.70 (arXiv 2111.00396).
+Duration: not run in full. The eigenvalues are trained at a quarter of the learning rate and without
+weight decay, as in the paper.
+Reference: none for the LRU; S4 98.70 % (arXiv 2111.00396).
 """
 
 from seqmnist import config as config_lib

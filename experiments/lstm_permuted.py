@@ -4,7 +4,7 @@ Command:
   python -m seqmnist.main --workdir=runs/lstm_permuted --config=experiments/lstm_permuted.py
 
 Duration: not run in full.
-Reference: 92.9 (T. A. Keller et al., Traveling waves, table 2; 267k parameters).
+Reference: 92.9 % (T. A. Keller et al., Traveling waves, table 2; 267k parameters).
 """
 
 from seqmnist import config as config_lib

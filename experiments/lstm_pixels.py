@@ -4,7 +4,7 @@ Command:
   python -m seqmnist.main --workdir=runs/lstm_pixels --config=experiments/lstm_pixels.py
 
 Duration: not run in full.
-Reference: 98.8 (T. A. Keller et al., Traveling waves, table 2; 267k parameters).
+Reference: 98.8 % (T. A. Keller et al., Traveling waves, table 2; 267k parameters).
 """
 
 from seqmnist import config as config_lib

@@ -3,8 +3,8 @@
 Command:
   python -m tools.study experiments/studies/cells_digits.py --workdir=runs/cells_digits
 
-Duration: three minutes on two CPU cores with other work beside it. Test accuracy, mean ± sd over 10
-seeds, of at most 3,000 parameters each:
+Duration: three minutes on two CPU cores that did other work too. Test accuracy, mean ± sd over 10
+seeds, with at most 3,000 parameters each:
 
   lem       0.9859 ± 0.0048   simple_rnn  0.9825 ± 0.0049   lstm      0.9823 ± 0.0070
   gru       0.9839 ± 0.0040   slstm       0.9803 ± 0.0053   lru       0.9696 ± 0.0067

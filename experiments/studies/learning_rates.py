@@ -3,15 +3,15 @@
 Command:
   python -m tools.study experiments/studies/learning_rates.py --workdir=runs/learning_rates
 
-Duration: 12 minutes on two CPU cores with other work beside it. Learning rate that validation
-chose, and test accuracy, mean ± sd over 10 seeds:
+Duration: 12 minutes on two CPU cores that did other work too. Learning rate that validation chose,
+and test accuracy, mean ± sd over 10 seeds:
 
   rmsprop  0.001   0.9414 ± 0.0075
   adam     0.003   0.9427 ± 0.0071
   adamw    0.001   0.9445 ± 0.0050
   sgd      0.003   0.9399 ± 0.0050
 
-None of the differences is significant: with a learning rate of its own, none of the four is better.
+None of the differences is significant: each with its own learning rate, none of the four is better.
 """
 
 from seqmnist import config as config_lib
