@@ -31,7 +31,7 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         "--mode",
         choices=("train", "evaluate"),
         default="train",
-        help="train, or score the network in --workdir on its test set (%(default)s)",
+        help="train, or score the network in --workdir on its test set (default: %(default)s)",
     )
     parser.add_argument(
         "--checkpoint",

@@ -206,7 +206,7 @@ class Interrupted(Display):
 
 
 @pytest.mark.slow
-def test_a_slow_disk_and_new_data_are_no_reason_to_warn(mnist_5k, tmp_path, caplog, monkeypatch):
+def test_a_slow_disk_and_new_data_cause_no_warnings(mnist_5k, tmp_path, caplog, monkeypatch):
     from orbax.checkpoint import checkpoint_manager as orbax  # warns if saving lasts a second
 
     monkeypatch.setattr(orbax, "_WAIT_FOR_PREV_SAVE_WARNING_THRESHOLD_SECS", 0)

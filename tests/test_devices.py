@@ -111,7 +111,7 @@ def test_split_batches_of_members_equal_separate_runs(shape, system, states, alo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [make_resident, make_streamed])
-def test_a_split_batch_is_the_batch_whatever_is_drawn(make, digits):
+def test_a_split_batch_draws_the_same_random_numbers(make, digits):
     config = Config(
         model=ModelConfig(hidden_size=8, dropout=0.3, readout="mean"),
         train=TrainConfig(augment="affine"),
@@ -164,7 +164,9 @@ PLANS = [
 
 
 @pytest.mark.parametrize(("num_members", "batch_size", "num_devices", "asked", "expected"), PLANS)
-def test_devices_are_shared_out(num_members, batch_size, num_devices, asked, expected):
+def test_devices_are_assigned_to_members_and_batches(
+    num_members, batch_size, num_devices, asked, expected
+):
     some = jax.devices()[:num_devices]
     assert devices.plan(MeshConfig(**asked), num_members, batch_size, some) == expected
 

@@ -48,7 +48,7 @@ def exported(finished_run, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_it_answers_as_the_network_does(exported, digits):
+def test_an_artifact_gives_the_logits_of_the_network(exported, digits):
     network, figures = exported
     workdir = network.workdir.path
     assert figures["files"].keys() == {
@@ -178,7 +178,7 @@ def sealed(content):
 
 
 @pytest.mark.slow
-def test_what_is_no_artifact_is_refused(exported, tmp_path):
+def test_a_file_that_is_not_an_artifact_is_refused(exported, tmp_path):
     folder = exported[0].workdir.path / "export"
     for path in (tmp_path / "none", tmp_path):
         with pytest.raises(UserError, match="cannot be read"):

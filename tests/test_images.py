@@ -161,7 +161,7 @@ def with_damaged_exif():
         (gzip.compress(b"no archive", mtime=0), ["magic number"]),
     ],
 )
-def test_what_is_no_image_is_one_line(content, words, tmp_path):
+def test_a_file_that_is_not_an_image_is_refused_in_one_line(content, words, tmp_path):
     path = tmp_path / "image"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:

@@ -298,7 +298,7 @@ def test_a_mistake_ends_in_one_line(arguments, words, tmp_path, monkeypatch, cap
         assert word.lower() in line.lower()
 
 
-def test_a_mistake_is_the_shells_too():
+def test_the_shell_sees_a_mistake_in_one_line():
     result = tool("predict", "--workdir=x", "nothing.png")
     assert result.returncode == 2
     assert result.stderr == "error: nothing.png does not exist; name an image\n"

@@ -331,7 +331,7 @@ def contents(folder):
     return {path: path.read_bytes() for path in pathlib.Path(folder).rglob("*") if path.is_file()}
 
 
-def test_what_cannot_be_read_is_not_damaged(make_config, monkeypatch):
+def test_an_unreadable_checkpoint_is_not_called_damaged(make_config, monkeypatch):
     run.train(make_config(2), "a")
     before, read_bytes = contents("a/checkpoints"), pathlib.Path.read_bytes
 
@@ -411,7 +411,7 @@ def test_a_checkpoint_that_does_not_exist_is_refused(make_config, capsys):
         run.evaluate(config, "a", "best")
 
 
-def test_the_best_that_was_not_kept_is_told(make_config, monkeypatch):
+def test_a_notice_tells_that_the_best_was_not_kept(make_config, monkeypatch):
     drawn, evaluate = iter([0.2, 0.1, 0.4, 0.3]), run.Task.evaluate
     monkeypatch.setattr(
         run.Task,

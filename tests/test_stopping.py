@@ -81,7 +81,7 @@ def test_what_stops_follows_from_the_history(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every_steps", [0, 10])
-def test_the_best_parameters_are_taken_back(every_steps, make_config, losses_from, capsys):
+def test_the_best_parameters_are_restored(every_steps, make_config, losses_from, capsys):
     losses_from([0.5, 0.2, 0.4, 0.3, 0.1])
     checkpoint = {"keep": 100, "every_steps": every_steps}
     results = run.train(make_config(9, checkpoint=checkpoint), "a")
@@ -97,7 +97,7 @@ def test_the_best_parameters_are_taken_back(every_steps, make_config, losses_fro
 
 
 @pytest.mark.slow
-def test_they_are_taken_back_at_the_end_too(make_config, losses_from):
+def test_they_are_restored_at_the_end_too(make_config, losses_from):
     losses_from([0.5, 0.2, 0.4])
     results = run.train(make_config(3, checkpoint={"keep": 3}), "a")
     assert results["early_stopping"] == {"best_epochs": 2, "stopped": False}

@@ -66,7 +66,7 @@ def test_a_budget_that_nothing_fits_is_refused():
         ({"select": {"optimizer.learning_rate": 0.1}}, "needs a list of values"),
     ],
 )
-def test_what_would_be_no_fair_comparison_is_refused(change, message):
+def test_an_unfair_comparison_is_refused(change, message):
     fair = {"entries": {"a": Config()}, "seeds": range(6, 9), "select": RATES}
     Study(**fair)
     with pytest.raises(UserError, match=message):

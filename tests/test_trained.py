@@ -37,14 +37,14 @@ def test_it_scores_as_the_run_did(network, test_set):
     assert_close(one_by_one, network.logits(images)[:3])
 
 
-def test_it_is_found_from_the_folder_above(finished_run, network, test_set, monkeypatch):
+def test_a_relative_workdir_is_found_from_its_parent(finished_run, network, test_set, monkeypatch):
     monkeypatch.chdir(finished_run.parent)
     again = trained.load(finished_run.name)
     assert again.workdir.path == finished_run
     np.testing.assert_array_equal(again.logits(test_set[0][:8]), network.logits(test_set[0][:8]))
 
 
-def test_what_it_does_by_time_step_comes_in_any_number(network, test_set):
+def test_any_number_of_images_can_be_read_step_by_step(network, test_set):
     images, labels = (array[:5] for array in test_set)
     beliefs = network.beliefs(images)
     assert beliefs.shape == (28, 5, 10)
@@ -54,9 +54,9 @@ def test_what_it_does_by_time_step_comes_in_any_number(network, test_set):
 
 
 @pytest.mark.parametrize("label", [10, -1, 0.5])
-def test_a_label_that_is_no_class_has_no_loss(three_members, label):
+def test_a_label_that_is_not_a_class_is_refused(three_members, label):
     network = trained.load(three_members[0])
-    with pytest.raises(UserError, match="whole numbers 0 to 9"):
+    with pytest.raises(UserError, match="whole numbers from 0 to 9"):
         network.gradient_norms(np.zeros((2, 28, 28), np.uint8), np.array([0, label]))
 
 

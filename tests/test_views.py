@@ -110,7 +110,7 @@ def test_patches_that_do_not_fit_say_which_do(size):
 @pytest.mark.parametrize("view", ["rows", "patches_4", "permuted_pixels"])
 @pytest.mark.parametrize("spec", [MNIST, ImageSpec(12, 20, 3, ("a", "b"))], ids=["gray", "color"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_it_knows_when_each_pixel_is_read(view, spec, reverse):
+def test_read_at_tells_when_each_pixel_is_read(view, spec, reverse):
     config = ModelConfig(view=view, subsample=3, reverse=reverse)
     image = np.random.default_rng(0).integers(0, 256, spec.shape, dtype=np.uint8)
     when = views.read_at(config, spec)

@@ -249,7 +249,7 @@ def test_damaged_datasets_are_refused(tmp_path, file, damage):
     )
 
 
-def test_pictures_that_are_none_are_refused(tmp_path):
+def test_records_that_are_not_pictures_are_refused(tmp_path):
     write_small(tmp_path, encode=lambda _: io.BytesIO(b"no picture"))
     assert "cannot be read (" in refusal(tmp_path)
 

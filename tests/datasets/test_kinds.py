@@ -161,7 +161,7 @@ def write_emnist(folder, part, labels, first=0):
     [("balanced", 0, 47, "0Zt"), ("letters", 1, 26, "ABZ"), ("digits", 0, 10, "09")],
 )
 @pytest.mark.parametrize("zipped", [False, True])
-def test_emnist_is_turned_and_counts_from_zero(part, first, count, names, zipped, tmp_path):
+def test_emnist_is_transposed_and_counts_from_zero(part, first, count, names, zipped, tmp_path):
     folder = write_emnist(tmp_path / "emnist", part, np.arange(first, first + count))
     if zipped:
         with zipfile.ZipFile(tmp_path / "gzip.zip", "w") as file:
@@ -311,7 +311,7 @@ def test_npz_files_that_cannot_be_used(change, words, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["array", "text", "half"])
-def test_what_is_no_npz_file_is_said_so(content, tmp_path):
+def test_a_file_that_is_not_npz_is_refused(content, tmp_path):
     path = save_npz(tmp_path / "mnist.npz")
     whole = path.read_bytes()
     if content == "array":
@@ -325,7 +325,7 @@ def test_what_is_no_npz_file_is_said_so(content, tmp_path):
 
 @pytest.mark.parametrize("name", ["mnist", "npz", "folder", "cifar10"])
 @pytest.mark.parametrize("kind", ["missing", "empty", "fifo", "text"])
-def test_what_is_no_source_is_one_line(name, kind, tmp_path):
+def test_an_unusable_source_is_refused_in_one_line(name, kind, tmp_path):
     path = tmp_path / "source"
     if kind == "empty":
         path.mkdir()
