@@ -281,7 +281,7 @@ def _make_parser():
         "--cases", default="", metavar="TEXT", help="only cases with TEXT in their name"
     )
     parser.add_argument("--quick", action="store_true", help="rows only, and by default one round")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="(%(default)s)")
+    parser.add_argument("--sections", default=",".join(SECTIONS), help="(default: %(default)s)")
     cli.add_output_argument(parser, "--figure", "draw ratios and growth as a PNG image")
     return parser
 

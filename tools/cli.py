@@ -45,7 +45,9 @@ def add_output_argument(parser: argparse.ArgumentParser, flag: str, help_: str) 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments that `prepare_data` reads."""
-    parser.add_argument("--data_name", default="auto", help="as --config.data.name (%(default)s)")
+    parser.add_argument(
+        "--data_name", default="auto", help="as --config.data.name (default: %(default)s)"
+    )
     parser.add_argument("--data_dir", help="as --config.data.data_dir")
     parser.add_argument("--manual_dir", help="as --config.data.manual_dir")
 
@@ -64,7 +66,7 @@ def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
         "--checkpoint",
         default="newest",
         metavar="WHICH",
-        help="newest, best by validation loss, or the number of a step (%(default)s)",
+        help="newest, best by validation loss, or the number of a step (default: %(default)s)",
     )
 
 

@@ -143,10 +143,16 @@ def _main(arguments):
 
 def _make_parser():
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--kills", type=cli.positive, default=100, help="how many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments (%(default)s)")
+    parser.add_argument(
+        "--kills", type=cli.positive, default=100, help="how many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the random moments (default: %(default)s)"
+    )
     parser.add_argument("--data_dir", help="as --config.data.data_dir")
-    parser.add_argument("--signals", default=",".join(SIGNALS), help="to send (%(default)s)")
+    parser.add_argument(
+        "--signals", default=",".join(SIGNALS), help="to send (default: %(default)s)"
+    )
     return parser
 
 

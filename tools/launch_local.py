@@ -103,7 +103,9 @@ def _main(arguments):
 
 def _make_parser():
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--processes", type=cli.positive, default=2, help="how many (%(default)s)")
+    parser.add_argument(
+        "--processes", type=cli.positive, default=2, help="how many (default: %(default)s)"
+    )
     parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="-- ARGUMENTS", help="flags of seqmnist.main"
     )

@@ -155,7 +155,7 @@ def _make_parser():
     parser.add_argument(
         "--num_images",
         type=cli.positive,
-        help=f"of each kind ({_NUM_IMAGES}, if there are as many)",
+        help=f"pictures of each kind (default: {_NUM_IMAGES}, or as many as there are)",
     )
     return parser
 

@@ -125,12 +125,14 @@ def _main(arguments):
 def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_data_arguments(parser)
-    parser.add_argument("--seeds", type=cli.positive, default=32, help="seeds here (%(default)s)")
+    parser.add_argument(
+        "--seeds", type=cli.positive, default=32, help="seeds here (default: %(default)s)"
+    )
     parser.add_argument(
         "--keras_seeds",
         type=lambda text: 0 if text == "0" else cli.positive(text),
         default=8,
-        help="seeds in Keras; 0 leaves Keras out (%(default)s)",
+        help="seeds in Keras; 0 leaves Keras out (default: %(default)s)",
     )
     cli.add_output_argument(parser, "--figure", "draw the distributions as a PNG image")
     return parser
