@@ -122,6 +122,9 @@ def _parse(arguments):
         raise UserError("--workdir is missing; name a folder for the run's files, --workdir=DIR")
     if flags.checkpoint and flags.mode == "train":
         raise UserError("--checkpoint needs --mode=evaluate; training resumes from the newest")
+    for name in ("config", "overwrite", "debug_nans"):
+        if flags.mode == "evaluate" and getattr(flags, name):
+            raise UserError(f"--{name} is for training; leave it out with --mode=evaluate")
     _check_distributed(flags)
     return flags
 
