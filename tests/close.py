@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from seqmnist.study import images
+
 
 def assert_close(got, expected, tolerance=1e-5):
     """Compares trees of arrays; `tolerance` is a share of the largest number of each array.
@@ -22,6 +24,12 @@ def assert_close(got, expected, tolerance=1e-5):
 
     chex.assert_trees_all_equal_structs(got, expected)
     jax.tree.map(compare, got, expected)
+
+
+def prepare(image, name, spec):
+    """Returns the largest digit in an image, or the whole image, prepared."""
+    found, largest = images.prepare_all(image, name, spec)
+    return found[largest]
 
 
 def random_params(shapes: Any, seed: int = 0, dtype: Any = jnp.float32) -> Any:

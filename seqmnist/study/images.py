@@ -133,12 +133,6 @@ class Digits(NamedTuple):
     largest: int  # index
 
 
-def prepare(image: np.ndarray, name: object, spec: ImageSpec) -> np.ndarray:
-    """Prepares an image, or its largest digit: uint8 [*spec.shape]; see `prepare_all`."""
-    found, largest = prepare_all(image, name, spec)
-    return found[largest]
-
-
 def prepare_all(image: np.ndarray, name: object, spec: ImageSpec) -> Digits:
     """Prepares an image, uint8 [H, W] or [H, W, 3], as those of the dataset were.
 
