@@ -11,7 +11,14 @@ the first k time steps at least: any recurrence is solved after T iterations, an
 quickly after far fewer. The gradient solves the linear equations of the cotangents in the same way.
 
 Each iteration computes the products of all T steps, so this pays only where many steps at once take
-hardly longer than one: never on a few CPU cores.
+hardly longer than one. It does not on two CPU cores, from initial parameters with H = 128, B = 8:
+
+                    iterations     gradient's time, against `scans.gated`
+  SimpleRNN, rows     25 of 28      22
+  GRU, rows           14 of 28      10
+  LSTM, rows          20 of 28      17
+  GRU, pixels         64 of 784     29
+  LSTM, pixels        96 of 784    113
 
 Sources: Y. H. Lim et al., Parallelizing non-linear sequential models over the sequence length
 (DEER), arXiv 2309.12252; the diagonal: X. Gonzalez et al., Towards scalable and stable
