@@ -541,3 +541,17 @@ def test_the_example_on_the_card_reads_a_digit(exported_by_tool, tmp_path):
     result = run_as_a_stranger(example)
     assert result.stderr.endswith("ValueError: classifier.jax_export is damaged\n")
     assert not result.stdout
+
+
+def test_no_folder_of_a_notice_is_on_the_card():
+    notice = "the archives in /home/me/files are not the registered ones, because /home/me/x is not"
+    dataset = {"name": "mnist", "notice": notice, "train": 8, "validation": 2, "test": 2}
+    results = {"dataset": dataset, "parameters": 6602}
+    text = card.model_card("name", Config(), results, None, MNIST)
+    assert "| notice | the archives in … are not the registered ones |" in text
+    assert "/home/me" not in text
+
+
+@pytest.mark.parametrize(("score", "text"), [(0.5, "0.5000"), (6.5e21, "6.5e+21")])
+def test_scores_are_short(score, text):
+    assert card.format_score(score) == card.format_score([score]) == text

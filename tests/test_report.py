@@ -467,6 +467,18 @@ def test_lines_are_svg_unless_that_is_large(num, name):
     assert len(content) < 250_000
 
 
+def test_runs_of_different_data_are_told_apart(finished_run, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(finished_run, other)
+    text = (other / "results.json").read_text()
+    assert "NOTICE" not in sections.compare([finished_run, other]).text
+    fingerprint = json.loads(text)["dataset"]["fingerprint"]
+    (other / "results.json").write_text(text.replace(fingerprint, "0" * 64))
+    section = sections.compare([finished_run, other])
+    assert "NOTICE: the runs are of different data" in section.text
+    assert [row[1] for row in section.table] == ["data", "mnist_5k", "mnist_5k"]
+
+
 def test_names_of_runs_are_below_the_curves():
     names = ["_hidden", "x" * 150, "$a$", *"bcde"]
     figure = figures.learning_curves({name: [line(1, (2, 0.5), (2, 0.5))] for name in names})

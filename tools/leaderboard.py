@@ -234,9 +234,7 @@ def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
         if entry["setting"].get(field) in best:
             chosen = entry["setting"][field]
             axis.plot([chosen], [best[chosen]], "o", ms=11, mfc="none", color=color)
-    numbers = [
-        value for entry in entries.values() for each in entry["tried"] for value in [each[field]]
-    ]
+    numbers = [each[field] for entry in entries.values() for each in entry["tried"]]
     if min(numbers) > 0 and max(numbers) > 10 * min(numbers):
         axis.set_xscale("log")
     axis.set(xlabel=field, ylabel="validation loss", yscale="log")

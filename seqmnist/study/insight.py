@@ -1,4 +1,4 @@
-"""What a trained network does while it reads: beliefs, states and gradients by time step.
+"""What a trained network does while it reads, by time step; how right and how sure it is.
 
 Shapes: B batch, T time steps, W outputs of the top layer, C classes, D directions (2 if layers are
 bidirectional, else 1).
