@@ -417,12 +417,12 @@ def _without_flat_axes(array):
 
 
 def _num_axes(array):
-    """Returns 2 for an image, 3 for several, 0 for anything else."""
-    num_axes = array.ndim - (array.ndim > 2 and array.shape[-1] == 3)
+    """Returns 2 for an image, 3 for several, 0 for anything else, such as transparent colors."""
     is_transparent = array.ndim > 2 and array.shape[-1] == 4
-    return (
-        num_axes if num_axes in (2, 3) and array.dtype.kind in "buif" and not is_transparent else 0
-    )
+    if array.dtype.kind not in "buif" or is_transparent:
+        return 0
+    num_axes = array.ndim - (array.ndim > 2 and array.shape[-1] == 3)
+    return num_axes if num_axes in (2, 3) else 0
 
 
 def _check_bytes(path, num_bytes):
