@@ -110,6 +110,11 @@ class ModelConfig(_Group):
     )
     dropout: float = _field(0.0, "probability of dropping a layer's output", within="[0, 1)")
     readout: str = _field("last", "which outputs of the last layer are read: last, mean or max")
+    dtype: str = _field(
+        "float32",
+        "factors of the layers' products with parameters; sums and states stay float32",
+        choices=("float32", "bfloat16"),
+    )
 
 
 @dataclasses.dataclass

@@ -276,6 +276,7 @@ def describe(model: ModelConfig) -> str:
     block = f"{model.block} " if model.block != "plain" else ""
     options = "".join(f", {name}={value}" for name, value in model.cell_options.items())
     layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size}{options})"
+    layers += f" in {model.dtype}" if model.dtype != "float32" else ""
     return f"{', '.join(parts)} → {layers} → {model.readout} → logits"
 
 

@@ -1,6 +1,6 @@
-"""Random networks, and comparison relative to the size of what is compared."""
+"""Random networks, comparison relative to the size of what is compared, and what jaxprs hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from seqmnist.study import images
 
@@ -24,6 +25,15 @@ def assert_close(got, expected, tolerance=1e-5):
 
     chex.assert_trees_all_equal_structs(got, expected)
     jax.tree.map(compare, got, expected)
+
+
+def product_dtypes(jaxpr: Any) -> Iterator[tuple[str, str, str]]:
+    """Yields the dtypes of the factors and the result of all products with parameters."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][1][0]:
+            yield tuple(str(x.aval.dtype) for x in (*eqn.invars, *eqn.outvars))
+        for inner in jaxprs_in_params(eqn.params):
+            yield from product_dtypes(inner)
 
 
 def prepare(image, name, spec):

@@ -3,8 +3,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import assert_close, random_module
+from close import assert_close, product_dtypes, random_module
 from flax import nnx
+from jax.flatten_util import ravel_pytree
 from jax.test_util import check_grads
 
 from seqmnist.config import _ACTS_WITH
@@ -315,6 +316,30 @@ def test_project_takes_any_leading_axes(name):
     cell = make(name)
     x = jax.random.normal(jax.random.key(0), (2, 3, F))
     assert_close(cell.project(x)[1], cell.project(x[1]))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_factors_of_products_can_be_bfloat16(name):
+    cell, x = make(name), jnp.asarray(INPUTS, jnp.float32)
+    params = nnx.state(cell)
+
+    def gradient():
+        graphdef = nnx.graphdef(cell)
+
+        def loss(params, x):
+            y = nnx.merge(graphdef, params)(x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.grad(loss, has_aux=True)
+
+    expected = jax.jit(gradient())(params, x)
+    cell.dtype = jnp.dtype("bfloat16")
+    kinds = set(product_dtypes(jax.make_jaxpr(gradient())(params, x).jaxpr))
+    assert kinds == {("bfloat16", "bfloat16", "float32")}
+    got = jax.jit(gradient())(params, x)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+    got, expected = (np.asarray(ravel_pytree(each)[0]) for each in (got, expected))
+    assert 0 < np.linalg.norm(got - expected) < 0.2 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("name", ["gru", "lru"])

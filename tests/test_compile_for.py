@@ -96,6 +96,19 @@ def test_a_step_exchanges_its_gradient_once_and_nothing_else(topology, values, s
     assert memory.temp_size_in_bytes < 2 * 4 * size + 2**22
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_have_the_factors_of_the_configuration(dtype, data_dir):
+    values = {"model.cell": "gru", "model.hidden_size": 128, "model.dtype": dtype}
+    one = make_task("v5e:2x2", values, data_dir)
+    hlo = one.programs(*one.template())["train"].lower().compile().as_text()
+    types = dict(re.findall(r"%(\S+?)(?: =|:) ([a-z]+\d+)\[", hlo))
+    products = re.findall(r" (?:convolution|dot)\(%([^,\s]+), %([^,\s)]+)\)", hlo)
+    assert len(products) == 8  # of the inputs, the states and the readout, and their gradients
+    exact = [pair for pair in products if "f32" in {types[name] for name in pair}]
+    assert (len(exact) <= 3) == (dtype == "bfloat16")  # the readout's
+
+
 @pytest.mark.parametrize("mode", ["resident", "stream"])
 def test_lowering_places_nothing(mode, data_dir, monkeypatch):
     monkeypatch.setattr(jax, "device_put", lambda *_: pytest.fail("placed"))

@@ -1,3 +1,4 @@
+import collections
 import functools
 
 import chex
@@ -5,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from close import assert_close, random_module
+from close import assert_close, product_dtypes, random_module
 from flax import nnx
 
-from seqmnist.config import Config, ModelConfig
+from seqmnist.config import Config, ModelConfig, override
 from seqmnist.errors import UserError
 from seqmnist.networks import cells
 from seqmnist.networks.cells import CELLS
@@ -81,6 +82,27 @@ class LogitsTest(chex.TestCase):
                 images[:, t] / 255 @ layer["kernel"] + layer["bias"] + h @ layer["recurrent_kernel"]
             )
         assert_close(logits, h @ readout["kernel"] + readout["bias"])
+
+
+@pytest.mark.slow
+def test_all_products_of_layers_can_be_bfloat16():
+    fields = {"model.cell": "gru", "model.block": "residual", "model.bidirectional": True}
+    config = override(Config(), {**fields, "model.num_layers": 2, "model.hidden_size": 8})
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 28, 28), np.uint8))
+    batch = Batch(images, jnp.arange(4), jnp.ones(4, bool))
+    exact, rounded = (
+        make_system(override(config, {"model.dtype": dtype})) for dtype in ("float32", "bfloat16")
+    )
+    state = init_state(config, exact, 0)
+    step = functools.partial(train_step, rounded)
+    kinds = collections.Counter(product_dtypes(jax.make_jaxpr(step)(state, batch).jaxpr))
+    # Those of the encoder, whose input needs no gradient, and of the readout.
+    assert kinds.pop(("float32",) * 3) == 2 + 3
+    assert list(kinds) == [("bfloat16", "bfloat16", "float32")]
+    (after, _), (expected, _) = step(state, batch), train_step(exact, state, batch)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, expected)
+    got, expected = (system.apply(state.params, images) for system in (rounded, exact))
+    assert 0 < jnp.linalg.norm(got - expected) < 0.02 * jnp.linalg.norm(expected)
 
 
 @pytest.mark.slow

@@ -65,6 +65,24 @@ def test_product_equals_the_plain_product(shape, dtype):
         assert_close(got, expected, 1e-12 if dtype == jnp.float64 else 1e-5)
 
 
+@pytest.mark.parametrize("product", [scans.product, scans.matmul])
+@pytest.mark.parametrize("shape", [(9, 4, 3), (4, 3)])
+def test_a_product_of_rounded_factors_has_exact_sums(product, shape):
+    def rounded(x):
+        return np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+
+    x, kernel, dy = (
+        random_like(jnp.zeros(s), i, jnp.float32)
+        for i, s in enumerate((shape, (3, 5), (*shape[:-1], 5)))
+    )
+    got, pullback = jax.vjp(lambda x, kernel: product(x, kernel, jnp.bfloat16), x, kernel)
+    x, kernel, dy_rounded = map(rounded, (x, kernel, dy))
+    rows = tuple(range(x.ndim - 1))
+    dkernel = np.tensordot(x, dy_rounded, (rows, rows))
+    expected = (x @ kernel, dy_rounded @ kernel.T, dkernel)
+    assert_close((got, *pullback(dy)), expected, 1e-6)
+
+
 def linear_slow(a, b, state):
     """The same with complex numbers, one step at a time."""
 

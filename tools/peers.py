@@ -63,7 +63,7 @@ class Ours:
     def cost(self):
         from seqmnist.study import profiling
 
-        return profiling.step_cost(self.config) | profiling.rates()
+        return profiling.step_cost(self.config) | profiling.rates(self.config.model.dtype)
 
 
 class Keras:

@@ -46,6 +46,9 @@ class Cell(nnx.Module):
     """
 
     num_gates = 1
+    # The dtype to which the factors of products with parameters are rounded, if it is not None; the
+    # network sets it, and a cell hands it to `scans.product` or `scans.matmul`.
+    dtype: jnp.dtype | None = None
     # Time steps that a CPU reads in one go when it trains on a long sequence; see `in_stretches`.
     # Milliseconds of a training step on pixels, B = 128, H = 128, two cores, by this number:
     #                           2     4     7    14    28   uncut
@@ -64,7 +67,7 @@ class Cell(nnx.Module):
 
     def project(self, x: jax.Array) -> jax.Array:
         """[..., F] -> z [..., K·H]: what the inputs contribute; by default x W + b."""
-        y = scans.product(x, self.kernel[...])
+        y = scans.product(x, self.kernel[...], self.dtype)
         return y + self.bias[...].reshape((1,) * (y.ndim - 1) + self.bias.shape)
 
     def step(self, state: Any, z: jax.Array) -> Any:

@@ -43,10 +43,11 @@ class GatedCell(Cell):
         return self.recurrent_kernel[...], None
 
     def step(self, state: Any, z: jax.Array) -> Any:
-        return type(self).gates(state, *scans.gate_inputs(*self.recurrence(), state, z))
+        inputs = scans.gate_inputs(*self.recurrence(), state, z, self.dtype)
+        return type(self).gates(state, *inputs)
 
     def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
-        return scans.gated(type(self).gates, *self.recurrence(), state, z)
+        return scans.gated(type(self).gates, *self.recurrence(), state, z, self.dtype)
 
 
 class SimpleRNN(GatedCell):
@@ -61,11 +62,11 @@ class SimpleRNN(GatedCell):
     slope = staticmethod(lambda h: 1 - h * h)
 
     def step(self, state: jax.Array, z: jax.Array) -> jax.Array:
-        return self.activation(*scans.gate_inputs(*self.recurrence(), state, z))
+        return self.activation(*scans.gate_inputs(*self.recurrence(), state, z, self.dtype))
 
     def recur(self, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel = self.recurrent_kernel[...]
-        return scans.ungated(self.activation, self.slope, kernel, state, z)
+        return scans.ungated(self.activation, self.slope, kernel, state, z, self.dtype)
 
 
 class IRNN(SimpleRNN):
@@ -191,10 +192,12 @@ class LEM(Cell):
 
     def step(self, state: LEMState, z: jax.Array) -> LEMState:
         fixed, last = jnp.split(z, [self.recurrent_kernel.shape[1]], axis=-1)
-        d, e, slow = jnp.split(fixed + state.h @ self.recurrent_kernel[...], 3, axis=-1)
+        fixed += scans.matmul(state.h, self.recurrent_kernel[...], self.dtype)
+        d, e, slow = jnp.split(fixed, 3, axis=-1)
         d, e = jax.nn.sigmoid(d), jax.nn.sigmoid(e)
         slow = (1 - d) * state.z + d * jnp.tanh(slow)
-        fast = (1 - e) * state.h + e * jnp.tanh(last + slow @ self.slow_kernel[...])
+        last += scans.matmul(slow, self.slow_kernel[...], self.dtype)
+        fast = (1 - e) * state.h + e * jnp.tanh(last)
         return LEMState(fast, slow)
 
 

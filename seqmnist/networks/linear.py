@@ -157,7 +157,7 @@ class DiagonalCell(LinearCell):
 
     def project(self, x: jax.Array) -> jax.Array:
         """[..., F] -> z [..., 2·N]: real and imaginary parts of x_t B, side by side."""
-        return scans.product(x, jnp.concatenate(self.input_kernel(), axis=1))
+        return scans.product(x, jnp.concatenate(self.input_kernel(), axis=1), self.dtype)
 
     def coefficients(self, z: jax.Array) -> tuple[Any, Any]:
         a = tuple(part[None, None] for part in self.poles())
@@ -171,7 +171,8 @@ class DiagonalCell(LinearCell):
         return last, h
 
     def emit(self, h: jax.Array, x: jax.Array) -> jax.Array:
-        y = scans.product(h, jnp.concatenate([self.C_re[...], -self.C_im[...]], axis=0))
+        kernel = jnp.concatenate([self.C_re[...], -self.C_im[...]], axis=0)
+        y = scans.product(h, kernel, self.dtype)
         return y if self.D is None else y + x * self.D[...].reshape(1, 1, -1)
 
 
@@ -337,7 +338,7 @@ class S6(LinearCell):
     def project(self, x: jax.Array) -> jax.Array:
         """[..., F] -> z [..., 2·H + N]: u, Δ before softplus, and B, side by side."""
         h, n = self.A_log.shape
-        z = scans.product(x, self.kernel[:, : 2 * h + n])
+        z = scans.product(x, self.kernel[:, : 2 * h + n], self.dtype)
         bias = jnp.pad(self.bias[...], (h, n))
         return z + bias.reshape((1,) * (z.ndim - 1) + bias.shape)
 
@@ -352,7 +353,10 @@ class S6(LinearCell):
 
     def emit(self, h: jax.Array, x: jax.Array) -> jax.Array:
         width, n = self.A_log.shape
-        u, c = (scans.product(x, self.kernel[:, part]) for part in (slice(width), slice(-n, None)))
+        u, c = (
+            scans.product(x, self.kernel[:, part], self.dtype)
+            for part in (slice(width), slice(-n, None))
+        )
         y = jnp.einsum("lbhn,lbn->lbh", h.reshape(*h.shape[:2], width, n), c)
         return y + u * self.D[...].reshape(1, 1, -1)
 

@@ -1,7 +1,8 @@
 """Writes a trained network as one HTML file that runs it in a browser while one draws.
 
 The file holds the parameters, and `page.js`, a second implementation of `seqmnist.networks` in
-JavaScript. It needs no server and no network: a browser opens it from a disk.
+JavaScript. It needs no server and no network: a browser opens it from a disk. It computes in
+float64, whatever `model.dtype` is.
 """
 
 import base64

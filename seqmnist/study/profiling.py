@@ -106,7 +106,7 @@ class Profile(contextlib.AbstractContextManager):
         with self._explain():
             self.__exit__()
             cost = step_cost(self._config, self._spec)
-            summary = {"steps": list(self.breaks), **cost, **rates()}
+            summary = {"steps": list(self.breaks), **cost, **rates(self._config.model.dtype)}
             summary["scopes"] = scopes(self._modules())
             write_json(self._directory / SUMMARY, summary)
 
@@ -198,10 +198,10 @@ def program_cost(program: jax.stages.Compiled) -> dict[str, float]:
     return cost
 
 
-def rates() -> dict[str, float]:
-    """Measures the device: float32 FLOP/s of a large matrix product, bytes/s of a large copy."""
+def rates(dtype: str) -> dict[str, float]:
+    """Measures the device: FLOP/s of a large matrix product in `dtype`, bytes/s of a large copy."""
     size = 2048
-    square, large = jnp.ones((size, size)), jnp.ones(2**26)
+    square, large = jnp.ones((size, size), dtype), jnp.ones(2**26)
     product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
 
     def seconds(run):  # the first one compiles
