@@ -181,6 +181,17 @@ def _override(config, flags):
     return config_lib.override(config, values)
 
 
+def _facts(flags, config):
+    """Returns what must be the same in all processes of a job; folders of data may differ."""
+    import jax
+
+    facts = {"the version of seqmnist": seqmnist.__version__, "that of JAX": jax.__version__}
+    shared = ("mode", "workdir", "checkpoint", "overwrite", "debug_nans")
+    facts |= {f"--{name}": getattr(flags, name) for name in shared}
+    fields = config_lib.fields().keys() - {"data.data_dir", "data.manual_dir"}
+    return facts | {f"config.{name}": config_lib.get(config, name) for name in sorted(fields)}
+
+
 def _run(arguments, stop):
     flags = _parse(arguments)
     from seqmnist.workdir import Workdir
@@ -195,6 +206,7 @@ def _run(arguments, stop):
     ):
         process.listen(stop)  # again: distributed JAX replaces the handler of SIGTERM
         process.set_up_jax(config)
+        distributed.check_same(_facts(flags, config))
         if flags.mode == "train":
             run.train(
                 config, workdir, overwrite=flags.overwrite, debug_nans=flags.debug_nans, stop=stop

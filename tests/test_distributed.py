@@ -160,6 +160,21 @@ def test_all_stop_when_one_is_asked_to(data_dir, tmp_path, launch):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_of_a_process_that_is_stopped_end(victim, data_dir, tmp_path, launch):
+    workdir = tmp_path / "run"
+    processes = launch(*[arguments(workdir, data_dir, 3000)] * 2)
+    wait_for_a_checkpoint(processes, workdir)
+    began = time.monotonic()
+    os.kill(processes[victim].pid, signal.SIGSTOP)
+    output, _ = processes[1 - victim].communicate()
+    assert time.monotonic() - began < 45
+    processes[victim].kill()
+    (line,) = re.findall("error: .*", output)
+    assert f"process {victim} of this job does not answer" in line
+    assert output.endswith(f"{line}\n")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_death_ends_the_job_and_the_rest_can_go_on(victim, data_dir, tmp_path, launch):
     workdir = tmp_path / "run"
     processes = launch(*[arguments(workdir, data_dir, 3000)] * 2)
@@ -177,6 +192,19 @@ def test_a_death_ends_the_job_and_the_rest_can_go_on(victim, data_dir, tmp_path,
     result = seqmnist(f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     assert f"Resuming in epoch {max(steps) // 25 + 1}, after 0" in result.stdout
+
+
+def test_processes_with_different_settings_refuse_to_train(data_dir, tmp_path, launch):
+    began = time.monotonic()
+    own = [[f"--config.seed={seed}", "--config.model.cell=gru"] for seed in (1, 2)]
+    processes = launch(*(arguments(tmp_path / "run", data_dir, 1, *each) for each in own))
+    _, outputs = finish(processes)
+    assert [process.returncode for process in processes] == [2, 2], outputs
+    for seed, output in zip((1, 2), outputs, strict=True):
+        (line,) = re.findall("error: .*", output)
+        assert line.startswith(f"error: config.seed is {seed} in this process, and something else")
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_with_different_data_refuse_to_train(tmp_path, launch):
@@ -264,14 +292,10 @@ def test_processes_of_one_machine_connect_without_a_proxy(variables, expected, m
 
 
 @pytest.mark.parametrize(("visible", "expected"), [(None, "01"), ("3,5", "35"), ("", ["", ""])])
-def test_each_process_gets_one_gpu(visible, expected, monkeypatch, launch):
+def test_each_process_gets_one_gpu(visible, expected, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    processes = launch(*[["--help"]] * 2)
-    for process, gpu in zip(processes, expected, strict=True):
-        file = pathlib.Path(f"/proc/{process.pid}/environ")
-        while not (environment := file.read_text().split("\0"))[0]:  # it is being started
-            time.sleep(0.01)
-        assert f"CUDA_VISIBLE_DEVICES={gpu}" in environment
-    assert finish(processes)[0] == 0
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, env, **__: env)
+    environments = launch_local.launch([[], []])
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in environments] == list(expected)

@@ -23,7 +23,7 @@ from seqmnist.training import distributed
 from tools import cli
 
 # Seconds that the others have to report an error of their own after a process has failed.
-GRACE = distributed.PATIENCE + 20
+GRACE = distributed.PATIENCE + 10
 
 
 def launch(arguments: Sequence[list[str]]) -> list[subprocess.Popen]:

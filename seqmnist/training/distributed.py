@@ -7,11 +7,14 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+from jax._src.distributed import global_state  # JAX has no public way to its processes' store
 
 from seqmnist.errors import UserError, one_line
+from seqmnist.training import devices
 
 # Seconds without a sign of life after which a process counts as dead.
 PATIENCE = 20
@@ -52,7 +55,7 @@ def joined(
             process_id,
             coordinator_bind_address=coordinator if is_local else None,
             initialization_timeout=JOINING + 60,
-            heartbeat_timeout_seconds=PATIENCE,
+            heartbeat_timeout_seconds=3 * PATIENCE,  # it would abort; `_watch` is first
         )
     except (ValueError, RuntimeError) as error:  # jax.errors.JaxRuntimeError among them
         raise UserError(
@@ -62,6 +65,9 @@ def joined(
     finally:
         alarm.cancel()
     faulthandler.disable()  # where JAX itself ends this process, its message is enough
+    leaves = threading.Event()
+    watch = threading.Thread(target=_watch, args=[global_state.client, leaves], daemon=True)
+    watch.start()
     try:
         yield
     except UserError:
@@ -71,15 +77,61 @@ def joined(
     except (RuntimeError, ValueError) as error:  # what JAX and Orbax raise if one is gone
         if not _GONE.search(str(error)):
             raise
-        print(
-            f"error: another process of this job has ended or cannot be reached "
-            f"({one_line(error)[:200]}); run the job again, on any number of processes, to resume "
-            "from its last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # a regular exit would wait for the process that is gone
-    jax.distributed.shutdown()
+        reason = one_line(error)[:200]
+        _end(f"another process of this job has ended or cannot be reached ({reason})")
+    finally:
+        leaves.set()
+    jax.distributed.shutdown()  # waits for the others
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Raises UserError in all processes of a job, naming the first fact that differs among them."""
+    if devices.is_same(repr(facts)):
+        return
+    for name, value in facts.items():
+        if not devices.is_same(repr((name, value))):
+            raise UserError(
+                f"{name} is {value} in this process, and something else in another; start all "
+                "processes of a job with the same command"
+            )
+
+
+def _watch(client, leaves):
+    """Tells the others once a second that this process lives, and ends it if one of them does not.
+
+    A process that is stopped, or a host that is cut off, closes no connection: without this, the
+    others would wait for it until JAX aborts them.
+    """
+    own, counts, since = f"alive/{jax.process_index()}", {}, {}
+    while True:
+        alarm = threading.Timer(PATIENCE, _end, ["process 0 of this job does not answer"])
+        alarm.daemon = True
+        alarm.start()
+        try:
+            client.key_value_set(own, str(time.monotonic_ns()), allow_overwrite=True)
+            found = dict(client.key_value_dir_get("alive/"))
+        except Exception as error:  # of the coordination service, of any kind
+            if not leaves.is_set():
+                _end(f"process 0 of this job cannot be reached ({one_line(error)[:200]})")
+            return
+        finally:
+            alarm.cancel()
+        since |= {name: time.monotonic() for name in found if found[name] != counts.get(name)}
+        counts = found
+        silent = [name for name in since if time.monotonic() - since[name] > PATIENCE]
+        if silent and not leaves.is_set():
+            _end(f"process {silent[0].partition('/')[2]} of this job does not answer")
+        time.sleep(1)
+
+
+def _end(reason):
+    print(
+        f"error: {reason}; run the job again, on any number of processes, to resume from its last "
+        "checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # a regular exit would wait for the process that is gone
 
 
 def _give_up(coordinator):

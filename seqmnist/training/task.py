@@ -162,7 +162,7 @@ def compose(
     mesh = devices.make_mesh(*shape, described)
     with devices.together():
         dataset = sources.prepare(config.data, say)
-    if len(set(devices.collect(int(dataset.fingerprint[:7], 16)))) > 1:
+    if not devices.is_same(dataset.fingerprint):
         raise UserError(
             f"the processes of this job found different data; this one found {dataset.name} in "
             f"{dataset.directory}: name one dataset with config.data.name and config.data.data_dir"
