@@ -1,5 +1,6 @@
 """README's commands for SLURM and Open MPI, as written, with two tasks on this machine."""
 
+import contextlib
 import getpass
 import json
 import os
@@ -95,64 +96,69 @@ def mpi():
 
 
 @pytest.fixture(params=COMMANDS)
-def launcher(request):
-    """The command of a launcher, and the environment that it needs."""
-    return COMMANDS[request.param], request.getfixturevalue(
-        {"SLURM": "slurm", "Open MPI": "mpi"}[request.param]
-    )
-
-
-def start(command, environment, folder):
-    python = pathlib.Path(sys.executable).parent
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
+def start(request, tmp_path):
+    """Starts the command of a launcher, with further flags; at the end, all is killed."""
+    fixture = {"SLURM": "slurm", "Open MPI": "mpi"}[request.param]
     environment = {
         **os.environ,
-        **environment,
-        "HOME": str(folder),
-        "PATH": f"{python}{os.pathsep}{os.environ['PATH']}",
+        **request.getfixturevalue(fixture),
+        "HOME": str(tmp_path),
+        "PATH": f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(REPOSITORY),
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1"),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(["bash", "-c", command], cwd=folder, env=environment, **pipes)
+    words = COMMANDS[request.param].split()
+    started = []
+
+    def start(*flags):
+        command = [*words, *flags]
+        started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes))
+        return started[0]
+
+    yield start
+    for process in started:
+        process.kill()
+    for number in find_tasks(tmp_path):
+        os.kill(number, signal.SIGKILL)
 
 
-def find_tasks(workdir):
-    """The processes that train in a workdir, by their number in the job."""
-    for file in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
-        words = file.read_text().split("\0")
-        if "seqmnist.main" in words and f"--workdir={workdir}" in words and "srun" not in words[0]:
-            yield int(file.parent.name)
+def find_tasks(folder):
+    """The processes that train in a folder, by their numbers, ascending."""
+    for file in sorted(pathlib.Path("/proc").glob("[0-9]*"), key=lambda file: int(file.name)):
+        with contextlib.suppress(OSError):  # it has ended
+            program = file.joinpath("cmdline").read_text().partition("\0")[0]
+            if file.joinpath("cwd").readlink() == folder and "python" in program:
+                yield int(file.name)
 
 
-def test_two_tasks_train_together(launcher, tmp_path):
-    output, _ = (process := start(*launcher, tmp_path)).communicate(timeout=120)
+def test_two_tasks_train_together(start):
+    output, _ = (process := start()).communicate(timeout=120)
     assert process.returncode == 0, output
     assert "1 for members × 2 for each batch" in output
     assert output.count("test_accuracy") == 1
 
 
 @pytest.mark.parametrize("received", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_task_that_is_lost_ends_the_job_and_one_process_resumes(received, launcher, tmp_path):
-    command, environment = launcher
-    workdir = re.search(r"--workdir=(\S+)", command)[1]
-    process = start(f"{command} --config.train.num_epochs=3000", environment, tmp_path)
-    checkpoints = tmp_path / workdir / "checkpoints"
-    while not list(checkpoints.glob("[0-9]*5")):
+def test_a_task_that_is_lost_ends_the_job_and_one_process_resumes(received, start, tmp_path):
+    process = start("--config.train.num_epochs=3000")
+    while not list(tmp_path.glob("runs/*/checkpoints/[0-9]*5")):
         assert process.poll() is None
         time.sleep(0.2)
-    began, tasks = time.monotonic(), sorted(find_tasks(workdir))
-    os.kill(tasks[-1], received)
+    _, second = find_tasks(tmp_path)
+    began = time.monotonic()
+    os.kill(second, received)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0, output
     assert time.monotonic() - began < 60, output
-    assert not list(find_tasks(workdir)), output
+    assert not list(find_tasks(tmp_path)), output
+    assert "of this job" in output
 
-    steps = max(int(path.name) for path in checkpoints.glob("[0-9]*[05]"))
-    file = tmp_path / workdir / "config.json"
-    record = json.loads(file.read_text())
+    (workdir,) = tmp_path.glob("runs/*")
+    steps = max(int(path.name) for path in workdir.glob("checkpoints/[0-9]*[05]"))
+    record = json.loads((workdir / "config.json").read_text())
     record["train"]["num_epochs"] = steps // 25 + 1
-    file.write_text(json.dumps(record))
-    result = seqmnist(f"--workdir={tmp_path / workdir}")
+    (workdir / "config.json").write_text(json.dumps(record))
+    result = seqmnist(f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     assert f"Resuming in epoch {steps // 25 + 1}, after 0" in result.stdout
