@@ -29,6 +29,10 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
+class InUseError(UserError):
+    """Another process holds a workdir."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns the three names closest to `name`, as text for a message."""
     return ", ".join(difflib.get_close_matches(name, list(names), n=3, cutoff=0))

@@ -25,7 +25,7 @@ from typing import Any
 
 from seqmnist import config as config_lib
 from seqmnist import paths
-from seqmnist.errors import UserError, one_line
+from seqmnist.errors import InUseError, UserError, one_line
 
 CONFIG, METRICS, STEPS = "config.json", "metrics.jsonl", "steps.jsonl"
 RESULTS = "results.json"
@@ -105,8 +105,8 @@ class Workdir:
     def hold(self, notice: Callable[[str], None]) -> Iterator[None]:
         """Creates and locks the folder; the lock of a killed process does not remain.
 
-        `notice` is called with a line if the file system has no locks. Raises UserError if another
-        process holds the lock, or if the folder cannot be created.
+        `notice` is called with a line if the file system has no locks. Raises InUseError if another
+        process holds the lock, UserError if the folder cannot be created.
         """
         import filelock  # imported here: only a run that writes needs it
 
@@ -116,7 +116,7 @@ class Workdir:
             with warnings.catch_warnings(action="ignore"):  # about a lock that is only a file
                 lock.acquire(timeout=0)
         except filelock.Timeout:
-            raise UserError(
+            raise InUseError(
                 f"--workdir={self} is in use by another process; wait for it, or choose another"
             ) from None
         except (OSError, NotImplementedError) as error:  # filelock raises both without locks

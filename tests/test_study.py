@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -243,6 +244,14 @@ def test_a_study_that_is_stopped_ends_as_one_that_is_not(data_dir, tmp_path):
         process.communicate(timeout=200)
     assert process.returncode == 0
     assert (tmp_path / "parts/study.json").read_bytes() == (whole / "study.json").read_bytes()
+
+    both = [study(data_dir, "shared", tmp_path) for _ in range(2)]
+    texts = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], texts
+    assert (tmp_path / "shared/study.json").read_bytes() == (whole / "study.json").read_bytes()
+    trained = [re.findall(r"^(.*): [\d.]+ s; about", each, re.M) for each in (*texts, text)]
+    assert all(trained)
+    assert sorted(trained[0] + trained[1]) == sorted(trained[2])
 
 
 @pytest.mark.slow

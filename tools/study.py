@@ -5,17 +5,20 @@ Example:
 
 STUDY is a Python file whose `get_study()` returns a `seqmnist.study.plan.Study`. DIR gets an
 ordinary workdir for each training, and study.json, study.csv, study.md, study.tex and study.html.
-After a stop, by Ctrl-C or otherwise, the same command resumes the study.
+After a stop, by Ctrl-C or otherwise, the same command resumes the study. If it runs several times
+at once, also on several hosts with a common disk, each trains entries that no other is training.
 """
 
+import contextlib
 import pathlib
 import time
 from typing import Any
 
-from seqmnist.errors import UserError, explain_storage
+from seqmnist.errors import InUseError, UserError, explain_storage
 from tools import cli
 
 PLAN, RESULTS = "plan.json", "study.json"
+_PATIENCE = 5  # seconds after which a process looks again whether the others have finished
 
 
 class _Runs:
@@ -28,7 +31,7 @@ class _Runs:
         self._bar = Progress(*columns, transient=True, speed_estimate_period=600)
         self._bar.disable = not self._bar.console.is_terminal
         self._task, self._total = self._bar.add_task("", total=total), total
-        self._workdir, self._stop, self._done = workdir, stop, 0.0
+        self._workdir, self._stop, self._done = workdir, stop, {}  # work, by folder
         self._pace = []  # of what this process has trained: (work, seconds)
 
     def __enter__(self):
@@ -41,7 +44,8 @@ class _Runs:
     def train(self, title, config, work, folder, **options) -> dict[str, Any]:
         """Trains what is left of a run in a folder of the study.
 
-        Returns its results, or {} if all of its networks diverged.
+        Returns its results, or {} if all of its networks diverged. Raises InUseError if another
+        process trains it.
         """
         from seqmnist import run
         from seqmnist.display import Quiet
@@ -50,22 +54,22 @@ class _Runs:
         began, num_epochs = time.monotonic(), config.train.num_epochs
 
         def advance(epochs):
-            self._bar.update(self._task, completed=self._done + work * epochs / num_epochs)
+            self._done[folder] = work * epochs / num_epochs
+            self._bar.update(self._task, completed=sum(self._done.values()))
 
         self._bar.update(self._task, description=title)
-        display = Quiet(advance)
-        folder = self._workdir / folder
+        display, workdir = Quiet(advance), self._workdir / folder
         try:
-            results = run.train(config, folder, stop=self._stop, display=display, **options)
+            results = run.train(config, workdir, stop=self._stop, display=display, **options)
         except divergence.DivergedError:
             results = {}
-        self._done += work
+        self._done[folder] = work
         if display.num_epochs:
             seconds = time.monotonic() - began
             self._pace.append((work * display.num_epochs / num_epochs, seconds))
             if self._bar.disable:
                 done, spent = map(sum, zip(*self._pace, strict=True))
-                left = (self._total - self._done) * spent / done
+                left = (self._total - sum(self._done.values())) * spent / done
                 print(f"{title}: {seconds:.1f} s; about {left:,.0f} s left", flush=True)
         return results
 
@@ -94,24 +98,34 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
     total = 0.0
     for _, tries, final, flops in jobs.values():
         total += sum(work(config, flops) for config in (final, *(config for _, config in tries)))
+
+    def train(runs, name):
+        """Trains what is left of an entry, and returns what is known of it."""
+        spec, tries, final, flops = jobs[name]
+        tried = []
+        for i, (fixed, config) in enumerate(tries):
+            title, folder = f"{name}: setting {i + 1} of {len(tries)}", f"select/{name}/{i + 1}"
+            results = runs.train(title, config, work(config, flops), folder, withhold_test=True)
+            tried.append((fixed, results))
+        setting = plan.choose(study, tried) if tried else {}
+        config = plan.final(study, name, setting, spec)
+        title = f"{name}: {len(study.seeds)} seeds"
+        results = runs.train(title, config, work(final, flops), f"final/{name}")
+        if not results:
+            raise UserError(
+                f"{name}: all networks diverged in the chosen setting; select among smaller "
+                "values of optimizer.learning_rate, in another --workdir"
+            )
+        return plan.describe(study, setting, tried, config, results, spec)
+
     with _Runs(workdir, stop, total) as runs:
-        for name, (spec, tries, final, flops) in jobs.items():
-            tried = []
-            for i, (fixed, config) in enumerate(tries):
-                title, folder = f"{name}: setting {i + 1} of {len(tries)}", f"select/{name}/{i + 1}"
-                results = runs.train(title, config, work(config, flops), folder, withhold_test=True)
-                tried.append((fixed, results))
-            setting = plan.choose(study, tried) if tried else {}
-            config = plan.final(study, name, setting, spec)
-            title = f"{name}: {len(study.seeds)} seeds"
-            results = runs.train(title, config, work(final, flops), f"final/{name}")
-            if not results:
-                raise UserError(
-                    f"{name}: all networks diverged in the chosen setting; select among smaller "
-                    "values of optimizer.learning_rate, in another --workdir"
-                )
-            entries[name] = plan.describe(study, setting, tried, config, results, spec)
-    return plan.summarize(study, entries)
+        while left := [name for name in jobs if name not in entries]:
+            for name in left:
+                with contextlib.suppress(InUseError):
+                    entries[name] = train(runs, name)
+            if not any(name in entries for name in left):  # other processes train all that is left
+                time.sleep(_PATIENCE)
+    return plan.summarize(study, {name: entries[name] for name in jobs})
 
 
 def _begin(study, workdir):
