@@ -18,6 +18,7 @@ def get_config():
     config.train.num_epochs = 20
     config.model.view = "permuted_pixels"
     config.model.cell = "lru"
+    config.model.cell_options = {"r_min": 0.99, "r_max": 0.9995}
     config.model.hidden_size = 64
     config.model.num_layers = 4
     config.model.block = "residual"

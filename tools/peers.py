@@ -1,4 +1,4 @@
-"""The programs that `tools.benchmark` times: ours, Keras and PyTorch, each in its own process.
+"""The programs that `tools.benchmark` times: ours, Keras, Flax and PyTorch, each in a process.
 
 `python -m tools.peers NAME` answers requests from standard input, one line of JSON each;
 `python -m tools.peers NAME --job=FILE.npz` does the notebook's whole job and ends.
@@ -93,10 +93,60 @@ class Keras:
         return self.evaluate()
 
 
-class Torch:
-    """PyTorch, eager, with its default number of threads."""
+class Flax:
+    """`flax.nnx.RNN` with Optax: one compiled step after the other, as in Flax's documentation."""
 
     def __init__(self, case, file):
+        import optax
+        from flax import nnx
+
+        (self.x, self.y), self.test = (_sequences(file, split, case) for split in _SPLITS)
+        self.batch_size, size = case["batch_size"], case["hidden_size"]
+        cell = {"simple_rnn": nnx.SimpleCell, "gru": nnx.GRUCell, "lstm": nnx.OptimizedLSTMCell}
+        rngs = nnx.Rngs(0)
+        rnn = nnx.RNN(cell[case["cell"]](self.x.shape[2], size, rngs=rngs))
+        self.model = nnx.List([rnn, nnx.Linear(size, 10, rngs=rngs)])
+        rule = optax.rmsprop(1e-3, decay=0.9, eps=1e-7)
+        self.optimizer = nnx.Optimizer(self.model, rule, wrt=nnx.Param)
+
+        def sums(model, x, y):
+            rnn, dense = model
+            logits = dense(rnn(x)[:, -1])
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+            return loss, (logits.argmax(1) == y).sum()
+
+        @nnx.jit
+        def step(model, optimizer, x, y):
+            (_, hits), gradient = nnx.value_and_grad(sums, has_aux=True)(model, x, y)
+            optimizer.update(model, gradient)
+            return hits
+
+        self.step, self.sums = step, nnx.jit(sums)
+
+    def train(self, num_steps, size=None):
+        order = np.random.default_rng(0).permutation(size or len(self.x))
+        starts = range(0, len(order), self.batch_size)[:num_steps]
+        rows = [order[start : start + self.batch_size] for start in starts]
+        hits = [self.step(self.model, self.optimizer, self.x[row], self.y[row]) for row in rows]
+        return int(sum(hits))
+
+    def evaluate(self, examples=None):
+        x, y = examples or self.test
+        parts = [slice(i, i + self.batch_size) for i in range(0, len(x), self.batch_size)]
+        return int(sum(self.sums(self.model, x[part], y[part])[1] for part in parts)) / len(x)
+
+    def job(self):
+        boundary = int(0.8 * len(self.x))
+        for _ in range(5):
+            self.train(None, boundary)
+            self.evaluate((self.x[boundary:], self.y[boundary:]))
+        return self.evaluate()
+
+
+class Torch:
+    """PyTorch with its default number of threads, eager or through `torch.compile`."""
+
+    def __init__(self, case, file, is_compiled=False):
         import torch
 
         self.torch, self.batch_size = torch, case["batch_size"]
@@ -109,8 +159,9 @@ class Torch:
         self.dense = torch.nn.Linear(hidden_size, 10)
         parameters = [*self.rnn.parameters(), *self.dense.parameters()]
         self.optimizer = torch.optim.RMSprop(parameters, lr=1e-3, alpha=0.9, eps=1e-7)
+        self._sums = torch.compile(self._both) if is_compiled else self._both
 
-    def _sums(self, x, y):
+    def _both(self, x, y):
         logits = self.dense(self.rnn(x)[0][:, -1])
         return self.torch.nn.functional.cross_entropy(logits, y), (logits.argmax(1) == y).sum()
 
@@ -138,8 +189,14 @@ class Torch:
         return self.evaluate()
 
 
-_STREAMED = functools.partial(Ours, is_streamed=True)
-PEERS = {"ours": Ours, "streamed": _STREAMED, "keras": Keras, "torch": Torch}
+PEERS = {
+    "ours": Ours,
+    "streamed": functools.partial(Ours, is_streamed=True),
+    "keras": Keras,
+    "flax": Flax,
+    "torch": Torch,
+    "torch.compile": functools.partial(Torch, is_compiled=True),
+}
 NOTEBOOK = {"view": "rows", "cell": "simple_rnn", "hidden_size": 64, "batch_size": 128}
 _SPLITS = ("train", "test")
 
