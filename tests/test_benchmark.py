@@ -52,14 +52,27 @@ def test_ratios_are_ours_over_theirs():
 
 
 @pytest.mark.slow
-def test_ours_and_a_baseline_take_turns(tmp_path, digits):
-    folders = {"ours": REPOSITORY, "baseline": make_checkout(tmp_path / "earlier")}
+def test_ours_a_peer_and_a_baseline_take_turns(tmp_path, digits):
+    folders = {"ours": REPOSITORY, "flax": REPOSITORY}
+    folders |= {"baseline": make_checkout(tmp_path / "earlier")}
     setup = make_setup(tmp_path, digits, folders)
     figures = benchmark.epoch(setup)["simple_rnn rows"]
     assert json.loads(json.dumps(figures)) == figures
-    assert figures["ours"]["seconds"] > 0
-    assert figures["ours"]["peak_mib"] > 50
+    for name in ("ours", "flax"):
+        assert figures[name]["seconds"] > 0
+        assert figures[name]["peak_mib"] > 50
     assert figures["baseline"] == {"seconds": 7, "peak_mib": 9}
+
+
+@pytest.mark.slow
+def test_flax_learns_as_well(tmp_path, digits):
+    case = {**benchmark.NOTEBOOK, "batch_size": 16}
+    with benchmark.worker(make_setup(tmp_path, digits, {}), "flax", case) as ask:
+        first = ask("evaluate")["answer"]
+        for _ in range(10):
+            ask("train", 8)
+        last = ask("evaluate")["answer"]
+    assert first < 0.5 < 0.9 < last
 
 
 def test_a_baseline_does_its_own_job(tmp_path, digits):

@@ -1,11 +1,12 @@
-"""Times this project against Keras 3 on JAX and PyTorch, if installed, and an earlier version.
+"""Times this project against Flax, Keras 3 on JAX and PyTorch, and an earlier version of itself.
 
 Example:
   python -m tools.benchmark --data_dir=DIR --json=benchmark.json --figure=benchmark.png
   python -m tools.benchmark --sections=job,epoch --baseline=CHECKOUT
 
 Contestants take turns, and medians are compared; a ratio below 1 means that ours is faster or
-smaller. Sections: `job`, the notebook's whole job as a process, with an empty compilation cache
+smaller. Keras and PyTorch take part if they are installed, `torch.compile` if g++ is, too.
+Sections: `job`, the notebook's whole job as a process, with an empty compilation cache
 (cold) and a filled one (warm); `epoch`, training; `stream`, streamed against resident input;
 `evaluate`, the test set; `growth`, a step of ours by T, H and batch size; `floor`, how close a
 step comes to the time of its matrix products alone. CHECKOUT is a folder with another version of
@@ -28,6 +29,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,7 +43,7 @@ from seqmnist import paths
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError, explain_storage
 from tools import cli
-from tools.peers import NOTEBOOK
+from tools.peers import NOTEBOOK, PEERS
 
 CELLS = ("simple_rnn", "gru", "lstm")
 # A case, and the steps of a timed part: an epoch of rows, a few steps of pixels.
@@ -57,6 +59,7 @@ GROWTH = {
     "batch": {n: {**NOTEBOOK, "batch_size": n} for n in (32, 128, 512, 2048, 8192)},
 }
 _MEASURES = ("seconds", "peak_mib")
+_MODULES = {"ours": "seqmnist", "torch.compile": "torch"}  # of peers with other names
 _ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -72,7 +75,8 @@ class Setup(NamedTuple):
     def start(self, name, arguments, cache="cache", **options):
         """Starts a Python process of a contestant, with a compilation cache of its own."""
         root, cache = str(self.folders.get(name, _ROOT)), self.file.with_name(f"{cache}-{name}")
-        variables = {"PYTHONPATH": root, "JAX_COMPILATION_CACHE_DIR": str(cache)}
+        caches = ("JAX_COMPILATION_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        variables = {"PYTHONPATH": root} | dict.fromkeys(caches, str(cache))
         command, environment = [sys.executable, "-m", *arguments], {**os.environ, **variables}
         return subprocess.Popen(command, cwd=root, env=environment, text=True, **options)
 
@@ -208,7 +212,10 @@ def _main(arguments):
     sections = arguments.sections.split(",")
     if unknown := sorted(set(sections) - set(SECTIONS)):
         raise UserError(f"--sections: no section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
-    names = ("ours", *(name for name in ("keras", "torch") if importlib.util.find_spec(name)))
+    names = [name for name in PEERS if name != "streamed"]
+    names = [name for name in names if importlib.util.find_spec(_MODULES.get(name, name))]
+    if not shutil.which("g++") and "torch.compile" in names:
+        names.remove("torch.compile")
     folders = dict.fromkeys(names, _ROOT)
     if arguments.baseline:
         folders["baseline"] = paths.resolve(arguments.baseline, "--baseline")
