@@ -9,7 +9,7 @@ smaller. Keras and PyTorch take part if they are installed, `torch.compile` if g
 Sections: `job`, the notebook's whole job as a process, with an empty compilation cache
 (cold) and a filled one (warm); `epoch`, training; `stream`, streamed against resident input;
 `evaluate`, the test set; `growth`, a step of ours by T, H and batch size; `floor`, how close a
-step comes to the time of its matrix products alone. CHECKOUT is a folder with another version of
+step comes to the time of its matrix products alone; `cells`, a step of every cell. CHECKOUT is a folder with another version of
 this project, the contestant "baseline".
 
 Measured on two CPU cores and left out, because it gains less than 5 % or loses:
@@ -169,8 +169,16 @@ def floor(setup):
     return result
 
 
+def cells(setup):
+    """Times a training step of each cell on pixels, in seconds."""
+    from seqmnist.networks.cells import CELLS
+
+    cases = {cell: {**_PIXELS, "cell": cell, "hidden_size": 128} for cell in CELLS}
+    return {cell: _time_step(setup, case, 3)["seconds"] for cell, case in cases.items()}
+
+
 COMPARED = {f.__name__: f for f in (job, epoch, stream, evaluate)}
-SECTIONS = COMPARED | {"growth": growth, "floor": floor}
+SECTIONS = COMPARED | {f.__name__: f for f in (growth, floor, cells)}
 
 
 def ratios(figures):
@@ -259,6 +267,8 @@ def _show(figures):
     rows = [(name, *(f[key] for key in keys)) for name, f in figures.get("floor", {}).items()]
     title = "Floor: FLOPs of a step at the rate of a large product"
     cli.print_table(("case", *keys), rows, title)
+    rows = list(figures.get("cells", {}).items())
+    cli.print_table(("cell", "seconds"), rows, "A training step on pixels, 128 units")
 
 
 def _draw(figures, path):
