@@ -6,11 +6,11 @@ Example:
 
 Contestants take turns, and medians are compared; a ratio below 1 means that ours is faster or
 smaller. Keras and PyTorch take part if they are installed, `torch.compile` if g++ is, too.
-Sections: `job`, the notebook's whole job as a process, with an empty compilation cache
-(cold) and a filled one (warm); `epoch`, training; `stream`, streamed against resident input;
-`evaluate`, the test set; `growth`, a step of ours by T, H and batch size; `floor`, how close a
-step comes to the time of its matrix products alone; `cells`, a step of every cell. CHECKOUT is a folder with another version of
-this project, the contestant "baseline".
+Sections: `job`, the notebook's whole job as a process, with an empty compilation cache (cold) and a
+filled one (warm); `epoch`, training; `stream`, streamed against resident input; `evaluate`, the
+test set; `growth`, a step of ours by T, H and batch size; `floor`, how close a step comes to the
+time of its matrix products alone; `cells`, a step of every cell. CHECKOUT is a folder with another
+version of this project, the contestant "baseline".
 
 Measured on two CPU cores and left out, because it gains less than 5 % or loses:
   gates and states of a GRU or LSTM in place of their inputs (XLA copies whole arrays per time
