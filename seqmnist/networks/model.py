@@ -208,10 +208,7 @@ class SequenceClassifier(nnx.Module):
         width = config.hidden_size * (2 if config.bidirectional else 1)
         encoder = None
         if config.block == "residual":
-            # As in PyTorch. With a bias of zero, what is blank would be encoded as zeros, and the
-            # gradient of their normalization be 1000 times too large.
-            spread = functools.partial(jax.random.uniform, minval=-(size**-0.5), maxval=size**-0.5)
-            encoder = nnx.Linear(size, width, kernel_init=_glorot, bias_init=spread, rngs=rngs)
+            encoder = nnx.Linear(size, width, kernel_init=_glorot, rngs=rngs)
             size = width
         self.encoder = encoder
         dtype = None if config.dtype == "float32" else jnp.dtype(config.dtype)
