@@ -45,6 +45,10 @@ PartitionName=all Nodes=ALL Default=YES
 """
 
 
+def test_readme_has_a_command_for_each_launcher():
+    assert list(COMMANDS) == ["SLURM", "Open MPI"]
+
+
 def free_ports(number):
     probes = [socket.socket() for _ in range(number)]
     for probe in probes:

@@ -128,12 +128,13 @@ class Flax:
         starts = range(0, len(order), self.batch_size)[:num_steps]
         rows = [order[start : start + self.batch_size] for start in starts]
         hits = [self.step(self.model, self.optimizer, self.x[row], self.y[row]) for row in rows]
-        return int(sum(hits))
+        return sum(map(int, hits))
 
     def evaluate(self, examples=None):
         x, y = examples or self.test
         parts = [slice(i, i + self.batch_size) for i in range(0, len(x), self.batch_size)]
-        return int(sum(self.sums(self.model, x[part], y[part])[1] for part in parts)) / len(x)
+        hits = [self.sums(self.model, x[part], y[part])[1] for part in parts]
+        return sum(map(int, hits)) / len(x)
 
     def job(self):
         boundary = int(0.8 * len(self.x))

@@ -17,7 +17,7 @@ from typing import Any
 from seqmnist.errors import InUseError, UserError, explain_storage
 from tools import cli
 
-PLAN, RESULTS = "plan.json", "study.json"
+PLAN, RESULTS, _ENTRY = "plan.json", "study.json", "entry.json"
 _PATIENCE = 5  # seconds after which a process looks again whether the others have finished
 
 
@@ -44,8 +44,7 @@ class _Runs:
     def train(self, title, config, work, folder, **options) -> dict[str, Any]:
         """Trains what is left of a run in a folder of the study.
 
-        Returns its results, or {} if all of its networks diverged. Raises InUseError if another
-        process trains it.
+        Returns its results, or {} if all of its networks diverged.
         """
         from seqmnist import run
         from seqmnist.display import Quiet
@@ -82,6 +81,7 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
     from seqmnist.datasets import sources
     from seqmnist.study import plan
     from seqmnist.training.steps import check_names
+    from seqmnist.workdir import Workdir, read_json, write_json
 
     _begin(study, workdir)
     entries, jobs = {}, {}
@@ -100,7 +100,18 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
         total += sum(work(config, flops) for config in (final, *(config for _, config in tries)))
 
     def train(runs, name):
-        """Trains what is left of an entry, and returns what is known of it."""
+        """Returns what is known of an entry, once what is left of it has been trained.
+
+        Raises InUseError if another process trains it.
+        """
+        folder = Workdir(workdir / "select" / name)
+        with folder.hold(print):
+            file = folder.path / _ENTRY
+            if not file.exists():
+                write_json(file, train_alone(runs, name))
+            return read_json(file)
+
+    def train_alone(runs, name):
         spec, tries, final, flops = jobs[name]
         tried = []
         for i, (fixed, config) in enumerate(tries):
@@ -118,13 +129,19 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
             )
         return plan.describe(study, setting, tried, config, results, spec)
 
+    said = []
     with _Runs(workdir, stop, total) as runs:
         while left := [name for name in jobs if name not in entries]:
             for name in left:
                 with contextlib.suppress(InUseError):
                     entries[name] = train(runs, name)
-            if not any(name in entries for name in left):  # other processes train all that is left
+            if not any(name in entries for name in left):
+                if said != left:
+                    print(f"Other processes train {', '.join(left)}", flush=True)
+                said = left
                 time.sleep(_PATIENCE)
+            if stop is not None and stop.number:
+                raise SystemExit(128 + stop.number)
     return plan.summarize(study, {name: entries[name] for name in jobs})
 
 
@@ -135,9 +152,23 @@ def _begin(study, workdir):
     plan, values = workdir / PLAN, study.to_dict()
     if plan.exists() and read_json(plan) != values:
         raise UserError(f"--workdir={workdir} holds another study; choose another --workdir")
-    with explain_storage(f"--workdir={workdir}", "choose another"):
-        workdir.mkdir(parents=True, exist_ok=True)
+    with explain_storage(f"--workdir={workdir}", "choose another"), _in_turn(workdir):
         write_json(plan, values)
+
+
+@contextlib.contextmanager
+def _in_turn(workdir):
+    """Holds the folder of a study, into which several processes may write; waits for the others."""
+    from seqmnist.workdir import Workdir
+
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(Workdir(workdir).hold(print))
+                break
+            except InUseError:
+                time.sleep(0.1)
+        yield
 
 
 def _main(arguments):
@@ -157,7 +188,8 @@ def _main(arguments):
     stop = StopRequest()
     process.listen(stop)
     found = perform(study, workdir, stop)
-    with explain_storage(f"--workdir={workdir}", "make room and run the same command again"):
+    remedy = "make room and run the same command again"
+    with explain_storage(f"--workdir={workdir}", remedy), _in_turn(workdir):
         write_json(workdir / RESULTS, found)
         page = leaderboard.write(workdir, found)
     leaderboard.show(workdir, found)

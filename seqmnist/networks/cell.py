@@ -77,7 +77,8 @@ class Cell(nnx.Module):
     def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
         """(state, z [L, B, K·H]) -> (state, h [L, B, H]): `step` over time, or a faster equivalent.
 
-        Forward-mode derivatives need `scans.plain`, which `read` uses if it is given a mask.
+        Forward-mode derivatives need `scans.plain`, which `read` uses if it is given a mask, and
+        no `dtype`.
         """
         return scans.plain(self.step, state, z)
 

@@ -215,7 +215,8 @@ class SequenceClassifier(nnx.Module):
 
         def make_layer():
             layer = cell(size, config.hidden_size, rngs=rngs)
-            layer.dtype = dtype
+            if dtype is not None:
+                layer.dtype = dtype
             return layer
 
         self.layers = nnx.List([])

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-from jax._src.distributed import global_state  # JAX has no public way to its processes' store
 
 from seqmnist.errors import UserError, one_line
 from seqmnist.training import devices
@@ -20,6 +19,7 @@ from seqmnist.training import devices
 PATIENCE = 20
 # Seconds that all processes have to join.
 JOINING = 60
+_ENDING = threading.Lock()
 # What JAX, gloo and the coordination service say when another process is gone.
 _GONE = re.compile(
     r"gloo|heartbeat|coordination (service|agent)|UNAVAILABLE|DEADLINE_EXCEEDED"
@@ -66,8 +66,7 @@ def joined(
         alarm.cancel()
     faulthandler.disable()  # where JAX itself ends this process, its message is enough
     leaves = threading.Event()
-    watch = threading.Thread(target=_watch, args=[global_state.client, leaves], daemon=True)
-    watch.start()
+    threading.Thread(target=_watch, args=[_job(), leaves], daemon=True).start()
     try:
         yield
     except UserError:
@@ -92,45 +91,62 @@ def check_same(facts: Mapping[str, Any]) -> None:
         if not devices.is_same(repr((name, value))):
             raise UserError(
                 f"{name} is {value} in this process, and something else in another; start all "
-                "processes of a job with the same command"
+                "processes of a job with the same command, in a --workdir that all of them see"
             )
 
 
-def _watch(client, leaves):
+def _job():
+    """Returns what JAX knows of the job: `client`, `process_id`, `num_processes`.
+
+    JAX has no public way to its processes' store, nor to these numbers before it has devices.
+    """
+    from jax._src.distributed import global_state
+
+    return global_state
+
+
+def _watch(job, leaves):
     """Tells the others once a second that this process lives, and ends it if one of them does not.
 
     A process that is stopped, or a host that is cut off, closes no connection: without this, the
     others would wait for it until JAX aborts them.
     """
-    own, counts, since = f"alive/{jax.process_index()}", {}, {}
+    names, counts = [f"alive/{i}" for i in range(job.num_processes)], {}
+    since, last = dict.fromkeys(names, time.monotonic()), time.monotonic()
     while True:
         alarm = threading.Timer(PATIENCE, _end, ["process 0 of this job does not answer"])
         alarm.daemon = True
         alarm.start()
         try:
-            client.key_value_set(own, str(time.monotonic_ns()), allow_overwrite=True)
-            found = dict(client.key_value_dir_get("alive/"))
+            number = str(time.monotonic_ns())
+            job.client.key_value_set(names[job.process_id], number, allow_overwrite=True)
+            found = dict(job.client.key_value_dir_get("alive/"))
         except Exception as error:  # of the coordination service, of any kind
             if not leaves.is_set():
                 _end(f"process 0 of this job cannot be reached ({one_line(error)[:200]})")
             return
         finally:
             alarm.cancel()
-        since |= {name: time.monotonic() for name in found if found[name] != counts.get(name)}
-        counts = found
-        silent = [name for name in since if time.monotonic() - since[name] > PATIENCE]
+        now = time.monotonic()
+        was_paused = now - last > PATIENCE / 4  # so that the others may have been, too
+        changed = [name for name in names if was_paused or found.get(name) != counts.get(name)]
+        since, counts, last = since | dict.fromkeys(changed, now), found, now
+        silent = [name for name in names if now - since[name] > PATIENCE]
         if silent and not leaves.is_set():
             _end(f"process {silent[0].partition('/')[2]} of this job does not answer")
         time.sleep(1)
 
 
 def _end(reason):
+    _ENDING.acquire()  # for good: a second thread that comes here says nothing
     print(
         f"error: {reason}; run the job again, on any number of processes, to resume from its last "
         "checkpoint",
         file=sys.stderr,
         flush=True,
     )
+    if _job().process_id == 0:
+        time.sleep(2)  # so that the others, which it coordinates, can say why they end
     os._exit(1)  # a regular exit would wait for the process that is gone
 
 
