@@ -18,6 +18,7 @@ from seqmnist.errors import InUseError, UserError, explain_storage
 from tools import cli
 
 PLAN, RESULTS, _ENTRY = "plan.json", "study.json", "entry.json"
+_REMEDY = "make room and run the same command again"
 _PATIENCE = 5  # seconds after which a process looks again whether the others have finished
 
 
@@ -108,7 +109,9 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
         with folder.hold(print):
             file = folder.path / _ENTRY
             if not file.exists():
-                write_json(file, train_alone(runs, name))
+                found = train_alone(runs, name)
+                with explain_storage(f"--workdir={workdir}", _REMEDY):
+                    write_json(file, found)
             return read_json(file)
 
     def train_alone(runs, name):
@@ -188,8 +191,7 @@ def _main(arguments):
     stop = StopRequest()
     process.listen(stop)
     found = perform(study, workdir, stop)
-    remedy = "make room and run the same command again"
-    with explain_storage(f"--workdir={workdir}", remedy), _in_turn(workdir):
+    with explain_storage(f"--workdir={workdir}", _REMEDY), _in_turn(workdir):
         write_json(workdir / RESULTS, found)
         page = leaderboard.write(workdir, found)
     leaderboard.show(workdir, found)
