@@ -93,7 +93,18 @@ class Keras:
         return self.evaluate()
 
 
-class Flax:
+class _Epochs:
+    """The notebook's job for what trains and evaluates an epoch at a time."""
+
+    def job(self):
+        boundary = int(0.8 * len(self.x))
+        for _ in range(5):
+            self.train(None, boundary)
+            self.evaluate((self.x[boundary:], self.y[boundary:]))
+        return self.evaluate()
+
+
+class Flax(_Epochs):
     """`flax.nnx.RNN` with Optax: one compiled step after the other, as in Flax's documentation."""
 
     def __init__(self, case, file):
@@ -136,15 +147,8 @@ class Flax:
         hits = [self.sums(self.model, x[part], y[part])[1] for part in parts]
         return sum(map(int, hits)) / len(x)
 
-    def job(self):
-        boundary = int(0.8 * len(self.x))
-        for _ in range(5):
-            self.train(None, boundary)
-            self.evaluate((self.x[boundary:], self.y[boundary:]))
-        return self.evaluate()
 
-
-class Torch:
+class Torch(_Epochs):
     """PyTorch with its default number of threads, eager or through `torch.compile`."""
 
     def __init__(self, case, file, is_compiled=False):
@@ -184,13 +188,6 @@ class Torch:
         with self.torch.no_grad():
             batches = zip(x.split(self.batch_size), y.split(self.batch_size), strict=True)
             return float(sum(self._sums(*batch)[1] for batch in batches)) / len(x)
-
-    def job(self):
-        boundary = int(0.8 * len(self.x))
-        for _ in range(5):
-            self.train(None, boundary)
-            self.evaluate((self.x[boundary:], self.y[boundary:]))
-        return self.evaluate()
 
 
 PEERS = {
