@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -17,12 +18,16 @@ from conftest import REPOSITORY
 from scipy import stats
 
 from seqmnist import config as config_lib
+from seqmnist import run
 from seqmnist.config import Config, ModelConfig
 from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import compare, plan
 from seqmnist.study.plan import Study
+from seqmnist.training import divergence
 from seqmnist.training.steps import init_state, make_system
+from seqmnist.workdir import Workdir
+from tools import study as study_tool
 
 RATES = {"optimizer.learning_rate": [0.001, 0.01, 0.1]}
 
@@ -252,6 +257,33 @@ def test_a_study_that_is_stopped_ends_as_one_that_is_not(data_dir, tmp_path):
     trained = [re.findall(r"^(.*): [\d.]+ s; about", each, re.M) for each in (*texts, text)]
     assert all(trained)
     assert sorted(trained[0] + trained[1]) == sorted(trained[2])
+
+
+@pytest.mark.slow
+def test_an_entry_is_trained_once_and_by_one_process(data_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study_tool, "_PATIENCE", 0)
+    values = {"data.name": "mnist_5k", "data.data_dir": str(data_dir), "train.num_epochs": 1}
+    config = config_of(**values, **{"model.hidden_size": 4})
+    one = Study({"a": config}, range(1), {"train.batch_size": [400, 500]}, range(1, 2))
+    train, trained = run.train, []
+
+    def diverge_first(config, workdir, **options):
+        trained.append(str(workdir))
+        if workdir.name == "1":
+            raise divergence.DivergedError("diverged")
+        return train(config, workdir, **options)
+
+    monkeypatch.setattr(run, "train", diverge_first)
+    with Workdir(tmp_path / "select" / "a").hold(print), pytest.raises(SystemExit) as caught:
+        study_tool.perform(one, tmp_path, types.SimpleNamespace(number=signal.SIGTERM))
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert "Other processes train a\n" in capsys.readouterr().out
+    assert not trained
+
+    found = study_tool.perform(one, tmp_path)
+    assert len(trained) == 3
+    assert study_tool.perform(one, tmp_path) == found
+    assert len(trained) == 3  # also what diverged, which has no results
 
 
 @pytest.mark.slow
