@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -19,6 +20,7 @@ import pytest
 from conftest import REPOSITORY, seqmnist
 from datasets import small_archives
 
+from seqmnist.training import distributed
 from tools import launch_local
 
 pytestmark = pytest.mark.slow
@@ -172,6 +174,46 @@ def test_the_others_of_a_process_that_is_stopped_end(victim, data_dir, tmp_path,
     (line,) = re.findall("error: .*", output)
     assert f"process {victim} of this job does not answer" in line
     assert output.endswith(f"{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "reason"),
+    [
+        # seconds that pass, and what the other process tells of itself
+        ([(1, str(i)) for i in range(50)], None),
+        ([(1, "0")] * 30, "process 1 of this job does not answer"),
+        ([(1, None)] * 30, "process 1 of this job does not answer"),
+        ([(1, "0"), (40, "0"), (1, "0"), (1, "1")], None),  # both were paused
+        ([(1, "0"), (40, "0"), *[(1, "0")] * 30], "process 1 of this job does not answer"),
+    ],
+)
+def test_a_process_that_is_silent_is_told_from_a_pause_of_all(rounds, reason, monkeypatch):
+    leaves, clock, told, ended = threading.Event(), [0.0], iter(rounds), []
+
+    def sleep(_):
+        if ended:
+            raise SystemExit
+
+    def read(_):
+        try:
+            seconds, value = next(told)
+        except StopIteration:
+            leaves.set()
+            raise
+        clock[0] += seconds
+        own = ("alive/0", str(clock[0]))
+        return [own, ("alive/1", value)] if value else [own]
+
+    client = types.SimpleNamespace(key_value_set=lambda *_, **__: None, key_value_dir_get=read)
+    job = types.SimpleNamespace(client=client, process_id=0, num_processes=2)
+    fake = types.SimpleNamespace(
+        monotonic=lambda: clock[0], monotonic_ns=lambda: int(1e9 * clock[0]), sleep=sleep
+    )
+    monkeypatch.setattr(distributed, "time", fake)
+    monkeypatch.setattr(distributed, "_end", ended.append)
+    with contextlib.suppress(SystemExit):
+        distributed._watch(job, leaves)
+    assert ended == ([reason] if reason else [])
 
 
 @pytest.mark.parametrize("victim", [0, 1])
