@@ -15,7 +15,7 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 100
+    config.train.num_epochs = 30
     config.model.view = "pixels"
     config.model.cell = "irnn"
     config.model.hidden_size = 100

@@ -1,4 +1,4 @@
-"""Permuted pixels with an LSTM of 256 units.
+"""Permuted pixels with an LSTM of 128 units.
 
 Command:
   python -m seqmnist.main --workdir=runs/lstm_permuted --config=experiments/lstm_permuted.py
@@ -14,10 +14,10 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 100
+    config.train.num_epochs = 10
     config.model.view = "permuted_pixels"
     config.model.cell = "lstm"
-    config.model.hidden_size = 256
+    config.model.hidden_size = 128
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"

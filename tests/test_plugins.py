@@ -2,14 +2,22 @@
 
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
+from unittest import mock
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from close import assert_close, random_module
 from conftest import REPOSITORY, seqmnist
+from flax import nnx
 
 from seqmnist.config import Config, load_plugins
 from seqmnist.errors import UserError
+from seqmnist.networks.model import READOUTS
 
 PLUGIN = '''
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -113,3 +121,21 @@ def test_a_file_that_cannot_be_used_is_refused(content, expected, tmp_path, monk
         pathlib.Path("mine.py").write_text(content)
     with pytest.raises(UserError, match=rf"config\.plugins=.*{expected}"):
         load_plugins(Config(plugins="mine.py"))
+
+
+@mock.patch.dict(READOUTS)
+def test_the_perceptron_of_the_experiments_is_that_of_numpy():
+    path = REPOSITORY / "experiments" / "plugins" / "perceptron.py"
+    perceptron = runpy.run_path(str(path))["Perceptron"]
+    readout = random_module(lambda rngs: perceptron(6, rngs=rngs))
+    leaves = nnx.to_pure_dict(nnx.state(readout))
+    norm, hidden = jax.tree.map(np.asarray, (leaves["norm"], leaves["hidden"]))
+    y = np.random.default_rng(0).normal(size=(5, 4, 6))
+
+    last = y[-1] - y[-1].mean(1, keepdims=True)
+    u = last / np.sqrt((last**2).mean(1, keepdims=True) + 1e-6)
+    u = np.maximum(u * norm["scale"] + norm["bias"], 0)
+    expected = np.maximum(u @ hidden["kernel"] + hidden["bias"], 0)
+
+    state = readout.read(None, jnp.asarray(y, jnp.float32))
+    assert_close(readout(state), expected)

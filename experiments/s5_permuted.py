@@ -1,0 +1,37 @@
+"""Pixels in the order of bit reversal, with one S5 layer and a perceptron on its last state.
+
+Command:
+  python -m seqmnist.main --workdir=runs/s5_permuted --config=experiments/s5_permuted.py
+
+Duration: not run in full.
+Reference: S4 98.70 % (A. Gu et al., arXiv 2111.00396), S5 98.67 % (J. T. H. Smith et al., arXiv
+2208.04933), both of several layers that read and write at every step, in the same order.
+"""
+
+import pathlib
+
+from seqmnist import config as config_lib
+
+PLUGINS = pathlib.Path(__file__).parent / "plugins"
+
+
+def get_config():
+    """Returns the configuration."""
+    config = config_lib.get_config()
+    config.plugins = str(PLUGINS / "perceptron.py")
+    config.data.name = "mnist"
+    config.train.num_epochs = 16
+    config.model.view = "bit_reversed_pixels"
+    config.model.cell = "s5"
+    # With these steps, every state remembers the whole sequence.
+    config.model.cell_options = {"state_size": 192, "dt_min": 0.0005, "dt_max": 0.005}
+    config.model.hidden_size = 512
+    config.model.readout = "perceptron"
+    config.model.dropout = 0.5
+    config.optimizer.name = "adamw"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 1.0
+    config.optimizer.recurrent_factor = 0.25
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_fraction = 0.1
+    return config
