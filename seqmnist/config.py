@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 import os
+import pathlib
 import re
 import runpy
 import types
@@ -308,8 +309,8 @@ def validated(config: Config) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"the configuration must be a seqmnist.Config; got {config!r:.80}")
     config = from_dict(to_dict(config))
-    files = [paths.resolve(path, "config.plugins") for path in config.plugins.split(",") if path]
-    config.plugins = ",".join(map(str, files))  # a workdir is read from any folder
+    # Absolute, as a workdir is read from any folder.
+    config.plugins = ",".join(map(str, plugin_files(config)))
     for name in ("data_dir", "manual_dir"):
         if (folder := getattr(config.data, name)) is not None:
             setattr(config.data, name, str(paths.resolve(folder, f"config.data.{name}")))
@@ -350,9 +351,15 @@ def load_experiment(path: str) -> Config:
     return from_file(path, "--config", get_config)
 
 
+def plugin_files(config: Config) -> list[pathlib.Path]:
+    """Returns the absolute paths in `plugins`; raises UserError if no file can have one of them."""
+    names = config.plugins.split(",") if config.plugins else []
+    return [paths.resolve(name, "config.plugins") for name in names if name]
+
+
 def load_plugins(config: Config) -> None:
     """Runs the files of `plugins`, each once in a process; they add to tables such as `CELLS`."""
-    for path in config.plugins.split(",") if config.plugins else ():
+    for path in plugin_files(config):
         _load_plugin(path)
 
 

@@ -6,6 +6,7 @@ steps.jsonl     one line per logged step, if asked for
 results.json    the results; exists once the run has finished
 events.out.tfevents.*   the metrics for TensorBoard
 checkpoints/, damaged/  see `checkpoints`
+plugins/        copies of the files in `config.plugins`, used where these are missing
 profile/, export/, report.html, report/   what the profiler and the tools write
 """
 
@@ -29,7 +30,7 @@ from seqmnist.errors import InUseError, UserError, one_line
 
 CONFIG, METRICS, STEPS = "config.json", "metrics.jsonl", "steps.jsonl"
 RESULTS = "results.json"
-PROFILE, EXPORT, REPORT = "profile", "export", "report"
+PROFILE, EXPORT, REPORT, PLUGINS = "profile", "export", "report", "plugins"
 _LOCK, _REPLACED, _EVENTS = ".lock", ".replaced", "events.out.tfevents.*"
 
 # What a run writes; for each folder, a file that only a run or a tool puts there.
@@ -40,6 +41,7 @@ _FOLDERS = {
     PROFILE: "plugins/profile",
     EXPORT: "classifier.jax_export",
     REPORT: "beliefs.png",
+    PLUGINS: "0/*",
 }
 
 _PACKAGES = (
@@ -137,12 +139,19 @@ class Workdir:
         return (self.path / CONFIG).is_file()
 
     def read_config(self) -> config_lib.Config:
-        """Returns the configuration of the run; raises UserError without a valid one."""
+        """Returns the configuration of the run; raises UserError without a valid one.
+
+        Where a plugin is not at its path, such as on another machine, it names the workdir's copy.
+        """
         values = read_json(self.path / CONFIG)
         try:
-            return config_lib.from_dict(values)
+            config = config_lib.from_dict(values)
         except UserError as error:
             raise UserError(f"{self.path / CONFIG}: {error}") from None
+        copies = self._plugin_copies(config)
+        found = (path if path.is_file() or not copy.is_file() else copy for copy, path in copies)
+        config.plugins = ",".join(map(str, found))
+        return config
 
     def read_results(self) -> dict[str, Any]:
         """Returns what `results.json` holds; {} if the run has not finished.
@@ -175,7 +184,13 @@ class Workdir:
         self, config: config_lib.Config, history: list[dict[str, Any]], step: int = 0
     ) -> None:
         """Writes the configuration and the records of the first `step` steps; removes results."""
+        self._begin(config, history, step, self._read_plugins(config))
+
+    def _begin(self, config, history, step, plugins):
         (self.path / RESULTS).unlink(missing_ok=True)
+        for copy, content in plugins.items():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(content)
         write_json(self.path / CONFIG, config_lib.to_dict(config))
         _write_lines(self.path / METRICS, history)
         if (self.path / STEPS).exists():
@@ -183,11 +198,12 @@ class Workdir:
 
     def replace(self, config: config_lib.Config) -> None:
         """Removes the run that is here and begins another; all or nothing, see `_recover`."""
+        plugins = self._read_plugins(config)  # they may lie in the run that is here
         aside = self.path / _REPLACED
         aside.mkdir()
         for path in self._written():
             path.rename(aside / path.name)
-        self.begin(config, [])
+        self._begin(config, [], 0, plugins)
         shutil.rmtree(aside)
 
     def add_epoch(self, record: dict[str, Any]) -> None:
@@ -201,6 +217,14 @@ class Workdir:
     def finish(self, results: dict[str, Any]) -> None:
         """Writes the results."""
         write_json(self.path / RESULTS, results)
+
+    def _plugin_copies(self, config):
+        """Returns pairs: where a plugin's copy is kept, and the plugin."""
+        files = config_lib.plugin_files(config)
+        return [(self.path / PLUGINS / str(i) / file.name, file) for i, file in enumerate(files)]
+
+    def _read_plugins(self, config):
+        return {copy: file.read_bytes() for copy, file in self._plugin_copies(config)}
 
     def _written(self):
         """Yields what a run or a tool has written: first config.json, which makes it a run."""

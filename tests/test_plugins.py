@@ -18,6 +18,7 @@ from flax import nnx
 from seqmnist.config import Config, load_plugins
 from seqmnist.errors import UserError
 from seqmnist.networks.model import READOUTS
+from seqmnist.workdir import Workdir
 
 PLUGIN = '''
 import jax, jax.numpy as jnp, numpy as np, optax
@@ -96,6 +97,7 @@ def test_what_a_file_adds_works_everywhere(data_dir, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     more = seqmnist("--workdir=../run", "--config.train.num_epochs=2", cwd=elsewhere)
     assert more.returncode == 0, more.stderr
+    (tmp_path / "mine.py").unlink()  # as on another machine
     digits = REPOSITORY / "tools" / "pictures" / "digits"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     rest = subprocess.run(
@@ -121,6 +123,29 @@ def test_a_file_that_cannot_be_used_is_refused(content, expected, tmp_path, monk
         pathlib.Path("mine.py").write_text(content)
     with pytest.raises(UserError, match=rf"config\.plugins=.*{expected}"):
         load_plugins(Config(plugins="mine.py"))
+
+
+def test_a_workdir_that_was_moved_has_its_plugins(tmp_path):
+    for i, folder in enumerate(("a", "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"number = {i}")
+    files = [tmp_path / "a" / "mine.py", tmp_path / "b" / "mine.py"]
+    config = Config(plugins=",".join(map(str, files)))
+    Workdir(tmp_path / "run").begin(config, [])
+    assert Workdir(tmp_path / "run").read_config() == config
+    files[1].unlink()
+
+    (tmp_path / "run").rename(tmp_path / "moved")
+    config = Workdir(tmp_path / "moved").read_config()
+    copy = tmp_path / "moved" / "plugins" / "1" / "mine.py"
+    assert config.plugins == f"{files[0]},{copy}"
+    assert copy.read_text() == "number = 1"
+
+    Workdir(tmp_path / "moved").replace(config)  # by a run that reads what it replaces
+    assert copy.read_text() == "number = 1"
+    (tmp_path / "moved").rename(tmp_path / "again")
+    config = Workdir(tmp_path / "again").read_config()
+    assert config.plugins == f"{files[0]},{tmp_path / 'again' / 'plugins' / '1' / 'mine.py'}"
 
 
 @mock.patch.dict(READOUTS)

@@ -245,7 +245,7 @@ def test_overwrite_prepares_before_it_removes(make_config, monkeypatch):
     with pytest.raises(UserError):
         run.train(make_config(1, mesh={"data": 3}), "a", overwrite=True)
     with monkeypatch.context() as patch:  # killed in the middle of the replacement
-        patch.setattr(Workdir, "begin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Workdir, "_begin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run.train(make_config(2), "a", overwrite=True)
     assert not pathlib.Path("a/config.json").exists()

@@ -210,7 +210,7 @@ def model_card(
 
     values = config_lib.to_dict(config)
     values["data"] |= {"data_dir": None, "manual_dir": None}
-    values["plugins"] = ",".join(path.rpartition("/")[2] for path in config.plugins.split(","))
+    values["plugins"] = ",".join(file.name for file in config_lib.plugin_files(config))
     known = facts(config, results, member, step)
     rows = [f"| {key} | {value} |" for key, value in known.items()]
     if notice := results.get("dataset", {}).get("notice"):
