@@ -3,8 +3,9 @@
 Command:
   python -m seqmnist.main --workdir=runs/irnn_pixels --config=experiments/irnn_pixels.py
 
-Duration: not run in full. The paper trains for far longer, at a learning rate of 1e-8; this uses
-Adam at 1e-4, which is faster.
+Duration: not run in full. 30 epochs, in 7 minutes on two CPU cores, are too few: validation is at
+0.791, and still rises. The paper trains for far longer, at a learning rate of 1e-8; this uses Adam
+at 1e-4, which is faster.
 Reference: 97 % (Q. V. Le et al., arXiv 1504.00941).
 """
 
