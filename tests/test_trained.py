@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,3 +141,17 @@ def test_other_images_than_those_of_the_run_are_refused(three_members, data_dir)
     workdir_lib.write_json(workdir / "config.json", config_lib.to_dict(config))
     with pytest.raises(UserError, match="other images than those"):
         trained.load(workdir).test_set()
+
+
+def test_data_that_were_moved_are_found_where_one_says(finished_run, data_dir, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    gone = {"data.data_dir": str(tmp_path / "a"), "data.manual_dir": str(tmp_path / "b")}
+    config = config_lib.override(workdir_lib.Workdir(finished_run).read_config(), gone)
+    workdir_lib.write_json(tmp_path / "run" / "config.json", config_lib.to_dict(config))
+
+    with pytest.raises(UserError, match=r"config\.data\.manual_dir=.*--manual_dir names it"):
+        trained.load(tmp_path / "run").test_set()
+    places = {"data_dir": str(data_dir), "manual_dir": None}
+    found = trained.load(tmp_path / "run", places=places).test_set()
+    chex.assert_trees_all_equal(found, trained.load(finished_run).test_set())
+    assert not (tmp_path / "a").exists()

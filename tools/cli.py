@@ -15,6 +15,8 @@ from seqmnist.errors import UserError, explain_storage
 if TYPE_CHECKING:
     from seqmnist.study import trained
 
+_PLACES = ("data_dir", "manual_dir")
+
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser that shows a module's docstring and accepts --json."""
@@ -70,11 +72,29 @@ def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
     )
 
 
+def add_place_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --data_dir and --manual_dir, for a tool that reads the data of a run."""
+    for name in _PLACES:
+        parser.add_argument(
+            f"--{name}",
+            metavar="DIR",
+            type=lambda text: None if text.lower() == "none" else text,
+            default=argparse.SUPPRESS,
+            help=f"as --config.data.{name} (default: that of the run)",
+        )
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of `trained.load` besides the workdir."""
+    places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
+    return {"member": arguments.member, "checkpoint": arguments.checkpoint, "places": places}
+
+
 def load(arguments: argparse.Namespace) -> "trained.Trained":
-    """Loads the network that `add_workdir_argument`'s arguments name."""
+    """Loads the network that the arguments name."""
     from seqmnist.study import trained  # imported here: --help needs no JAX
 
-    return trained.load(arguments.workdir, arguments.member, checkpoint=arguments.checkpoint)
+    return trained.load(arguments.workdir, **chosen(arguments))
 
 
 def prepare_data(arguments: argparse.Namespace) -> sources.Prepared:

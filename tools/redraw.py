@@ -152,6 +152,7 @@ def _main(arguments):
 def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_workdir_argument(parser)
+    cli.add_place_arguments(parser)
     parser.add_argument(
         "--num_images",
         type=cli.positive,

@@ -179,9 +179,7 @@ def _main(arguments):
     from seqmnist.workdir import Workdir
     from tools import sections as section_lib  # imported here: --help needs no JAX
 
-    sections, numbers = section_lib.examine(
-        arguments.workdir, arguments.member, arguments.checkpoint
-    )
+    sections, numbers = section_lib.examine(arguments.workdir, **cli.chosen(arguments))
     if arguments.compare:
         sections.insert(1, section_lib.compare([arguments.workdir, *arguments.compare]))
     workdir = Workdir(arguments.workdir).path
@@ -195,6 +193,7 @@ def _main(arguments):
 def _make_parser():
     parser = cli.make_parser(__doc__)
     cli.add_workdir_argument(parser)
+    cli.add_place_arguments(parser)
     parser.add_argument(
         "--compare", nargs="+", default=[], metavar="DIR", help="folders of other runs"
     )

@@ -99,14 +99,15 @@ class Found:
 
 
 def examine(
-    workdir: str | os.PathLike, member: int | None, checkpoint: str = "newest"
+    workdir: str | os.PathLike, member: int | None, **chosen: Any
 ) -> tuple[list[Section], dict[str, Any]]:
     """Returns the sections of a page on a trained network, and the numbers in them.
 
-    Raises UserError if the workdir holds no usable run, or its data is not available.
+    `chosen` are further arguments of `trained.load`. Raises UserError if the workdir holds no
+    usable run, or its data is not available.
     """
     metrics = Workdir(workdir).read_metrics()
-    network = trained.load(workdir, member, checkpoint=checkpoint)
+    network = trained.load(workdir, member, **chosen)
     found = Found(network, metrics, member is not None)
     sections = [section for make in _SECTIONS if (section := make(found))]
     by_step, num_mistakes = found.accuracy_by_step, len(found.mistakes)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from seqmnist.checkpoints import Checkpoints
-from seqmnist.config import Config
+from seqmnist.config import Config, override
 from seqmnist.datasets import sources
 from seqmnist.display import describe
 from seqmnist.errors import UserError
@@ -109,7 +110,13 @@ class Trained:
 
         Raises UserError if they are not available, or differ from those of the run.
         """
-        dataset = sources.prepare(as_trained(self.config, self.results).data, say)
+        config = as_trained(self.config, self.results).data
+        try:
+            dataset = sources.prepare(config, say)
+        except UserError as error:
+            if config.manual_dir is None or os.path.exists(config.manual_dir):
+                raise
+            raise UserError(f"{error}; if that folder was moved, --manual_dir names it") from error
         if self.fingerprint != dataset.fingerprint:
             raise UserError(
                 f"{dataset.directory} holds other images than those that {self.workdir} was "
@@ -135,18 +142,24 @@ class Trained:
 
 
 def load(
-    workdir: str | os.PathLike, member: int | None = None, say=print, checkpoint: str = "newest"
+    workdir: str | os.PathLike,
+    member: int | None = None,
+    say=print,
+    checkpoint: str = "newest",
+    places: Mapping[str, str | None] | None = None,
 ) -> Trained:
     """Loads the network in a workdir, or one of its members.
 
     Without `member`, it is the one with the lowest validation loss, in a sweep among those of the
     chosen setting; or the first if the run has not finished.
     `checkpoint` is "newest", "best" by validation loss, or the number of a step. `say` is called
-    with one line if another checkpoint is used, or if it is not the end of the run. Raises
-    UserError if there is no configuration, no usable checkpoint or no such member.
+    with one line if another checkpoint is used, or if it is not the end of the run. `places` are
+    other folders than those of the configuration, "data_dir" or "manual_dir". Raises UserError if
+    there is no configuration, no usable checkpoint or no such member.
     """
     workdir = Workdir(workdir)
     config, results = workdir.read_config(), workdir.read_results()
+    config = override(config, {f"data.{name}": folder for name, folder in (places or {}).items()})
     count = len(members.list_members(config))
     if count == 1 and member is not None:
         raise UserError(f"{workdir} holds one network; omit --member")
