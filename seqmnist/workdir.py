@@ -190,7 +190,7 @@ class Workdir:
         (self.path / RESULTS).unlink(missing_ok=True)
         for copy, content in plugins.items():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(content)
+            _write_aside(copy, content)
         write_json(self.path / CONFIG, config_lib.to_dict(config))
         _write_lines(self.path / METRICS, history)
         if (self.path / STEPS).exists():
@@ -241,7 +241,9 @@ class Workdir:
         if not aside.is_dir():
             return
         if not self.has_config():
-            for path in aside.iterdir():
+            # Last config.json: if this is interrupted, it is completed the next time.
+            for path in sorted(aside.iterdir(), key=lambda path: path.name == CONFIG):
+                shutil.rmtree(self.path / path.name, ignore_errors=True)  # of the new run
                 path.rename(self.path / path.name)
         shutil.rmtree(aside)
 
@@ -353,7 +355,7 @@ def _charts():
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON completely or not at all, by renaming a finished file; NaN becomes null."""
-    _write_aside(path, _dump(value, indent=2) + "\n")
+    _write_aside(path, (_dump(value, indent=2) + "\n").encode())
 
 
 def append_line(path: pathlib.Path, value: Any) -> None:
@@ -372,13 +374,13 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def _write_aside(path, text):
+def _write_aside(path, content):
     if path.exists() and not path.is_file():  # a device such as /dev/stdout, not to be replaced
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     aside = path.with_name(path.name + ".partial")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content)
         os.replace(aside, path)
     except OSError:
         aside.unlink(missing_ok=True)
@@ -386,7 +388,7 @@ def _write_aside(path, text):
 
 
 def _write_lines(path, records):
-    _write_aside(path, "".join(_dump(record) + "\n" for record in records))
+    _write_aside(path, "".join(_dump(record) + "\n" for record in records).encode())
 
 
 def _read_text(path):

@@ -1,5 +1,7 @@
 """What a user's own file adds to the tables, wherever a workdir is read."""
 
+import contextlib
+import itertools
 import os
 import pathlib
 import runpy
@@ -146,6 +148,52 @@ def test_a_workdir_that_was_moved_has_its_plugins(tmp_path):
     (tmp_path / "moved").rename(tmp_path / "again")
     config = Workdir(tmp_path / "again").read_config()
     assert config.plugins == f"{files[0]},{tmp_path / 'again' / 'plugins' / '1' / 'mine.py'}"
+
+
+@contextlib.contextmanager
+def killed_at_move(number, monkeypatch):
+    """Ends what is inside when it moves a file or a folder for the n-th time."""
+    moves = itertools.count(1)
+
+    def counted(move):
+        def counted_move(*paths):
+            if next(moves) == number:
+                raise KeyboardInterrupt
+            move(*paths)
+
+        return counted_move
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, "rename", counted(os.rename))
+        patch.setattr(os, "replace", counted(os.replace))
+        yield
+
+
+def test_a_replacement_may_be_killed_at_any_move_and_its_completion_too(tmp_path, monkeypatch):
+    plugin = tmp_path / "mine.py"
+
+    def begin(name, number):
+        plugin.write_text(f"number = {number}")
+        workdir = Workdir(tmp_path / name)
+        workdir.begin(Config(seed=number, plugins=str(plugin)), [{"epoch": number}])
+        return workdir
+
+    found = []
+    for first, second in itertools.product(range(1, 8), range(1, 5)):
+        workdir = begin(f"{first} {second}", 1)
+        plugin.write_text("number = 2")
+        with killed_at_move(first, monkeypatch):
+            workdir.replace(Config(seed=2, plugins=str(plugin)))
+        with killed_at_move(second, monkeypatch), workdir.hold(print):
+            pass
+        with workdir.hold(print):
+            number = workdir.read_config().seed
+            copy = workdir.path / "plugins" / "0" / "mine.py"
+            assert copy.read_text() == f"number = {number}"
+            if number == 1:  # else the new run has begun, and writes them when it starts
+                assert (workdir.path / "metrics.jsonl").read_text() == '{"epoch": 1}\n'
+        found.append(number)
+    assert set(found) == {1, 2}
 
 
 @mock.patch.dict(READOUTS)
