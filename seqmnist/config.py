@@ -253,9 +253,12 @@ class Config(_Group):
 # Groups of earlier versions, which changed no result; they are ignored in files.
 _RETIRED = ("scan",)
 
+# Fields of `data` that are folders of this machine.
+PLACES = ("data_dir", "manual_dir")
+
 # What a resumed run may change: how it runs, but not its results. Data are compared by content.
-NEUTRAL = ("data.name", "data.data_dir", "data.manual_dir", "data.verify_checksums")
-NEUTRAL += ("data.grayscale", "data.size")
+NEUTRAL = ("data.name", "data.verify_checksums", "data.grayscale", "data.size")
+NEUTRAL += tuple(f"data.{name}" for name in PLACES)
 NEUTRAL += ("plugins", "data.input_mode", "mesh.member", "mesh.data", "profile.steps")
 NEUTRAL += ("train.log_every_steps",)
 NEUTRAL += tuple(f"checkpoint.{field.name}" for field in dataclasses.fields(CheckpointConfig))
@@ -311,7 +314,7 @@ def validated(config: Config) -> Config:
     config = from_dict(to_dict(config))
     # Absolute, as a workdir is read from any folder.
     config.plugins = ",".join(map(str, plugin_files(config)))
-    for name in ("data_dir", "manual_dir"):
+    for name in PLACES:
         if (folder := getattr(config.data, name)) is not None:
             setattr(config.data, name, str(paths.resolve(folder, f"config.data.{name}")))
     for name in _ACTS_WITH:

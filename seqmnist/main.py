@@ -188,7 +188,7 @@ def _facts(flags, config):
     facts = {"the version of seqmnist": seqmnist.__version__, "that of JAX": jax.__version__}
     shared = ("mode", "workdir", "checkpoint", "overwrite", "debug_nans")
     facts |= {f"--{name}": getattr(flags, name) for name in shared}
-    fields = config_lib.fields().keys() - {"data.data_dir", "data.manual_dir"}
+    fields = config_lib.fields().keys() - {f"data.{name}" for name in config_lib.PLACES}
     return facts | {f"config.{name}": config_lib.get(config, name) for name in sorted(fields)}
 
 

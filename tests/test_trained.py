@@ -17,6 +17,7 @@ from seqmnist.spec import MNIST
 from seqmnist.study import trained
 from seqmnist.training.metrics import Sums
 from seqmnist.training.steps import init_state, make_system
+from tools import cli, redraw, report
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +150,18 @@ def test_data_that_were_moved_are_found_where_one_says(finished_run, data_dir, t
     config = config_lib.override(workdir_lib.Workdir(finished_run).read_config(), gone)
     workdir_lib.write_json(tmp_path / "run" / "config.json", config_lib.to_dict(config))
 
-    with pytest.raises(UserError, match=r"config\.data\.manual_dir=.*--manual_dir names it"):
+    with pytest.raises(UserError, match=r"manual_dir=.* machine, --data_dir and --manual_dir"):
         trained.load(tmp_path / "run").test_set()
     places = {"data_dir": str(data_dir), "manual_dir": None}
     found = trained.load(tmp_path / "run", places=places).test_set()
     chex.assert_trees_all_equal(found, trained.load(finished_run).test_set())
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("tool", [redraw, report])
+def test_a_tool_passes_on_where_the_data_are(tool):
+    def chosen(*flags):
+        return cli.chosen(tool._make_parser().parse_args(["--workdir=a", *flags]))["places"]
+
+    assert chosen() == {}
+    assert chosen("--manual_dir=none", "--data_dir=b") == {"manual_dir": None, "data_dir": "b"}

@@ -8,14 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from seqmnist import paths, process, workdir
-from seqmnist.config import DataConfig
+from seqmnist.config import PLACES, DataConfig
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError, explain_storage
 
 if TYPE_CHECKING:
     from seqmnist.study import trained
-
-_PLACES = ("data_dir", "manual_dir")
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
@@ -73,21 +71,26 @@ def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
 
 
 def add_place_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --data_dir and --manual_dir, for a tool that reads the data of a run."""
-    for name in _PLACES:
+    """Adds --data_dir and --manual_dir, for a tool whose runs or entries name data themselves."""
+    for name in PLACES:
         parser.add_argument(
             f"--{name}",
             metavar="DIR",
             type=lambda text: None if text.lower() == "none" else text,
             default=argparse.SUPPRESS,
-            help=f"as --config.data.{name} (default: that of the run)",
+            help=f"as --config.data.{name} (default: as configured)",
         )
+
+
+def places(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """Returns those of --data_dir and --manual_dir that were given."""
+    return {name: folder for name, folder in vars(arguments).items() if name in PLACES}
 
 
 def chosen(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments of `trained.load` besides the workdir."""
-    places = {name: value for name, value in vars(arguments).items() if name in _PLACES}
-    return {"member": arguments.member, "checkpoint": arguments.checkpoint, "places": places}
+    found = places(arguments)
+    return {"member": arguments.member, "checkpoint": arguments.checkpoint, "places": found}
 
 
 def load(arguments: argparse.Namespace) -> "trained.Trained":

@@ -183,9 +183,8 @@ def _main(arguments):
 
     study, workdir = plan.load(arguments.study), Workdir(arguments.workdir).path
     for config in study.entries.values():
-        for name in ("data_dir", "manual_dir"):
-            if value := getattr(arguments, name):
-                setattr(config.data, name, value)
+        for name, folder in cli.places(arguments).items():
+            setattr(config.data, name, folder)
     widest = plan.widest(study)
     process.set_up_jax(widest)
     stop = StopRequest()
@@ -203,8 +202,7 @@ def _make_parser():
     parser = cli.make_parser(__doc__)
     parser.add_argument("study", metavar="STUDY", help="Python file with get_study()")
     parser.add_argument("--workdir", metavar="DIR", required=True, help="folder of the study")
-    parser.add_argument("--data_dir", help="as --config.data.data_dir, for all entries")
-    parser.add_argument("--manual_dir", help="as --config.data.manual_dir, for all entries")
+    cli.add_place_arguments(parser)
     return parser
 
 

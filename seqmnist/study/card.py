@@ -209,7 +209,7 @@ def model_card(
     from seqmnist.study import export, images  # imported here: facts need no JAX
 
     values = config_lib.to_dict(config)
-    values["data"] |= {"data_dir": None, "manual_dir": None}
+    values["data"] |= dict.fromkeys(config_lib.PLACES)
     values["plugins"] = ",".join(file.name for file in config_lib.plugin_files(config))
     known = facts(config, results, member, step)
     rows = [f"| {key} | {value} |" for key, value in known.items()]

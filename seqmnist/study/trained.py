@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from seqmnist.checkpoints import Checkpoints
-from seqmnist.config import Config, override
+from seqmnist.config import PLACES, Config, override
 from seqmnist.datasets import sources
 from seqmnist.display import describe
 from seqmnist.errors import UserError
@@ -114,9 +114,14 @@ class Trained:
         try:
             dataset = sources.prepare(config, say)
         except UserError as error:
-            if config.manual_dir is None or os.path.exists(config.manual_dir):
+            folders = {name: getattr(config, name) for name in PLACES}
+            gone = [
+                f"--{name}" for name, path in folders.items() if path and not os.path.exists(path)
+            ]
+            if not gone:
                 raise
-            raise UserError(f"{error}; if that folder was moved, --manual_dir names it") from error
+            remedy = f"name the run's folders on this machine, {' and '.join(gone)}"
+            raise UserError(f"{error}; {remedy}") from error
         if self.fingerprint != dataset.fingerprint:
             raise UserError(
                 f"{dataset.directory} holds other images than those that {self.workdir} was "
@@ -154,8 +159,8 @@ def load(
     chosen setting; or the first if the run has not finished.
     `checkpoint` is "newest", "best" by validation loss, or the number of a step. `say` is called
     with one line if another checkpoint is used, or if it is not the end of the run. `places` are
-    other folders than those of the configuration, "data_dir" or "manual_dir". Raises UserError if
-    there is no configuration, no usable checkpoint or no such member.
+    folders of data, "data_dir" and "manual_dir", that replace those of the configuration. Raises
+    UserError if there is no configuration, no usable checkpoint or no such member.
     """
     workdir = Workdir(workdir)
     config, results = workdir.read_config(), workdir.read_results()
