@@ -3,8 +3,7 @@
 Command:
   python -m seqmnist.main --workdir=runs/gru_pixels --config=experiments/gru_pixels.py
 
-Duration: not run in full. 10 epochs, in 15 minutes on two CPU cores, are too few: validation is at
-0.596, and still rises.
+Duration: not run in full. With 10 epochs, 15 minutes on two CPU cores, validation reaches 0.596.
 Reference: 99.1 % (T. A. Keller et al., Traveling waves, table 2; 201k parameters).
 """
 
@@ -15,7 +14,7 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 10
+    config.train.num_epochs = 40
     config.model.view = "pixels"
     config.model.cell = "gru"
     config.model.hidden_size = 128

@@ -14,7 +14,7 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 10
+    config.train.num_epochs = 40
     config.model.view = "permuted_pixels"
     config.model.cell = "lstm"
     config.model.hidden_size = 128

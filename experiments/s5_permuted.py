@@ -14,13 +14,11 @@ import pathlib
 
 from seqmnist import config as config_lib
 
-PLUGINS = pathlib.Path(__file__).parent / "plugins"
-
 
 def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
-    config.plugins = str(PLUGINS / "perceptron.py")
+    config.plugins = str(pathlib.Path(__file__).parent / "plugins" / "perceptron.py")
     config.data.name = "mnist"
     config.train.num_epochs = 16
     config.model.view = "bit_reversed_pixels"
