@@ -115,12 +115,10 @@ class Trained:
             dataset = sources.prepare(config, say)
         except UserError as error:
             folders = {name: getattr(config, name) for name in PLACES}
-            gone = [
-                f"--{name}" for name, path in folders.items() if path and not os.path.exists(path)
-            ]
+            gone = [name for name, path in folders.items() if path and not os.path.exists(path)]
             if not gone:
                 raise
-            remedy = f"name the run's folders on this machine, {' and '.join(gone)}"
+            remedy = f"name the run's folders on this machine, {' and '.join(f'--{name}' for name in gone)}"
             raise UserError(f"{error}; {remedy}") from error
         if self.fingerprint != dataset.fingerprint:
             raise UserError(
