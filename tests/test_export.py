@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from close import assert_close
 from conftest import REPOSITORY
 from PIL import Image
 
@@ -111,6 +112,18 @@ def test_every_view_and_cell_is_exported_for_any_batch(model, digits):
     )
     logits = export.Artifact(exported).logits(digits[0][:3])
     np.testing.assert_allclose(logits, classify(digits[0][:3]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_network_with_a_long_memory_can_be_exported(tmp_path):
+    options = {"r_min": 0.999, "r_max": 0.9999}
+    model = ModelConfig(view="pixels", cell="lru", cell_options=options, hidden_size=32)
+    system = make_system(Config(model=model))
+    params = init_state(Config(model=model), system, 0).params
+    export.write(tmp_path, lambda x: system.apply(params, x), params, "card", MNIST)
+    artifact = export.load(tmp_path / "export" / export.ARTIFACT)
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), np.uint8)
+    assert_close(artifact.logits(images), system.apply(params, images), 1e-4)
 
 
 @pytest.mark.slow

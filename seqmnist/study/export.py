@@ -41,7 +41,9 @@ EXAMPLE = "example.png"
 PLATFORMS = ("cpu", "cuda", "tpu")
 BATCH_SIZES = (1, 7, 128)  # for which the artifact is compared with the network
 NUM_STEPS = 8  # after which the state is compared
-TOLERANCE = 1e-6  # of logits, relative to the largest logit if that exceeds 1
+# Of logits, relative to the largest logit if that exceeds 1. A state that remembers 784 steps also
+# sums their rounding, which depends on the program: 3e-6 with an LRU of moduli up to 0.9999.
+TOLERANCE = 1e-4
 _SEAL = b"seqmnist sha256:"  # and the digest, in hexadecimal digits
 _DIGEST_SIZE = 64
 _BLANK_SEAL = _SEAL + b"0" * _DIGEST_SIZE

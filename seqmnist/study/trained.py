@@ -118,8 +118,8 @@ class Trained:
             gone = [name for name, path in folders.items() if path and not os.path.exists(path)]
             if not gone:
                 raise
-            remedy = f"name the run's folders on this machine, {' and '.join(f'--{name}' for name in gone)}"
-            raise UserError(f"{error}; {remedy}") from error
+            flags = " and ".join(f"--{name}" for name in gone)
+            raise UserError(f"{error}; name the run's folders on this machine, {flags}") from error
         if self.fingerprint != dataset.fingerprint:
             raise UserError(
                 f"{dataset.directory} holds other images than those that {self.workdir} was "
