@@ -11,7 +11,6 @@ import functools
 import inspect
 import math
 import os
-import pathlib
 import re
 import runpy
 import types
@@ -312,8 +311,8 @@ def validated(config: Config) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"the configuration must be a seqmnist.Config; got {config!r:.80}")
     config = from_dict(to_dict(config))
-    # Absolute, as a workdir is read from any folder.
-    config.plugins = ",".join(map(str, plugin_files(config)))
+    files = [paths.resolve(name, "config.plugins") for name in plugin_names(config)]
+    config.plugins = ",".join(map(str, files))  # a workdir is read from any folder
     for name in PLACES:
         if (folder := getattr(config.data, name)) is not None:
             setattr(config.data, name, str(paths.resolve(folder, f"config.data.{name}")))
@@ -354,21 +353,38 @@ def load_experiment(path: str) -> Config:
     return from_file(path, "--config", get_config)
 
 
-def plugin_files(config: Config) -> list[pathlib.Path]:
-    """Returns the absolute paths in `plugins`; raises UserError if no file can have one of them."""
-    names = config.plugins.split(",") if config.plugins else []
-    return [paths.resolve(name, "config.plugins") for name in names if name]
+def plugin_names(config: Config) -> list[str]:
+    """Returns the paths in `plugins`, as they are written."""
+    return [name for name in config.plugins.split(",") if name]
+
+
+def read_plugins(config: Config) -> list[bytes]:
+    """Returns the content of each file of `plugins`; raises UserError if one cannot be read."""
+    contents = []
+    for name in plugin_names(config):
+        try:
+            contents.append(paths.resolve(name, "config.plugins").read_bytes())
+        except OSError as error:
+            raise UserError(
+                f"config.plugins={name} cannot be read ({error.strerror}); name a Python file, "
+                "without a comma in its path"
+            ) from error
+    return contents
+
+
+_RUN_LAST: list[list] = []  # the plugins that were run last: their names, and their contents
 
 
 def load_plugins(config: Config) -> None:
-    """Runs the files of `plugins`, each once in a process; they add to tables such as `CELLS`."""
-    for path in plugin_files(config):
-        _load_plugin(path)
+    """Runs the files of `plugins`, which add to tables such as `CELLS`.
 
-
-@functools.cache
-def _load_plugin(path):
-    from_file(path, "config.plugins", lambda content: None)
+    They are run again if they have changed, or others since, which may have replaced an entry.
+    """
+    names, contents = plugin_names(config), read_plugins(config)
+    if names and [names, contents] != _RUN_LAST:
+        for name in names:
+            from_file(name, "config.plugins", lambda content: None)
+        _RUN_LAST[:] = names, contents
 
 
 def from_file(path, name, use):

@@ -197,6 +197,8 @@ def _run(arguments, stop):
     from seqmnist.workdir import Workdir
 
     workdir = Workdir(flags.workdir)
+    if flags.mode == "train":
+        workdir.recover()
     config = config_lib.validated(_resolve_config(flags, workdir))
     from seqmnist import run  # imported here: --help and mistakes need no JAX
     from seqmnist.training import distributed

@@ -60,6 +60,7 @@ def train(
     workdir, display, stop = Workdir(workdir), display or Display(), stop or StopRequest()
     with devices.together():
         workdir.check_usable()
+        workdir.recover()
         finished = {} if overwrite else _read_finished(config, workdir)
     if finished and not _changes_data(config, workdir):
         return _show_finished(display, workdir, finished)
@@ -92,6 +93,7 @@ def evaluate(
     """
     workdir, display = Workdir(workdir), Display()
     config_lib.check_same_network(workdir.read_config(), config)
+    workdir.check_plugins(config)
     results = workdir.read_results()
     checkpoints = Checkpoints(workdir.path)
     if not checkpoints.steps():
@@ -423,6 +425,7 @@ def _read_finished(config, workdir) -> dict[str, Any]:
             )
         return {}
     config_lib.check_resumable(workdir.read_config(), config)
+    workdir.check_plugins(config)
     results = workdir.read_results()
     is_over = results.get("epochs") == config.train.num_epochs or "early_stopping" in results
     return results if is_over else {}

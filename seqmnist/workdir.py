@@ -6,7 +6,7 @@ steps.jsonl     one line per logged step, if asked for
 results.json    the results; exists once the run has finished
 events.out.tfevents.*   the metrics for TensorBoard
 checkpoints/, damaged/  see `checkpoints`
-plugins/        copies of the files in `config.plugins`, used where these are missing
+plugins/        copies of the files in `config.plugins`, to which the run keeps
 profile/, export/, report.html, report/   what the profiler and the tools write
 """
 
@@ -129,29 +129,57 @@ class Workdir:
                 ) from error
             notice(f"the disk of {self} has no locks; let no other process train there")
         try:
-            self._recover()
+            try:
+                self._recover()
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename} cannot be moved or removed ({error.strerror}); make its "
+                    "folder writable"
+                ) from error
             yield
         finally:
             lock.release()
+
+    def recover(self) -> None:
+        """Completes or undoes a replacement that was interrupted, if no other process does."""
+        if (self.path / _REPLACED).is_dir():
+            with contextlib.suppress(InUseError), self.hold(lambda line: None):
+                pass
 
     def has_config(self) -> bool:
         """Returns whether a run has begun here."""
         return (self.path / CONFIG).is_file()
 
     def read_config(self) -> config_lib.Config:
-        """Returns the configuration of the run; raises UserError without a valid one.
+        """Returns the configuration of the run; its plugins are the workdir's copies.
 
-        Where a plugin is not at its path, such as on another machine, it names the workdir's copy.
+        Raises UserError if it is missing or not valid.
         """
+        if not self.has_config() and (self.path / _REPLACED).is_dir():
+            raise UserError(
+                f"--workdir={self} holds a run whose replacement was interrupted; train with this "
+                "workdir again, which restores that run first"
+            )
         values = read_json(self.path / CONFIG)
         try:
             config = config_lib.from_dict(values)
         except UserError as error:
             raise UserError(f"{self.path / CONFIG}: {error}") from None
-        copies = self._plugin_copies(config)
-        found = (path if path.is_file() or not copy.is_file() else copy for copy, path in copies)
-        config.plugins = ",".join(map(str, found))
+        pairs = zip(self._plugin_copies(config), config_lib.plugin_names(config), strict=True)
+        # Earlier versions kept none.
+        config.plugins = ",".join(str(copy) if copy.exists() else name for copy, name in pairs)
         return config
+
+    def check_plugins(self, config: config_lib.Config) -> None:
+        """Raises UserError if the plugins of a configuration are not those of the run."""
+        copies = [copy for copy in self._plugin_copies(self.read_config()) if copy.exists()]
+        contents = config_lib.read_plugins(config)
+        if [copy.read_bytes() for copy in copies] != contents[: len(copies)]:
+            raise UserError(
+                f"config.plugins={config.plugins} is not what {self} was trained with, of which "
+                f"{self.path / PLUGINS} holds copies; leave it out to use these, or choose another "
+                "--workdir"
+            )
 
     def read_results(self) -> dict[str, Any]:
         """Returns what `results.json` holds; {} if the run has not finished.
@@ -184,11 +212,11 @@ class Workdir:
         self, config: config_lib.Config, history: list[dict[str, Any]], step: int = 0
     ) -> None:
         """Writes the configuration and the records of the first `step` steps; removes results."""
-        self._begin(config, history, step, self._read_plugins(config))
+        self._begin(config, history, step, config_lib.read_plugins(config))
 
     def _begin(self, config, history, step, plugins):
         (self.path / RESULTS).unlink(missing_ok=True)
-        for copy, content in plugins.items():
+        for copy, content in zip(self._plugin_copies(config), plugins, strict=True):
             copy.parent.mkdir(parents=True, exist_ok=True)
             _write_aside(copy, content)
         write_json(self.path / CONFIG, config_lib.to_dict(config))
@@ -198,7 +226,7 @@ class Workdir:
 
     def replace(self, config: config_lib.Config) -> None:
         """Removes the run that is here and begins another; all or nothing, see `_recover`."""
-        plugins = self._read_plugins(config)  # they may lie in the run that is here
+        plugins = config_lib.read_plugins(config)  # they may lie in the run that is here
         aside = self.path / _REPLACED
         aside.mkdir()
         for path in self._written():
@@ -219,12 +247,15 @@ class Workdir:
         write_json(self.path / RESULTS, results)
 
     def _plugin_copies(self, config):
-        """Returns pairs: where a plugin's copy is kept, and the plugin."""
-        files = config_lib.plugin_files(config)
-        return [(self.path / PLUGINS / str(i) / file.name, file) for i, file in enumerate(files)]
-
-    def _read_plugins(self, config):
-        return {copy: file.read_bytes() for copy, file in self._plugin_copies(config)}
+        """Returns where the copy of each plugin is kept."""
+        names = config_lib.plugin_names(config)
+        if names and "," in str(self.path):
+            raise UserError(
+                f"--workdir={self} contains a comma, which separates config.plugins; choose or "
+                "move it to another path"
+            )
+        folder = self.path / PLUGINS
+        return [folder / str(i) / pathlib.Path(name).name for i, name in enumerate(names)]
 
     def _written(self):
         """Yields what a run or a tool has written: first config.json, which makes it a run."""

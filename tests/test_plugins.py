@@ -5,6 +5,7 @@ import itertools
 import os
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -117,7 +118,7 @@ def test_what_a_file_adds_works_everywhere(data_dir, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(None, "is not a file"), ("1 / 0", "ZeroDivisionError"), ("import nothing_", "nothing_")],
+    [(None, "cannot be read"), ("1 / 0", "ZeroDivisionError"), ("import nothing_", "nothing_")],
 )
 def test_a_file_that_cannot_be_used_is_refused(content, expected, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -127,27 +128,77 @@ def test_a_file_that_cannot_be_used_is_refused(content, expected, tmp_path, monk
         load_plugins(Config(plugins="mine.py"))
 
 
-def test_a_workdir_that_was_moved_has_its_plugins(tmp_path):
+@pytest.fixture
+def numbered(tmp_path):
+    """Two plugins of one name, each of which adds a readout of that name; and a run with both."""
     for i, folder in enumerate(("a", "b")):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "mine.py").write_text(f"number = {i}")
+        code = f"from seqmnist.networks import model\nmodel.READOUTS['numbered'] = {i}\n"
+        (tmp_path / folder / "mine.py").write_text(code)
     files = [tmp_path / "a" / "mine.py", tmp_path / "b" / "mine.py"]
     config = Config(plugins=",".join(map(str, files)))
     Workdir(tmp_path / "run").begin(config, [])
-    assert Workdir(tmp_path / "run").read_config() == config
-    files[1].unlink()
+    return files, config
 
-    (tmp_path / "run").rename(tmp_path / "moved")
-    config = Workdir(tmp_path / "moved").read_config()
-    copy = tmp_path / "moved" / "plugins" / "1" / "mine.py"
-    assert config.plugins == f"{files[0]},{copy}"
-    assert copy.read_text() == "number = 1"
 
-    Workdir(tmp_path / "moved").replace(config)  # by a run that reads what it replaces
-    assert copy.read_text() == "number = 1"
-    (tmp_path / "moved").rename(tmp_path / "again")
-    config = Workdir(tmp_path / "again").read_config()
-    assert config.plugins == f"{files[0]},{tmp_path / 'again' / 'plugins' / '1' / 'mine.py'}"
+def numbers(workdir):
+    names = workdir.read_config().plugins.split(",")
+    assert all(pathlib.Path(name).is_relative_to(workdir.path) for name in names)
+    return [int(pathlib.Path(name).read_text()[-2]) for name in names]
+
+
+def test_a_run_keeps_to_its_copies_of_plugins(numbered, tmp_path):
+    files, _ = numbered
+    files[0].unlink()
+    files[1].write_text("changed")
+    assert numbers(Workdir(tmp_path / "run")) == [0, 1]
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    (tmp_path / "run" / "plugins" / "0" / "mine.py").write_text("changed")
+    assert numbers(Workdir(tmp_path / "moved")) == [0, 1]
+
+
+def test_a_run_is_replaced_by_one_with_its_own_copies(numbered, tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    config = workdir.read_config()
+    config.plugins = ",".join(reversed(config.plugins.split(",")))
+    workdir.replace(config)
+    assert numbers(workdir) == [1, 0]
+
+
+def test_other_plugins_than_those_of_a_run_are_refused(numbered, tmp_path):
+    files, config = numbered
+    workdir = Workdir(tmp_path / "run")
+    workdir.check_plugins(config)
+    workdir.check_plugins(Config(plugins=f"{config.plugins},{files[0]}"))
+    files[1].write_text("changed")
+    workdir.check_plugins(workdir.read_config())
+    for plugins in (config.plugins, str(files[0]), ""):
+        with pytest.raises(UserError, match=r"is not what .*run was trained with"):
+            workdir.check_plugins(Config(plugins=plugins))
+
+
+def test_a_comma_in_the_path_of_a_plugin_is_refused(numbered, tmp_path):
+    _, config = numbered
+    (tmp_path / "run").rename(tmp_path / "r,un")
+    for use in (Workdir.read_config, lambda workdir: workdir.begin(config, [])):
+        with pytest.raises(UserError, match=r"comma.*another path"):
+            use(Workdir(tmp_path / "r,un"))
+    with pytest.raises(UserError, match="without a comma"):
+        load_plugins(Config(plugins=str(tmp_path / "c,d" / "mine.py")))
+
+
+@mock.patch.dict(READOUTS)
+def test_the_plugins_of_a_configuration_are_those_that_count(numbered):
+    files, _ = numbered
+    for i in (0, 1, 1, 0):
+        load_plugins(Config(plugins=str(files[i])))
+        assert READOUTS["numbered"] == i
+    READOUTS["numbered"] = "as it was"
+    load_plugins(Config(plugins=str(files[0])))  # nothing has changed: it is not run again
+    assert READOUTS["numbered"] == "as it was"
+    files[0].write_text(files[1].read_text())
+    load_plugins(Config(plugins=str(files[0])))
+    assert READOUTS["numbered"] == 1
 
 
 @contextlib.contextmanager

@@ -249,8 +249,10 @@ def test_overwrite_prepares_before_it_removes(make_config, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run.train(make_config(2), "a", overwrite=True)
     assert not pathlib.Path("a/config.json").exists()
-    with Workdir("a").hold(print):
-        pass
+    with pytest.raises(UserError, match="replacement was interrupted"):
+        Workdir("a").read_config()
+    result = seqmnist(f"--workdir={pathlib.Path('a').absolute()}")
+    assert result.returncode == 0, result.stderr
     assert kill_stress.outcome(pathlib.Path("a")) == before
 
 

@@ -150,7 +150,9 @@ def test_data_that_were_moved_are_found_where_one_says(finished_run, data_dir, t
     config = config_lib.override(workdir_lib.Workdir(finished_run).read_config(), gone)
     workdir_lib.write_json(tmp_path / "run" / "config.json", config_lib.to_dict(config))
 
-    with pytest.raises(UserError, match=r"manual_dir=.* machine, --data_dir and --manual_dir"):
+    with pytest.raises(
+        UserError, match=r"manual_dir=.* machine, or none, with --data_dir and --manual_dir"
+    ):
         trained.load(tmp_path / "run").test_set()
     places = {"data_dir": str(data_dir), "manual_dir": None}
     found = trained.load(tmp_path / "run", places=places).test_set()

@@ -78,7 +78,7 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="DIR",
             type=lambda text: None if text.lower() == "none" else text,
             default=argparse.SUPPRESS,
-            help=f"as --config.data.{name} (default: as configured)",
+            help=f"as --config.data.{name} ; none is its default (default: as configured)",
         )
 
 

@@ -210,7 +210,8 @@ def model_card(
 
     values = config_lib.to_dict(config)
     values["data"] |= dict.fromkeys(config_lib.PLACES)
-    values["plugins"] = ",".join(file.name for file in config_lib.plugin_files(config))
+    names = config_lib.plugin_names(config)
+    values["plugins"] = ",".join(name.rpartition("/")[2] for name in names)
     known = facts(config, results, member, step)
     rows = [f"| {key} | {value} |" for key, value in known.items()]
     if notice := results.get("dataset", {}).get("notice"):

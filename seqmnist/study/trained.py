@@ -119,11 +119,12 @@ class Trained:
             if not gone:
                 raise
             flags = " and ".join(f"--{name}" for name in gone)
-            raise UserError(f"{error}; name the run's folders on this machine, {flags}") from error
+            remedy = f"name the run's folders on this machine, or none, with {flags}"
+            raise UserError(f"{error}; {remedy}") from error
         if self.fingerprint != dataset.fingerprint:
             raise UserError(
                 f"{dataset.directory} holds other images than those that {self.workdir} was "
-                "trained on; prepare those again, in another config.data.data_dir"
+                "trained on; name those, by manual_dir, or by a data_dir in which they are prepared"
             )
         return dataset.arrays("test")
 
