@@ -14,12 +14,13 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 40
+    config.train.num_epochs = 15
     config.model.view = "pixels"
     config.model.cell = "lstm"
+    config.model.cell_options = {"t_max": 784.0, "forget_bias": 0.0}
     config.model.hidden_size = 128
     config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 4e-3
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_fraction = 0.05
     config.optimizer.clip_norm = 1.0

@@ -84,6 +84,20 @@ def test_the_forget_bias_of_an_lstm_is_an_option():
     np.testing.assert_array_equal(layer["bias"][4:8], 3 * np.ones(4, np.float32))
 
 
+@pytest.mark.parametrize(
+    ("cell", "others"), [("gru", {}), ("lstm", {"forget_bias": 0}), ("slstm", {"forget_bias": 0})]
+)
+def test_without_input_gates_keep_what_the_time_scales_of_their_units_say(cell, others):
+    for t_max, expected in (2, [0.5, 0.5, 0.5, 0.5]), (10, [2 / 3, 0.8, 6 / 7, 8 / 9]):
+        layer = layer_of({"model.cell": cell, "model.cell_options": others | {"t_max": t_max}})
+        gates = 1 / (1 + np.exp(-np.asarray(layer["bias"])))
+        keep, write = gates[:4], 1 - gates[:4]
+        if cell != "gru":
+            write, keep = gates[:4], gates[4:8]
+        np.testing.assert_allclose(keep, expected, rtol=1e-6)
+        np.testing.assert_allclose(write, 1 - np.array(expected), rtol=1e-6)
+
+
 LEAKY = {"model.cell": "leaky"}
 
 

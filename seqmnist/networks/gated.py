@@ -3,7 +3,7 @@
 Shapes as in `cell`.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,11 @@ class GatedCell(Cell):
 
     def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
         return scans.gated(type(self).gates, *self.recurrence(), state, z, self.dtype)
+
+
+def _log_odds(t_max, hidden_size):
+    """Returns log(t - 1) [H], of gates σ = 1 - 1 / t, for time scales t from 2 to t_max, evenly."""
+    return jnp.log1p((t_max - 2) * jnp.arange(0.5, hidden_size) / hidden_size)
 
 
 class SimpleRNN(GatedCell):
@@ -95,16 +100,26 @@ class GRU(GatedCell):
     h_t = u_t h_{t-1} + (1 - u_t) n_t
 
     Gates side by side: update, reset, candidate, as in Keras (`reset_after=True`); cuDNN and
-    PyTorch differ in their order only. Initially, c = 0, the `recurrent_bias`.
+    PyTorch differ in their order only. Initially, c = 0, the `recurrent_bias`, and b_u = log(t - 1)
+    for time scales t of the units, evenly from 2 to `t_max`; by default b_u = 0, as in Keras.
 
     Source: K. Cho et al., Learning phrase representations using RNN encoder-decoder, arXiv
-    1406.1078v3; Keras `GRU`.
+    1406.1078v3; Keras `GRU`; `t_max`: C. Tallec, Y. Ollivier, Can recurrent neural networks warp
+    time?, arXiv 1804.11188, where t is drawn.
     """
 
     num_gates = 3
 
-    def __init__(self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        rngs: nnx.Rngs,
+        t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
+    ):
         super().__init__(input_size, hidden_size, rngs=rngs)
+        self.bias[...] = self.bias[...].at[:hidden_size].set(_log_odds(t_max, hidden_size))
         self.recurrent_bias = nnx.Param(jnp.zeros(3 * hidden_size))
 
     def recurrence(self) -> tuple[jax.Array, jax.Array]:
@@ -132,20 +147,30 @@ class LSTM(GatedCell):
     c_t = f_t c_{t-1} + i_t g_t
     h_t = o_t tanh(c_t)
 
-    Gates side by side: i, f, g, o, as in Keras and PyTorch. Initially, b_f = `forget_bias`; 1 is
-    Keras's `unit_forget_bias`.
+    Gates side by side: i, f, g, o, as in Keras and PyTorch. Initially, b_f = `forget_bias` +
+    log(t - 1) and b_i = -log(t - 1), for time scales t of the units evenly from 2 to `t_max`; by
+    default b_f = 1 and b_i = 0, Keras's `unit_forget_bias`.
 
     Source: S. Hochreiter, J. Schmidhuber, Long short-term memory, Neural Computation 9 (1997);
-    forget gate: F. A. Gers et al. (2000); its bias: R. Jozefowicz et al. (2015).
+    forget gate: F. A. Gers et al. (2000); its bias: R. Jozefowicz et al. (2015); `t_max`: C.
+    Tallec, Y. Ollivier, arXiv 1804.11188, with `forget_bias` 0, where t is drawn.
     """
 
     num_gates = 4
 
     def __init__(
-        self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs, forget_bias: float = 1.0
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        rngs: nnx.Rngs,
+        forget_bias: float = 1.0,
+        t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
-        self.bias[...] = self.bias[...].at[hidden_size : 2 * hidden_size].set(forget_bias)
+        log_odds = _log_odds(t_max, hidden_size)
+        i_and_f = jnp.concatenate([-log_odds, forget_bias + log_odds])
+        self.bias[...] = self.bias[...].at[: 2 * hidden_size].add(i_and_f)
 
     def initial_state(self, batch_size: int) -> LSTMState:
         return LSTMState(*[super().initial_state(batch_size)] * 2)
