@@ -14,7 +14,7 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 15
+    config.train.num_epochs = 12
     config.model.view = "pixels"
     config.model.cell = "gru"
     config.model.cell_options = {"t_max": 784.0}

@@ -17,6 +17,7 @@ def get_config():
     config.train.num_epochs = 10
     config.model.view = "permuted_pixels"
     config.model.cell = "min_gru"
+    config.model.cell_options = {"t_max": 784.0}
     config.model.hidden_size = 64
     config.model.num_layers = 2
     config.model.bidirectional = True

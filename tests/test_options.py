@@ -85,17 +85,21 @@ def test_the_forget_bias_of_an_lstm_is_an_option():
 
 
 @pytest.mark.parametrize(
-    ("cell", "others"), [("gru", {}), ("lstm", {"forget_bias": 0}), ("slstm", {"forget_bias": 0})]
+    ("cell", "options", "gates"),  # gates that keep (+) and write (-), in their order
+    [
+        ("gru", {}, "+"),
+        ("lstm", {"forget_bias": 0}, "-+"),
+        ("slstm", {"forget_bias": 0}, "-+"),
+        ("min_gru", {}, "-"),
+        ("min_lstm", {}, "+-"),
+    ],
 )
-def test_without_input_gates_keep_what_the_time_scales_of_their_units_say(cell, others):
-    for t_max, expected in (2, [0.5, 0.5, 0.5, 0.5]), (10, [2 / 3, 0.8, 6 / 7, 8 / 9]):
-        layer = layer_of({"model.cell": cell, "model.cell_options": others | {"t_max": t_max}})
-        gates = 1 / (1 + np.exp(-np.asarray(layer["bias"])))
-        keep, write = gates[:4], 1 - gates[:4]
-        if cell != "gru":
-            write, keep = gates[:4], gates[4:8]
-        np.testing.assert_allclose(keep, expected, rtol=1e-6)
-        np.testing.assert_allclose(write, 1 - np.array(expected), rtol=1e-6)
+@pytest.mark.parametrize(("t_max", "keep"), [(2, [1 / 2] * 4), (10, [2 / 3, 4 / 5, 6 / 7, 8 / 9])])
+def test_without_input_gates_keep_what_the_time_scales_say(cell, options, gates, t_max, keep):
+    layer = layer_of({"model.cell": cell, "model.cell_options": options | {"t_max": t_max}})
+    shares = 1 / (1 + np.exp(-np.float64(layer["bias"]).reshape(-1, 4)))
+    for gate, share in zip(gates, shares[: len(gates)], strict=True):
+        np.testing.assert_allclose(share if gate == "+" else 1 - share, keep, rtol=1e-6)
 
 
 LEAKY = {"model.cell": "leaky"}

@@ -33,6 +33,14 @@ class Constant(nnx.Variable):
         super().__init__(jnp.asarray(value, jnp.float32), **metadata)
 
 
+def log_odds(t_max: float | jax.Array, hidden_size: int) -> jax.Array:
+    """Returns log(t - 1) [H] for time scales t from 2 to t_max, evenly.
+
+    A unit that keeps the share σ(log(t - 1)) = 1 - 1 / t of its state remembers t time steps.
+    """
+    return jnp.log1p((t_max - 2) * jnp.arange(0.5, hidden_size) / hidden_size)
+
+
 class Cell(nnx.Module):
     """A recurrent layer, constructed as `cell(F, H, rngs=rngs)` with options as further keywords.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from seqmnist.networks import scans
-from seqmnist.networks.cell import Cell
+from seqmnist.networks.cell import Cell, log_odds
 
 
 class GatedCell(Cell):
@@ -48,11 +48,6 @@ class GatedCell(Cell):
 
     def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
         return scans.gated(type(self).gates, *self.recurrence(), state, z, self.dtype)
-
-
-def _log_odds(t_max, hidden_size):
-    """Returns log(t - 1) [H], of gates σ = 1 - 1 / t, for time scales t from 2 to t_max, evenly."""
-    return jnp.log1p((t_max - 2) * jnp.arange(0.5, hidden_size) / hidden_size)
 
 
 class SimpleRNN(GatedCell):
@@ -119,7 +114,7 @@ class GRU(GatedCell):
         t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
-        self.bias[...] = self.bias[...].at[:hidden_size].set(_log_odds(t_max, hidden_size))
+        self.bias[...] = self.bias[...].at[:hidden_size].set(log_odds(t_max, hidden_size))
         self.recurrent_bias = nnx.Param(jnp.zeros(3 * hidden_size))
 
     def recurrence(self) -> tuple[jax.Array, jax.Array]:
@@ -168,8 +163,8 @@ class LSTM(GatedCell):
         t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
-        log_odds = _log_odds(t_max, hidden_size)
-        i_and_f = jnp.concatenate([-log_odds, forget_bias + log_odds])
+        odds = log_odds(t_max, hidden_size)
+        i_and_f = jnp.concatenate([-odds, forget_bias + odds])
         self.bias[...] = self.bias[...].at[: 2 * hidden_size].add(i_and_f)
 
     def initial_state(self, batch_size: int) -> LSTMState:

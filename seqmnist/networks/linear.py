@@ -15,7 +15,7 @@ from jax import lax
 
 from seqmnist.errors import UserError
 from seqmnist.networks import scans
-from seqmnist.networks.cell import Cell, RecurrentParam
+from seqmnist.networks.cell import Cell, RecurrentParam, log_odds
 
 
 class LinearCell(Cell):
@@ -64,13 +64,25 @@ class MinGRU(LinearCell):
     z_t = σ(x_t W_z + b_z), h̃_t = x_t W_h + b_h
     h_t = (1 - z_t) h_{t-1} + z_t h̃_t
 
-    Gates side by side: z, h̃.
+    Gates side by side: z, h̃. Initially, b_z = -log(t - 1) for time scales t of the units, evenly
+    from 2 to `t_max`, as in `GRU`; by default 0.
 
     Source: L. Feng et al., Were RNNs all we needed?, arXiv 2410.01201, section 3.1: the form
     without the logarithm, in which h̃ may be negative.
     """
 
     num_gates = 2
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        rngs: nnx.Rngs,
+        t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
+    ):
+        super().__init__(input_size, hidden_size, rngs=rngs)
+        self.bias[...] = self.bias[...].at[:hidden_size].add(-log_odds(t_max, hidden_size))
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         gate, candidate = jnp.split(z, 2, axis=-1)
@@ -83,13 +95,26 @@ class MinLSTM(LinearCell):
     f_t = σ(x_t W_f + b_f), i_t = σ(x_t W_i + b_i), h̃_t = x_t W_h + b_h
     h_t = (f_t h_{t-1} + i_t h̃_t) / (f_t + i_t)
 
-    Gates side by side: f, i, h̃.
+    Gates side by side: f, i, h̃. Initially, b_f = log(t - 1) = -b_i for time scales t of the units,
+    evenly from 2 to `t_max`, as in `GRU`; by default 0.
 
     Source: L. Feng et al., Were RNNs all we needed?, arXiv 2410.01201, section 3.2, without the
     logarithm.
     """
 
     num_gates = 3
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        *,
+        rngs: nnx.Rngs,
+        t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
+    ):
+        super().__init__(input_size, hidden_size, rngs=rngs)
+        odds = log_odds(t_max, hidden_size)
+        self.bias[...] = self.bias[...].at[: 2 * hidden_size].add(jnp.concatenate([odds, -odds]))
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         f, i, candidate = jnp.split(z, 3, axis=-1)
