@@ -1,9 +1,11 @@
-"""Pixel by pixel with a GRU of 128 units.
+"""Pixel by pixel with a GRU of 128 units, whose time scales start at up to 784 steps.
 
 Command:
   python -m seqmnist.main --workdir=runs/gru_pixels --config=experiments/gru_pixels.py
 
-Duration: not run in full. With 10 epochs, 15 minutes on two CPU cores, validation reaches 0.596.
+Duration: 55 minutes on two CPU cores that did other work too. Test accuracy of seed 0: 0.9666, with
+51,594 parameters; validation 0.9694. Chosen after 600 steps of 3 networks of 64 units. With all
+time scales at 2 steps and a learning rate of 1e-3, validation is at 0.596 after 10 epochs.
 Reference: 99.1 % (T. A. Keller et al., Traveling waves, table 2; 201k parameters).
 """
 

@@ -1,4 +1,4 @@
-"""Permuted pixels with two residual blocks of minimal GRUs that read both ways.
+"""Permuted pixels with two residual blocks of minimal GRUs.
 
 Command:
   python -m seqmnist.main --workdir=runs/min_gru_permuted --config=experiments/min_gru_permuted.py
@@ -14,13 +14,12 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 10
+    config.train.num_epochs = 5
     config.model.view = "permuted_pixels"
     config.model.cell = "min_gru"
     config.model.cell_options = {"t_max": 784.0}
     config.model.hidden_size = 64
     config.model.num_layers = 2
-    config.model.bidirectional = True
     config.model.block = "residual"
     config.model.readout = "max"
     config.optimizer.name = "adam"

@@ -1,0 +1,30 @@
+"""The network of `rows_best`, trained without distorted images.
+
+Command:
+  python -m seqmnist.main --workdir=runs/rows_best_unaugmented \
+    --config=experiments/rows_best_unaugmented.py
+
+Duration: 9 minutes on one CPU core. Test accuracy of seed 0: 0.9915, with 270,218 parameters;
+validation 0.9930.
+Reference: `rows_best`, with affine augmentation.
+"""
+
+from seqmnist import config as config_lib
+
+
+def get_config():
+    """Returns the configuration."""
+    config = config_lib.get_config()
+    config.data.name = "mnist"
+    config.train.num_epochs = 10
+    config.model.cell = "min_gru"
+    config.model.hidden_size = 64
+    config.model.num_layers = 4
+    config.model.bidirectional = True
+    config.model.block = "residual"
+    config.model.readout = "max"
+    config.optimizer.name = "adam"
+    config.optimizer.learning_rate = 0.005
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_fraction = 0.1
+    return config
