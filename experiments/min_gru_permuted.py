@@ -1,9 +1,10 @@
-"""Permuted pixels with two residual blocks of minimal GRUs.
+"""Permuted pixels with two residual blocks of minimal GRUs of time scales up to 784 steps.
 
 Command:
   python -m seqmnist.main --workdir=runs/min_gru_permuted --config=experiments/min_gru_permuted.py
 
-Duration: not run in full.
+Duration: 37 minutes on one CPU core that did other work too. Test accuracy of seed 0: 0.8228, with
+34,314 parameters; validation 0.8162. Settings not chosen among others; both losses still fall.
 Reference: none for the minGRU; GRU 94.1 % (T. A. Keller et al., Traveling waves, table 2).
 """
 
