@@ -1,9 +1,10 @@
-"""Permuted pixels with an LSTM of 128 units.
+"""Permuted pixels with an LSTM of 128 units, whose time scales start at up to 784 steps.
 
 Command:
   python -m seqmnist.main --workdir=runs/lstm_permuted --config=experiments/lstm_permuted.py
 
-Duration: not run in full.
+Duration: 79 minutes on one CPU core that did other work too. Test accuracy of seed 0: 0.8648, with
+67,850 parameters; validation 0.8602. Settings not chosen among others; both losses still fall.
 Reference: 92.9 % (T. A. Keller et al., Traveling waves, table 2; 267k parameters).
 """
 

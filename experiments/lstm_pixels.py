@@ -1,4 +1,4 @@
-"""Pixel by pixel with an LSTM of 128 units.
+"""Pixel by pixel with an LSTM of 128 units, whose time scales start at up to 784 steps.
 
 Command:
   python -m seqmnist.main --workdir=runs/lstm_pixels --config=experiments/lstm_pixels.py
