@@ -10,13 +10,15 @@ Shapes: B batch, T time steps, L time steps that are read in one go, F features 
 units, K gates.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from seqmnist.networks import scans
+
+TimeScale = Annotated[float, "[2, 1000000000]"]  # in steps, an option
 
 
 class RecurrentParam(nnx.Param):

@@ -3,14 +3,14 @@
 Shapes as in `cell`.
 """
 
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from seqmnist.networks import scans
-from seqmnist.networks.cell import Cell, log_odds
+from seqmnist.networks.cell import Cell, TimeScale, log_odds
 
 
 class GatedCell(Cell):
@@ -111,7 +111,7 @@ class GRU(GatedCell):
         hidden_size: int,
         *,
         rngs: nnx.Rngs,
-        t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
+        t_max: TimeScale = 2.0,
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
         self.bias[...] = self.bias[...].at[:hidden_size].set(log_odds(t_max, hidden_size))
@@ -160,7 +160,7 @@ class LSTM(GatedCell):
         *,
         rngs: nnx.Rngs,
         forget_bias: float = 1.0,
-        t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
+        t_max: TimeScale = 2.0,
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
         odds = log_odds(t_max, hidden_size)

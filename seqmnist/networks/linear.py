@@ -15,7 +15,7 @@ from jax import lax
 
 from seqmnist.errors import UserError
 from seqmnist.networks import scans
-from seqmnist.networks.cell import Cell, RecurrentParam, log_odds
+from seqmnist.networks.cell import Cell, RecurrentParam, TimeScale, log_odds
 
 
 class LinearCell(Cell):
@@ -79,7 +79,7 @@ class MinGRU(LinearCell):
         hidden_size: int,
         *,
         rngs: nnx.Rngs,
-        t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
+        t_max: TimeScale = 2.0,
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
         self.bias[...] = self.bias[...].at[:hidden_size].add(-log_odds(t_max, hidden_size))
@@ -110,7 +110,7 @@ class MinLSTM(LinearCell):
         hidden_size: int,
         *,
         rngs: nnx.Rngs,
-        t_max: Annotated[float, "[2, 1000000000]"] = 2.0,
+        t_max: TimeScale = 2.0,
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
         odds = log_odds(t_max, hidden_size)
