@@ -219,10 +219,10 @@ class Workdir:
         for copy, content in zip(self._plugin_copies(config), plugins, strict=True):
             copy.parent.mkdir(parents=True, exist_ok=True)
             _write_aside(copy, content)
-        write_json(self.path / CONFIG, config_lib.to_dict(config))
         _write_lines(self.path / METRICS, history)
         if (self.path / STEPS).exists():
             _write_lines(self.path / STEPS, self.read_steps(step))
+        write_json(self.path / CONFIG, config_lib.to_dict(config))  # last: it makes it a run
 
     def replace(self, config: config_lib.Config) -> None:
         """Removes the run that is here and begins another; all or nothing, see `_recover`."""
@@ -231,7 +231,11 @@ class Workdir:
         aside.mkdir()
         for path in self._written():
             path.rename(aside / path.name)
-        self._begin(config, [], 0, plugins)
+        try:
+            self._begin(config, [], 0, plugins)
+        except OSError:
+            self._recover()
+            raise
         shutil.rmtree(aside)
 
     def add_epoch(self, record: dict[str, Any]) -> None:

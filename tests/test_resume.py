@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged or started twice lose nothing, and repeat nothing."""
 
+import errno
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from conftest import REPOSITORY, seqmnist
 from seqmnist import checkpoints as checkpoint_lib
 from seqmnist import config as config_lib
 from seqmnist import run
+from seqmnist import workdir as workdir_lib
 from seqmnist.display import Display
 from seqmnist.errors import UserError
 from seqmnist.stop import StopRequest
@@ -253,6 +255,26 @@ def test_overwrite_prepares_before_it_removes(make_config, monkeypatch):
         Workdir("a").read_config()
     result = seqmnist(f"--workdir={pathlib.Path('a').absolute()}")
     assert result.returncode == 0, result.stderr
+    assert kill_stress.outcome(pathlib.Path("a")) == before
+
+
+@pytest.mark.parametrize("name", ["plugins/0/mine.py", "metrics.jsonl", "config.json"])
+def test_overwrite_that_cannot_write_leaves_the_run(name, make_config, monkeypatch):
+    run.train(make_config(1), "a")
+    before = kill_stress.outcome(pathlib.Path("a"))
+    write = workdir_lib._write_aside
+
+    def fail(path, content):
+        if path == pathlib.Path("a", name).absolute():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content)
+
+    monkeypatch.setattr(workdir_lib, "_write_aside", fail)
+    pathlib.Path("mine.py").touch()
+    config = make_config(2)
+    config.plugins = "mine.py"
+    with pytest.raises(UserError, match=os.strerror(errno.ENOSPC)):
+        run.train(config, "a", overwrite=True)
     assert kill_stress.outcome(pathlib.Path("a")) == before
 
 
