@@ -106,12 +106,7 @@ class GRU(GatedCell):
     num_gates = 3
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        *,
-        rngs: nnx.Rngs,
-        t_max: TimeScale = 2.0,
+        self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs, t_max: TimeScale = 2.0
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
         self.bias[...] = self.bias[...].at[:hidden_size].set(log_odds(t_max, hidden_size))

@@ -74,12 +74,7 @@ class MinGRU(LinearCell):
     num_gates = 2
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        *,
-        rngs: nnx.Rngs,
-        t_max: TimeScale = 2.0,
+        self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs, t_max: TimeScale = 2.0
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
         self.bias[...] = self.bias[...].at[:hidden_size].add(-log_odds(t_max, hidden_size))
@@ -105,12 +100,7 @@ class MinLSTM(LinearCell):
     num_gates = 3
 
     def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        *,
-        rngs: nnx.Rngs,
-        t_max: TimeScale = 2.0,
+        self, input_size: int, hidden_size: int, *, rngs: nnx.Rngs, t_max: TimeScale = 2.0
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
         odds = log_odds(t_max, hidden_size)
