@@ -5,6 +5,7 @@ import difflib
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -36,6 +37,26 @@ class InUseError(UserError):
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns the three names closest to `name`, as text for a message."""
     return ", ".join(difflib.get_close_matches(name, list(names), n=3, cutoff=0))
+
+
+class Table(dict[str, T]):
+    """What a configuration can name: choices of the library, to which plugins add others."""
+
+    def __init__(self, choices: Mapping[str, T], reserved: Iterable[str] = ()):
+        super().__init__(choices)
+        self._taken = {*choices, *reserved}
+
+    def __setitem__(self, name: str, choice: T) -> None:
+        """Adds or replaces a choice; raises UserError if the name is the library's."""
+        if name in self._taken:
+            raise UserError(f"{name!r} is a name of the library; choose another")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
+            raise UserError(f"{name!r} cannot be a name; use letters, digits, '_', '-' and '.'")
+        super().__setitem__(name, choice)
+
+    def is_own(self, name: str) -> bool:
+        """Returns whether a plugin added this choice."""
+        return name in self and name not in self._taken
 
 
 def choose(table: Mapping[str, T], name: str, what: str) -> T:

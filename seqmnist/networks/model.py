@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from seqmnist.config import ModelConfig, checked_options
-from seqmnist.errors import UserError, choose
+from seqmnist.errors import Table, UserError, choose
 from seqmnist.networks import scans
 from seqmnist.networks.cells import CELLS, Cell
 from seqmnist.networks.views import sequence, sequence_shape
@@ -146,7 +146,7 @@ class Max(Last):
         return jnp.maximum(state, y.max(0))
 
 
-READOUTS = {"last": Last, "mean": Mean, "max": Max}
+READOUTS = Table({"last": Last, "mean": Mean, "max": Max})
 
 
 def make_cell(config: ModelConfig, options: Mapping[str, Any] | None = None) -> Callable[..., Cell]:

@@ -26,11 +26,17 @@ def plain(step: Callable, state: Any, z: Any, mask: jax.Array | None = None) -> 
     def one(state, at_t):
         z_t, is_read = at_t
         after = step(state, z_t)
+        if _kinds(after) != _kinds(state):
+            raise TypeError(f"step returns {_kinds(after)} for a state {_kinds(state)}")
         if is_read is not None:
             after = jax.tree.map(functools.partial(where, is_read), after, state)
         return after, jax.tree.leaves(after)[0]
 
     return lax.scan(one, state, (z, mask))
+
+
+def _kinds(state):
+    return jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", state)
 
 
 def where(is_read: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

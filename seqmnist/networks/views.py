@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmnist.config import ModelConfig
-from seqmnist.errors import UserError, choose
+from seqmnist.errors import Table, UserError, choose
 from seqmnist.spec import ImageSpec
 
 
@@ -115,13 +115,15 @@ def patches(images: jax.Array, size: int) -> jax.Array:
 ORDERS = {
     "permuted_pixels": permutation, "bit_reversed_pixels": bit_reversal, "hilbert_pixels": hilbert
 }  # fmt: skip
-VIEWS = {
-    "rows": rows,
-    "columns": columns,
-    "pixels": pixels,
-    **{name: functools.partial(pixels, order=order) for name, order in ORDERS.items()},
-    "patches": functools.partial(patches, size=4),
-}
+VIEWS = Table(
+    {
+        "rows": rows,
+        "columns": columns,
+        "pixels": pixels,
+        **{name: functools.partial(pixels, order=order) for name, order in ORDERS.items()},
+        "patches": functools.partial(patches, size=4),
+    }
+)
 
 
 def find(name: str) -> Callable[[jax.Array], jax.Array]:

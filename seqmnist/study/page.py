@@ -16,7 +16,7 @@ import numpy as np
 from seqmnist.config import ModelConfig
 from seqmnist.display import describe
 from seqmnist.errors import UserError
-from seqmnist.networks import cells, gated, linear, model, views
+from seqmnist.networks import cells, model, views
 from seqmnist.spec import ImageSpec
 from seqmnist.study import images
 
@@ -64,11 +64,11 @@ def make(config: ModelConfig, spec: ImageSpec, params: Mapping[str, np.ndarray])
 
 def _check(config):
     """Raises UserError unless `page.js` has the cell and the readout."""
-    for table, name, what, modules in (
-        (cells.CELLS, config.cell, "cell", (gated, linear)),
-        (model.READOUTS, config.readout, "readout", (model,)),
+    for table, name, what in (
+        (cells.CELLS, config.cell, "cell"),
+        (model.READOUTS, config.readout, "readout"),
     ):
-        if table[name].__module__ not in [module.__name__ for module in modules]:
+        if table.is_own(name):
             raise UserError(f"the {what} {name} has no JavaScript, which {PAGE} needs")
 
 

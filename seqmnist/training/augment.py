@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
+from seqmnist.errors import Table
+
 
 def affine(
     images: jax.Array, keys: jax.Array, degrees=12.0, shift=1 / 14, stretch=0.12, shear=0.15
@@ -61,4 +63,4 @@ def _affine_one(image, amounts):
     return jnp.round(values).astype(image.dtype).reshape(image.shape)
 
 
-AUGMENTATIONS = {"none": None, "affine": affine}
+AUGMENTATIONS = Table({"none": None, "affine": affine})

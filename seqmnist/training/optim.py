@@ -10,7 +10,7 @@ import optax.contrib
 from flax import nnx
 
 from seqmnist.config import LARGEST, SMALLEST, OptimizerConfig, checked_options, override
-from seqmnist.errors import choose
+from seqmnist.errors import Table, choose
 from seqmnist.networks.cells import RecurrentParam
 
 
@@ -48,7 +48,7 @@ def sgd(config, rate, *, nesterov: bool = False):
 
 
 # (OptimizerConfig, learning rate or schedule, *, options) -> optax.GradientTransformation
-OPTIMIZERS = {"rmsprop": rmsprop, "adam": adam, "adamw": adamw, "sgd": sgd}
+OPTIMIZERS = Table({"rmsprop": rmsprop, "adam": adam, "adamw": adamw, "sgd": sgd})
 
 
 def hyperparameter(name: str) -> str:

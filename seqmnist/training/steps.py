@@ -1,6 +1,9 @@
 """One step of training and of evaluation: pure functions, no jit, no I/O."""
 
+import contextlib
 import functools
+import textwrap
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,16 +16,17 @@ from jax import lax
 from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 from jax.flatten_util import ravel_pytree
 
-from seqmnist.config import LARGEST, Config, load_plugins, option_group, override
-from seqmnist.errors import UserError, choose
+from seqmnist.config import LARGEST, Config, get, load_plugins, option_group, override, plugin_names
+from seqmnist.errors import UserError, choose, one_line
 from seqmnist.networks import views
+from seqmnist.networks.cells import CELLS
 from seqmnist.networks.model import READOUTS, SequenceClassifier, make_cell
 from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.training import devices, keys, members
 from seqmnist.training.augment import AUGMENTATIONS
 from seqmnist.training.batches import Batch
 from seqmnist.training.metrics import Sums, classification_sums
-from seqmnist.training.optim import hyperparameter, make_optimizer
+from seqmnist.training.optim import OPTIMIZERS, hyperparameter, make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -60,6 +64,42 @@ def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = 
     that does not fit the images.
     """
     check_names(config)
+    with _explain_plugins(config) as is_needed:
+        system = _make_system(config, num_steps, spec)
+        if is_needed:  # what the library's parts do is tested; this traces a step of training
+            images = jnp.zeros((config.train.accumulate, *spec.shape), jnp.uint8)
+            labels = jnp.zeros(len(images), jnp.int32)
+            batch = Batch(images, labels, jnp.ones_like(labels, bool))
+            jax.eval_shape(lambda: train_step(system, init_state(config, system, 0), batch))
+    return system
+
+
+@contextlib.contextmanager
+def _explain_plugins(config):
+    """Turns an error of what plugins added into one line; yields whether there is any of it."""
+    tables = {
+        "model.view": views.VIEWS,
+        "model.cell": CELLS,
+        "model.readout": READOUTS,
+        "optimizer.name": OPTIMIZERS,
+        "train.augment": AUGMENTATIONS,
+    }
+    names = {field: get(config, field) for field in tables}
+    own = [f"config.{field}={name}" for field, name in names.items() if tables[field].is_own(name)]
+    try:
+        yield bool(own)
+    except Exception as error:
+        if not own or isinstance(error, UserError):
+            raise
+        what, files = ", ".join(own), plugin_names(config)
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename in files:
+                what = f"{frame.filename}, line {frame.lineno}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise UserError(f"{what}: {textwrap.shorten(reason, 300)}; correct the plugin") from error
+
+
+def _make_system(config, num_steps, spec):
     swept = members.settings(config)[0]
     steps_per_epoch = (num_steps or 1) // config.train.num_epochs
     optimizer = make_optimizer(
@@ -80,6 +120,11 @@ def check_names(config: Config) -> None:
     views.find(config.model.view)
     choose(READOUTS, config.model.readout, "model.readout")
     choose(AUGMENTATIONS, config.train.augment, "train.augment")
+    with _explain_plugins(config):
+        _check_options(config)
+
+
+def _check_options(config):
     settings = members.settings(config)
     swept = {name: np.float32(value) for name, value in settings[0].items()}
     make_cell(config.model, _options(_of("model", swept)))
@@ -205,17 +250,24 @@ def _make_model(config, spec, seed, settings) -> SequenceClassifier:
 
 def _make_graphdef(config, spec, settings):
     """Returns the structure of a network, which must be the same for all settings."""
-    refused = f"config.members.sweep: {config.model.cell} cannot be built for several values of "
-    refused += f"{', '.join(settings)}; "
     try:
         values = {name: jnp.float32(value) for name, value in settings.items()}
         model = nnx.eval_shape(lambda values: _make_model(config, spec, 0, values), values)
     except (ConcretizationTypeError, TracerArrayConversionError) as error:
-        raise UserError(f"{refused}its __init__ must use JAX's functions only") from error
+        if not settings:
+            raise
+        raise UserError(
+            f"config.members.sweep: {config.model.cell} cannot be built for several values of "
+            f"{', '.join(settings)}; its __init__ must use JAX's functions only"
+        ) from error
     for _, module in nnx.iter_modules(model):
         for name, value in vars(module).items():
             if isinstance(value, jax.core.Tracer):
-                raise UserError(f"{refused}keep its attribute `{name}` as a cells.Constant")
+                raise UserError(
+                    f"config.model.cell={config.model.cell}: the attribute `{name}` of "
+                    f"{type(module).__name__} is an array; keep it as an nnx.Param, or as a "
+                    "cells.Constant if it is not trained"
+                )
     return nnx.graphdef(model)
 
 
