@@ -431,6 +431,8 @@ def _read_text(path):
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; train with this workdir first") from None
+    except NotADirectoryError:
+        raise UserError(f"{path.parent} is not a folder; name the folder of a run") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{path} cannot be read ({reason}); restore it from a copy") from None

@@ -68,6 +68,10 @@ def test_a_budget_that_nothing_fits_is_refused():
         ({"entries": {"a/b": Config()}}, "name of a folder"),
         ({"entries": {"a": Config(seed=3)}}, "config.seed is set by the study"),
         ({"entries": {"a": config_of(**{"data.validation_fraction": 0.0})}}, "never by test"),
+        ({"budget": {"gru": 1000}}, "not in both: a, gru|not in both: gru, a"),
+        ({"budget": {"a": 1000, "gru": 1000}}, "not in both: gru"),
+        *(({"budget": wrong}, "whole number above zero") for wrong in (0, -1, 1e3, "x", True)),
+        ({"budget": {"a": 0}}, "whole number above zero"),
         ({"select": {"optimizer.learning_rate": []}}, "needs a list of values"),
         ({"select": {"optimizer.learning_rate": 0.1}}, "needs a list of values"),
     ],
@@ -77,6 +81,33 @@ def test_an_unfair_comparison_is_refused(change, message):
     Study(**fair)
     with pytest.raises(UserError, match=message):
         Study(**{**fair, **change})
+
+
+@pytest.mark.parametrize(
+    ("fields", "change", "message"),
+    [
+        ({}, {"budget": 10}, "exceed the budget of 10"),
+        ({"train.num_epochs": "a"}, {}, "a: config.train.num_epochs"),
+        ({"model.cell": "grru"}, {}, "model.cell='grru'"),
+        ({}, {"select": {"optimizer.learning_rate": ["b"]}}, "has 'b' for optimizer"),
+        ({}, {"select": {"optimizer.learning_rate": [-1.0]}}, "learning_rate must lie in"),
+        ({}, {"select": {"model.hidden_size": [-1]}}, "hidden_size"),
+        ({}, {"select": {"model.hidden": [1]}}, "hidden"),
+    ],
+)
+def test_a_study_that_cannot_run_leaves_no_trace(fields, change, message, tmp_path):
+    fields = {"data.name": "digits", "data.data_dir": str(tmp_path / "data"), **fields}
+    study = Study({"a": config_of(**fields)}, range(6, 9), **change)
+    with pytest.raises(UserError, match=message) as caught:
+        study_tool.perform(study, tmp_path / "study")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "study").exists()
+
+
+def test_the_folder_of_a_run_is_not_that_of_a_study(tmp_path):
+    Workdir(tmp_path).begin(Config(), [])
+    with pytest.raises(UserError, match="holds a run"):
+        study_tool.perform(Study({"a": Config()}, range(6, 9)), tmp_path)
 
 
 def test_what_can_be_swept_is_one_program():

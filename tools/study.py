@@ -84,14 +84,20 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
     from seqmnist.training.steps import check_names
     from seqmnist.workdir import Workdir, read_json, write_json
 
-    _begin(study, workdir)
+    _check(study, workdir)
     entries, jobs = {}, {}
     for name, config in study.entries.items():
         check_names(config)
         spec = sources.prepare(config.data, print).spec
         tries = plan.selection(study, name, spec) if study.select else []
         final = plan.final(study, name, {}, spec)
+        for each in (final, *(each for _, each in tries)):
+            check_names(each)
         jobs[name] = spec, tries, final, plan.flops_per_image(final, spec)
+
+    with explain_storage(f"--workdir={workdir}", "choose another"), _in_turn(workdir):
+        _check(study, workdir)
+        write_json(workdir / PLAN, study.to_dict())
 
     def work(config, flops):
         return config.train.num_epochs * config.members.num * flops
@@ -148,15 +154,15 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
     return plan.summarize(study, {name: entries[name] for name in jobs})
 
 
-def _begin(study, workdir):
-    """Records the plan; raises UserError if another one is there."""
-    from seqmnist.workdir import read_json, write_json
+def _check(study, workdir):
+    """Raises UserError if the workdir holds another study, or a run."""
+    from seqmnist.workdir import Workdir, read_json
 
-    plan, values = workdir / PLAN, study.to_dict()
-    if plan.exists() and read_json(plan) != values:
+    plan = workdir / PLAN
+    if plan.exists() and read_json(plan) != study.to_dict():
         raise UserError(f"--workdir={workdir} holds another study; choose another --workdir")
-    with explain_storage(f"--workdir={workdir}", "choose another"), _in_turn(workdir):
-        write_json(plan, values)
+    if Workdir(workdir).has_config():
+        raise UserError(f"--workdir={workdir} holds a run; choose another --workdir for the study")
 
 
 @contextlib.contextmanager

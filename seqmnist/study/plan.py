@@ -40,8 +40,8 @@ class Study:
       select: a grid {field: values}, tried for each entry; the setting with the lowest mean
         validation loss is chosen.
       selection_seeds: the seeds from which the settings are tried; none of them is in `seeds`.
-      budget: the largest number of parameters of a network, one for all or by name; hidden sizes
-        are the largest within it. None leaves hidden sizes as they are.
+      budget: the largest number of parameters of a network, one for all or by the name of each
+        entry; hidden sizes are the largest within it. None leaves hidden sizes as they are.
     """
 
     entries: Mapping[str, Config]
@@ -74,6 +74,13 @@ class Study:
                     f"{name}: settings are chosen by validation, never by test; set "
                     "config.data.validation_fraction above 0"
                 )
+        budgets = self.budget if isinstance(self.budget, Mapping) else {"": self.budget}
+        if isinstance(self.budget, Mapping) and self.budget.keys() != self.entries.keys():
+            names = ", ".join(self.entries.keys() ^ self.budget.keys())
+            raise UserError(f"budget: name exactly the entries; these are not in both: {names}")
+        for budget in budgets.values():
+            if budget is not None and (type(budget) is not int or budget < 1):
+                raise UserError(f"budget: {budget!r} must be a whole number above zero, or None")
         for field, values in self.select.items():
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise UserError(f"select: {field} needs a list of values; got {values!r}")
@@ -157,13 +164,20 @@ def final(study: Study, name: str, setting: Mapping[str, Any], spec: ImageSpec) 
 
 
 def _run(study, name, setting, seeds, spec, swept=None):
-    config = config_lib.override(study.entries[name], dict(setting))
+    config = _valid(name, config_lib.override(study.entries[name], dict(setting)))
     budget = study.budget.get(name) if isinstance(study.budget, Mapping) else study.budget
     config = fit(config, spec, budget)
     config.seed, config.members.num = seeds.start, len(seeds)
     if swept:
         config.members.sweep = json.dumps(swept)
-    return config
+    return _valid(name, config)
+
+
+def _valid(name, config):
+    try:
+        return config_lib.validated(config)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def choose(study: Study, tried: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict:
