@@ -221,7 +221,10 @@ class Checkpoints:
             damaged = f"{self.directory / str(step)} is damaged ({reason})"
             if which not in ("newest", "best"):
                 raise UserError(f"{damaged}; choose another with --checkpoint")
-            notice(f"{damaged}; another one is used instead")
+            if (self.directory / str(step)).exists():
+                notice(f"{damaged}; another one is used instead")
+        if self.steps() and not set(steps) & set(self.steps()):  # a run that trains replaced them
+            return self.restore_params(expect, notice, which)
         raise UserError(f"{self.directory} holds no usable checkpoint; train with this workdir")
 
     def _by_loss(self, notice):

@@ -175,7 +175,8 @@ class Display:
         if "members" in results:
             self._settings_table(results)
             ensemble = results["ensemble"]
-            what += f", mean prediction of {len(ensemble['members'])} members"
+            count = len(ensemble["members"])
+            what += f", mean prediction of {count} members" if count > 1 else ""
             test = ensemble["test"]
         scores = [f"test_{name}: {_text(test[name])}" for name in ("loss", "accuracy")]
         if test["loss"] is None:

@@ -79,7 +79,7 @@ def _add_field(group, field):
     values = within or ", ".join(choices) or field.metadata["form"]
     default = "none" if field.default is None else field.default
     facts = f"{values}; default: {default}" if values else f"default: {default}"
-    kind = {bool: _boolean, dict: json.loads}.get(field.kind, field.kind)
+    kind = {bool: _boolean, dict: _json}.get(field.kind, field.kind)
     group.add_argument(
         f"--config.{field.name}",
         type=_or_none(kind) if field.is_optional else kind,
@@ -94,6 +94,13 @@ def _boolean(text):
     if text.lower() not in ("true", "false", "1", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() in ("true", "1")
+
+
+def _json(text):
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON ({error})") from None
 
 
 def _scalar(text):

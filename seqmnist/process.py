@@ -48,6 +48,9 @@ def prepare_output() -> None:
         part = error.object[error.start : error.end]
         return "".join(_ASCII.get(character, "?") for character in part), error.end
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed in the shell, as by >&-
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     codecs.register_error("ascii_substitutes", replace)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="ascii_substitutes")

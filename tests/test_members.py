@@ -60,6 +60,9 @@ def test_a_list_of_settings():
         ({"optimizer.learning_rate": [1.0] * 5000}, "more than 4096 settings"),
         ('{"optimizer.momentum": [0], "optimizer.momentum": [0.1]}', "optimizer.momentum twice"),
         ('[{"optimizer.momentum": 0, "optimizer.momentum": 0.1}]', "optimizer.momentum twice"),
+        ({"optimizer.momentum": [0, 0.0]}, "a setting twice"),
+        ([{"optimizer.momentum": 0.1}, {"optimizer.momentum": 0.1}], "a setting twice"),
+        ({"train.num_epochs": [1]}, "train.num_epochs, which cannot be swept"),
         ("[" * 100_000, "is not JSON"),
         ([{"optimizer.momentum": 0}, {}], "names other fields"),
     ],
@@ -78,7 +81,9 @@ def test_seeds_do_not_wrap_around():
 
 def test_too_many_members_are_refused():
     with pytest.raises(UserError, match="more than 4096 members"):
-        members.list_members(config_of(3, {"optimizer.learning_rate": [1.0] * 2000}))
+        members.list_members(
+            config_of(3, {"optimizer.learning_rate": [1 + i / 2000 for i in range(2000)]})
+        )
 
 
 def test_the_best_setting_is_that_of_validation():

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -342,11 +343,40 @@ def test_a_full_disk_is_one_line(arguments):
         assert print_to(full, *arguments) == (2, line)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_output_is_no_error(closed):
+    command = f"{sys.executable} -m tools.predict --help {closed}"
+    result = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, check=False)
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
 def test_an_interrupt_of_imports_is_quiet(tmp_path):
     interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
     (tmp_path / "argparse.py").write_text(interrupt)  # which every tool imports
     result = tool("predict", environment={"PYTHONPATH": str(tmp_path)})
     assert (result.returncode, result.stderr) == (130, "")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_lets_a_tool_remove_what_is_unfinished(name):
+    code = f"""
+import os, signal, time
+from tools import cli
+
+def main(arguments):
+    try:
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(60)
+    finally:
+        print("removed")
+
+signal.signal(signal.{name}, signal.SIG_DFL)
+cli.run(cli.make_parser("doc"), main)
+"""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    number = getattr(signal, name)
+    assert (result.returncode, result.stdout, result.stderr) == (128 + number, "removed\n", "")
 
 
 def test_an_interrupt_ends_a_tool_even_in_a_callback():

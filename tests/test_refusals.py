@@ -69,6 +69,7 @@ REFUSALS = [
     ([NEW, "surplus"], ["surplus"]),
     ([NEW, "--mode=tarin"], ["mode", "train", "evaluate"]),
     ([NEW, "--overwrite=perhaps"], ["overwrite"]),
+    ([NEW, f"{C}model.cell_options={{"], ["cell_options", "is not JSON"]),
     ([NEW, "--config=experiments/none.py"], ["experiments/none.py"]),
     ([NEW, "--config="], ["--config"]),
     ([NEW, "--config=experiments"], ["experiments"]),

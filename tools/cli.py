@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
     """Returns a parser that shows a module's docstring and accepts --json."""
-    parser = process.Parser(description=doc)
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    prog = f"python -m {module.name}" if module else None
+    parser = process.Parser(prog=prog, description=doc)
     add_output_argument(parser, "--json", "write all numbers to this file")
     return parser
 
@@ -152,9 +154,15 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
     def notice(unraisable):
         if unraisable.exc_type is KeyboardInterrupt:  # in a callback, which ignores exceptions
             process.leave(130)
+        if unraisable.exc_type is SystemExit:
+            process.leave(unraisable.exc_value.code)
         sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = notice
+    for name in ("SIGTERM", "SIGHUP"):  # so that unfinished files are removed
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     process.leave(call(parser, main))

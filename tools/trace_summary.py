@@ -11,6 +11,7 @@ of the steps, at the rate of a large one, which was measured with the trace.
 
 import collections
 import os
+import warnings
 
 from seqmnist.errors import UserError
 from seqmnist.study import profiling
@@ -74,7 +75,8 @@ def _read_events(trace, scopes):
         if event.name == profiling.MARKER:
             markers.append(interval)
             continue
-        stats = dict(event.stats)
+        with warnings.catch_warnings(action="ignore"):  # about a type of jaxlib, in Python 3.12
+            stats = dict(event.stats)
         name = stats.get("hlo_op")
         scope = scopes.get(stats.get("hlo_module"), {}).get(name)
         if scope and event.duration_ns:

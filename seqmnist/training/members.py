@@ -14,7 +14,7 @@ import numpy as np
 
 from seqmnist import config as config_lib
 from seqmnist.config import Config
-from seqmnist.errors import UserError, choose
+from seqmnist.errors import UserError
 
 # Fields that change no shape and no structure; so are float options of a cell or an optimizer.
 SWEEPABLE = tuple(
@@ -56,7 +56,11 @@ def settings(config: Config) -> list[dict[str, float]]:
         refuse("is neither a grid nor a list of settings")
     for name in sweep[0]:
         if not config_lib.option_group(name):
-            choose(dict.fromkeys(SWEEPABLE), name, "members.sweep")
+            if name not in SWEEPABLE:
+                refuse(
+                    f"has {name}, which cannot be swept, unlike {', '.join(SWEEPABLE)} and options "
+                    "of a cell or an optimizer that are floats"
+                )
             config_lib.check_acts(config, name)
     for setting in sweep:
         if setting.keys() != sweep[0].keys():
@@ -66,6 +70,8 @@ def settings(config: Config) -> list[dict[str, float]]:
                 refuse(f"has {value!r} for {name}, which must be a number")
             if not config_lib.option_group(name):
                 config_lib.checked(name, value)
+    if len({tuple(sorted(setting.items())) for setting in sweep}) < len(sweep):
+        refuse("has a setting twice")
     return [{name: float(value) for name, value in setting.items()} for setting in sweep]
 
 
