@@ -426,6 +426,17 @@ def test_the_best_is_kept_and_found(seed, make_config, monkeypatch, capsys):
     assert capsys.readouterr().out.count(f"Checkpoint: step {best}") == 2
 
 
+def test_a_checkpoint_that_a_run_has_removed_meanwhile_is_no_damage(make_config, monkeypatch):
+    run.train(make_config(1), "a")
+    kind, seen, said = checkpoint_lib.Checkpoints, [], []
+    steps, read = kind.steps, kind._try_read
+    monkeypatch.setattr(kind, "steps", lambda self: steps(self) if seen else [7])
+    monkeypatch.setattr(kind, "_try_read", lambda self, step: seen.append(step) or read(self, step))
+    assert trained.load("a", say=said.append).step == 25
+    assert seen == [7, 25]
+    assert "damaged" not in "".join(said)
+
+
 def test_a_checkpoint_that_does_not_exist_is_refused(make_config, capsys):
     config = make_config(2, data={"validation_fraction": 0.0})
     run.train(config, "a")

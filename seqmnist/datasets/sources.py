@@ -93,6 +93,7 @@ class _Source(NamedTuple):
     read: Callable[[], Splits]
     notice: str | None = None
     class_names: tuple[str, ...] = ()  # if they are known before reading
+    version: str = ""  # added to the name of its folder
 
 
 def prepare(config: DataConfig, say: Callable[[str], None] = lambda _: None) -> Prepared:
@@ -166,7 +167,8 @@ _ALIKE = 1.0  # bytes by which images differ, on average; MNIST's differ by 44
 def _prepare(name, config, root, say) -> Prepared:
     source = _find(name, config, root, say)
     # The names of a TFDS directory, spelled out so that a prepared dataset needs no TFDS.
-    directory, arrays = root / "mnist_family" / source.name / "1.0.0", None
+    folder_name = source.name + source.version
+    directory, arrays = root / "mnist_family" / folder_name / "1.0.0", None
     if not os.path.isdir(directory):  # TFDS gives it this name when it is complete
         try:
             splits = _converted(source.read(), config)
@@ -177,7 +179,7 @@ def _prepare(name, config, root, say) -> Prepared:
             raise UserError(f"config.data.name={name}: {reason}; correct the plugin") from error
         try:
             with errors.explain_storage(f"config.data.data_dir={root}", "name another folder"):
-                _build(source.name, directory, splits, say)
+                _build(folder_name, directory, splits, say)
         except UserError as error:
             reason = error.__cause__
             if not (name.startswith(_TFDS) and getattr(reason, "errno", None) in errors.READ_ONLY):
@@ -201,7 +203,7 @@ def _find(name, config, root, say) -> _Source:
     if name in LOADERS:
         if manual is not None:
             raise UserError(f"{name} needs no files; leave out config.data.manual_dir={manual}")
-        return _Source(name + _version(LOADERS, name) + suffix, LOADERS[name])
+        return _Source(name + suffix, LOADERS[name], version=_version(LOADERS, name))
     if name.startswith(_TFDS):
         own = name.removeprefix(_TFDS)
         key = from_tfds.found(root, own)
@@ -215,7 +217,7 @@ def _find(name, config, root, say) -> _Source:
             )
         digest = folder.fingerprint_of_files([manual])[:8]
         read = functools.partial(READERS[name], manual, config, say)
-        return _Source(f"{name}{_version(READERS, name)}_{digest}{suffix}", read)
+        return _Source(f"{name}_{digest}{suffix}", read, version=_version(READERS, name))
     return _find_published(name, config, manual, suffix, say)
 
 
