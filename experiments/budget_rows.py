@@ -3,8 +3,9 @@
 Command:
   python -m seqmnist.main --workdir=runs/budget_rows --config=experiments/budget_rows.py
 
-Duration: 17 s on two CPU cores. Test accuracy, seeds 1 to 5: 0.9839 ± 0.0012 (mean ± sd), with
-5,990 parameters; validation 0.9834. Chosen by validation among 16 networks of one seed.
+Duration: 17 s on two CPU cores. Test accuracy, seeds 1 to 5: 0.9878 ± 0.0017 (mean ± sd), with
+6,450 parameters; validation 0.9865. Chosen by validation among 30 networks, the last 15 of which
+were tried with three seeds, 0 to 2.
 Reference: the notebook, 0.9307.
 """
 
@@ -15,12 +16,14 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.model.cell = "min_gru"
-    config.model.hidden_size = 13
-    config.model.num_layers = 4
+    config.model.cell = "gru"
+    config.model.hidden_size = 10
+    config.model.num_layers = 3
     config.model.bidirectional = True
     config.model.readout = "max"
-    config.optimizer.name = "adam"
+    config.optimizer.name = "adamw"
+    config.optimizer.options = {"b2": 0.99}
+    config.optimizer.weight_decay = 0.05
     config.optimizer.learning_rate = 0.02
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_fraction = 0.1
