@@ -3,8 +3,9 @@
 Command:
   python -m seqmnist.main --workdir=runs/irnn_pixels --config=experiments/irnn_pixels.py
 
-Duration: not run in full. After 30 epochs, 7 minutes on two CPU cores, validation is at 0.791. The
-paper trains for far longer, at a learning rate of 1e-8; this uses Adam at 1e-4, which is faster.
+Duration: 36 minutes on one CPU core that did other work too. Test accuracy of seed 0: 0.9251, with
+11,210 parameters; validation 0.9298. The paper trains for far longer, with gradient descent at a
+learning rate of 1e-8; this uses Adam at 1e-4. At 3e-4, the loss does not fall in the first epoch.
 Reference: 97 % (Q. V. Le et al., arXiv 1504.00941).
 """
 
@@ -15,11 +16,14 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 200
+    config.train.num_epochs = 40
+    config.train.batch_size = 32
     config.model.view = "pixels"
     config.model.cell = "irnn"
     config.model.hidden_size = 100
     config.optimizer.name = "adam"
     config.optimizer.learning_rate = 1e-4
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_fraction = 0.05
     config.optimizer.clip_norm = 1.0
     return config
