@@ -76,7 +76,7 @@ class Study:
                 )
         budgets = self.budget if isinstance(self.budget, Mapping) else {"": self.budget}
         if isinstance(self.budget, Mapping) and self.budget.keys() != self.entries.keys():
-            names = ", ".join(self.entries.keys() ^ self.budget.keys())
+            names = ", ".join(sorted(map(str, self.entries.keys() ^ self.budget.keys())))
             raise UserError(f"budget: name exactly the entries; these are not in both: {names}")
         for budget in budgets.values():
             if budget is not None and (type(budget) is not int or budget < 1):

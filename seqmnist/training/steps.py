@@ -67,10 +67,10 @@ def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = 
     with _explain_plugins(config) as is_needed:
         system = _make_system(config, num_steps, spec)
         if is_needed:  # what the library's parts do is tested; this traces a step of training
-            images = jnp.zeros((config.train.accumulate, *spec.shape), jnp.uint8)
-            labels = jnp.zeros(len(images), jnp.int32)
-            batch = Batch(images, labels, jnp.ones_like(labels, bool))
-            jax.eval_shape(lambda: train_step(system, init_state(config, system, 0), batch))
+            size, of = config.train.accumulate, jax.ShapeDtypeStruct
+            images, labels = of((size, *spec.shape), jnp.uint8), of((size,), jnp.int32)
+            batch = Batch(images, labels, of((size,), bool))
+            jax.eval_shape(lambda x: train_step(system, init_state(config, system, 0), x), batch)
     return system
 
 
