@@ -69,7 +69,6 @@ REFUSALS = [
     ([NEW, "surplus"], ["surplus"]),
     ([NEW, "--mode=tarin"], ["mode", "train", "evaluate"]),
     ([NEW, "--overwrite=perhaps"], ["overwrite"]),
-    ([NEW, f"{C}model.cell_options={{"], ["cell_options", "is not JSON"]),
     ([NEW, "--config=experiments/none.py"], ["experiments/none.py"]),
     ([NEW, "--config="], ["--config"]),
     ([NEW, "--config=experiments"], ["experiments"]),
@@ -217,6 +216,7 @@ REFUSALS = [
     (UNVERIFIED, [TRAIN_IMAGES], archives(lambda folder: (folder / TRAIN_IMAGES).unlink())),
     (UNVERIFIED, ["ubyte"], archives(lambda folder: (folder / TRAIN_IMAGES).write_bytes(b"x"))),
     (UNVERIFIED, ["ubyte"], archives(lambda folder: (folder / TRAIN_IMAGES).write_bytes(b""))),
+    ([NEW, f"{C}model.cell_options={{"], ["cell_options", "is not JSON"]),
 ]
 
 
