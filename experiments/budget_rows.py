@@ -3,9 +3,9 @@
 Command:
   python -m seqmnist.main --workdir=runs/budget_rows --config=experiments/budget_rows.py
 
-Duration: 17 s on two CPU cores. Test accuracy, seeds 1 to 5: 0.9878 ± 0.0017 (mean ± sd), with
-6,450 parameters; validation 0.9865. Chosen by validation among 30 networks, the last 15 of which
-were tried with three seeds, 0 to 2.
+Duration: 19 s on two CPU cores. Test accuracy, seeds 1 to 5: 0.9878 ± 0.0017 (mean ± sd), with
+6,450 parameters; validation 0.9865. Chosen by validation among 30 networks, 15 of which were
+tried with three seeds, 0 to 2; another one of these, which validates at 0.9855, scores 0.9854.
 Reference: the notebook, 0.9307.
 """
 

@@ -44,19 +44,28 @@ class Table(dict[str, T]):
 
     def __init__(self, choices: Mapping[str, T], reserved: Iterable[str] = ()):
         super().__init__(choices)
-        self._taken = {*choices, *reserved}
+        self._library = {**dict.fromkeys(reserved), **choices}
 
     def __setitem__(self, name: str, choice: T) -> None:
         """Adds or replaces a choice; raises UserError if the name is the library's."""
-        if name in self._taken:
+        if name in self._library and choice is not self._library[name]:
             raise UserError(f"{name!r} is a name of the library; choose another")
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"{name!r} cannot be a name; use letters, digits, '_', '-' and '.'")
         super().__setitem__(name, choice)
 
+    def update(self, *choices, **named) -> None:
+        """Adds choices as `__setitem__` does, which a dict's own `update` and `|=` ignore."""
+        for name, choice in dict(*choices, **named).items():
+            self[name] = choice
+
+    def __ior__(self, choices):
+        self.update(choices)
+        return self
+
     def is_own(self, name: str) -> bool:
         """Returns whether a plugin added this choice."""
-        return name in self and name not in self._taken
+        return name in self and name not in self._library
 
 
 def choose(table: Mapping[str, T], name: str, what: str) -> T:

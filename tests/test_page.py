@@ -153,8 +153,8 @@ def halves(pictures):
 
 @pytest.mark.parametrize("what", ["cell", "readout", "view"])
 def test_what_has_no_javascript_is_told(what, monkeypatch):
-    monkeypatch.setitem(cells.CELLS, "own", type("Own", (cells.CELLS["gru"],), {}))
-    monkeypatch.setitem(model.READOUTS, "own", type("Own", (model.Mean,), {}))
+    monkeypatch.setitem(cells.CELLS, "own", cells.CELLS["gru"])
+    monkeypatch.setitem(model.READOUTS, "own", model.Mean)
     monkeypatch.setitem(views.VIEWS, "own", halves)
     with pytest.raises(UserError, match=f"the {what} own has no JavaScript"):
         make(ModelConfig(**{what: "own"}))

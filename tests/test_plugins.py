@@ -246,6 +246,10 @@ def test_a_name_of_the_library_or_none_at_all_is_refused(table, name):
     before = dict(table)
     with pytest.raises(UserError, match=r"choose another|cannot be a name"):
         table[name] = len
+    with pytest.raises(UserError):
+        table.update({name: len})
+    with pytest.raises(UserError):
+        table |= {name: len}
     assert dict(table) == before
 
 
