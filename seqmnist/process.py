@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import pathlib
+import shutil
 import signal
 import sys
 import textwrap
@@ -27,10 +28,17 @@ _ASCII = {"×": "x", "→": "->", "±": "+/-", "…": "...", "–": "-", "²": "
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, and whose help raises OSError if the disk is full."""
 
-    def __init__(self, **settings):
-        """Takes the settings of `argparse.ArgumentParser`."""
+    def __init__(self, description, **settings):
+        """Takes the settings of `argparse.ArgumentParser`, and a description: a docstring."""
+        width = shutil.get_terminal_size().columns - 2  # as argparse's own
+        blocks = description.strip().split("\n\n")
+        description = "\n\n".join(
+            block if "\n  " in block else textwrap.fill(block, width) for block in blocks
+        )
         as_written = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=as_written, allow_abbrev=False, **settings)
+        super().__init__(
+            description=description, formatter_class=as_written, allow_abbrev=False, **settings
+        )
 
     def error(self, message):
         """Raises UserError."""

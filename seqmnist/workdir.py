@@ -30,6 +30,7 @@ from seqmnist.errors import InUseError, UserError, one_line
 
 CONFIG, METRICS, STEPS = "config.json", "metrics.jsonl", "steps.jsonl"
 RESULTS = "results.json"
+PLAN = "plan.json"  # of a study, whose folder is none of a run
 PROFILE, EXPORT, REPORT, PLUGINS = "profile", "export", "report", "plugins"
 _LOCK, _REPLACED, _EVENTS = ".lock", ".replaced", "events.out.tfevents.*"
 
@@ -102,6 +103,8 @@ class Workdir:
                 raise UserError(
                     f"{self.path / name} is a folder; move it, or choose another --workdir"
                 )
+        if (self.path / PLAN).is_file() and not self.has_config():
+            raise UserError(f"--workdir={self} holds a study; choose another for the run")
 
     @contextlib.contextmanager
     def hold(self, notice: Callable[[str], None]) -> Iterator[None]:

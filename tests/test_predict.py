@@ -184,6 +184,17 @@ def test_bad_images_cost_the_others_nothing(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, tmp_path, "nothing.png", "also.png")[0] == 2
 
 
+def test_a_name_of_two_lines_is_shown_on_one(tmp_path, monkeypatch, capsys):
+    drawn(4).save(tmp_path / "a\nb.png")
+    (tmp_path / "c\nd.png").write_bytes(b"no image")
+    _, entries = run(monkeypatch, tmp_path, ".")
+    assert [entry["image"] for entry in entries] == ["a\nb.png", "c\nd.png"]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[1].endswith(r"  a\nb.png")
+    assert printed.err.startswith(r"error: c\nd.png")
+    assert printed.err.count("\n") == 1
+
+
 def test_several_digits_are_a_warning_or_all_answered(tmp_path, monkeypatch, capsys):
     drawn(4, 8, 5).save(tmp_path / "a.png")
     code, (entry,) = run(monkeypatch, tmp_path, "a.png")
@@ -306,9 +317,12 @@ def test_the_shell_sees_a_mistake_in_one_line():
     assert result.stderr == "error: nothing.png does not exist; name an image\n"
 
 
-def test_help_shows_an_example():
-    result = tool("predict", "--help", environment={"PYTHONIOENCODING": "ascii"})
+def test_help_shows_an_example_and_fits_the_terminal():
+    environment = {"PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
+    result = tool("predict", "--help", environment=environment)
     assert result.returncode == 0
+    long = [line for line in result.stdout.splitlines() if len(line) > 80]
+    assert all(line.startswith("  python -m ") for line in long)  # a command stays in one piece
     assert "python -m tools.predict --workdir=" in result.stdout
     assert "as they are" in result.stdout
 

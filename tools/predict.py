@@ -75,7 +75,12 @@ def _noting_errors(entries: list, title: str) -> Iterator[None]:
 
 
 def _say(line):
-    print(line, file=sys.stderr)
+    print(_printable(line), file=sys.stderr)
+
+
+def _printable(line):
+    """The name of a file may hold any character, also a new line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _main(arguments):
@@ -118,7 +123,7 @@ def _answer(network, entries, arrays, by_row):
     print(f"{head}  image")
     for i, (entry, row) in enumerate(zip(entries, probabilities, strict=True)):
         digit = f", digit {entry['digit']}" if "digit" in entry else ""
-        print(f"{to_line(row)}  {entry['image']}{digit}")
+        print(_printable(f"{to_line(row)}  {entry['image']}{digit}"))
         label = int(row.argmax())
         entry |= {"class": label, "class_name": names[label], "probabilities": row.tolist()}
         if by_row:

@@ -17,7 +17,7 @@ from typing import Any
 from seqmnist.errors import InUseError, UserError, explain_storage
 from tools import cli
 
-PLAN, RESULTS, _ENTRY = "plan.json", "study.json", "entry.json"
+RESULTS, _ENTRY = "study.json", "entry.json"
 _REMEDY = "make room and run the same command again"
 _PATIENCE = 5  # seconds after which a process looks again whether the others have finished
 
@@ -82,7 +82,7 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
     from seqmnist.datasets import sources
     from seqmnist.study import plan
     from seqmnist.training.steps import check_names
-    from seqmnist.workdir import Workdir, read_json, write_json
+    from seqmnist.workdir import PLAN, Workdir, read_json, write_json
 
     _check(study, workdir)
     entries, jobs = {}, {}
@@ -124,7 +124,7 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
         spec, tries, final, flops = jobs[name]
         tried = []
         for i, (fixed, config) in enumerate(tries):
-            title, folder = f"{name}: setting {i + 1} of {len(tries)}", f"select/{name}/{i + 1}"
+            title, folder = f"{name}: try {i + 1} of {len(tries)}", f"select/{name}/{i + 1}"
             results = runs.train(title, config, work(config, flops), folder, withhold_test=True)
             tried.append((fixed, results))
         setting = plan.choose(study, tried) if tried else {}
@@ -156,7 +156,7 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
 
 def _check(study, workdir):
     """Raises UserError if the workdir holds another study, or a run."""
-    from seqmnist.workdir import Workdir, read_json
+    from seqmnist.workdir import PLAN, Workdir, read_json
 
     plan = workdir / PLAN
     if plan.exists() and read_json(plan) != study.to_dict():
