@@ -262,13 +262,16 @@ NEUTRAL += ("plugins", "data.input_mode", "mesh.member", "mesh.data", "profile.s
 NEUTRAL += ("train.log_every_steps",)
 NEUTRAL += tuple(f"checkpoint.{field.name}" for field in dataclasses.fields(CheckpointConfig))
 
-# Fields that act only with some values of another field.
+# Fields that do nothing with some of the library's choices of another field: that field, with
+# which choices they act, and with which they do not. A plugin's choice may read any field.
+_PLATEAU = ("optimizer.schedule", "plateau", "constant cosine")
+_CELLS = "simple_rnn irnn gru lstm lem slstm min_gru min_lstm delta_net"
 _ACTS_WITH = {
-    "optimizer.momentum": ("optimizer.name", ("sgd",)),
-    "optimizer.weight_decay": ("optimizer.name", ("adamw",)),
-    "optimizer.recurrent_factor": ("model.cell", ("lru", "rg_lru", "s5", "s6")),
-    "optimizer.plateau_factor": ("optimizer.schedule", ("plateau",)),
-    "optimizer.plateau_patience": ("optimizer.schedule", ("plateau",)),
+    "optimizer.momentum": ("optimizer.name", "sgd", "rmsprop adam adamw"),
+    "optimizer.weight_decay": ("optimizer.name", "adamw", "rmsprop adam sgd"),
+    "optimizer.recurrent_factor": ("model.cell", "lru rg_lru s5 s6", _CELLS),
+    "optimizer.plateau_factor": _PLATEAU,
+    "optimizer.plateau_patience": _PLATEAU,
 }
 
 
@@ -329,11 +332,13 @@ def validated(config: Config) -> Config:
 
 def check_acts(config: Config, name: str) -> None:
     """Raises UserError if a field does nothing with the chosen optimizer or cell."""
-    other, values = _ACTS_WITH.get(name, ("seed", (config.seed,)))
-    if get(config, other) not in values:
+    if name not in _ACTS_WITH:
+        return
+    other, acts, idle = _ACTS_WITH[name]
+    if (value := get(config, other)) in idle.split():
         raise UserError(
-            f"config.{name} does nothing with {other}={get(config, other)}; leave it out, or set "
-            f"config.{other} to {' or '.join(values)}"
+            f"config.{name} does nothing with {other}={value}; leave it out, or set config.{other} "
+            f"to {' or '.join(acts.split())}"
         )
 
 
@@ -479,7 +484,10 @@ def check_resumable(before: Config, after: Config) -> None:
     if before.train.num_epochs < after.train.num_epochs and may_grow:
         del changed["train.num_epochs"]
     if changed:
-        hint = "" if fixed_rate else "; the learning-rate schedule fixes the number of epochs"
+        hint = ""
+        if "train.num_epochs" in changed and not may_grow:
+            what = "early stopping depends on" if fixed_rate else "the learning-rate schedule fixes"
+            hint = f"; {what} the number of epochs"
         raise UserError(
             f"--workdir holds a run with other settings ({', '.join(changed.values())}{hint}); "
             "choose another --workdir, or replace this run with --overwrite"
@@ -566,4 +574,4 @@ def _lies_within(value, interval):
     low, high = (float(bound) for bound in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
-    return above and below and not math.isnan(value)
+    return above and below  # False for NaN

@@ -308,7 +308,9 @@ def test_heads_must_divide_the_units():
 
 def test_the_recurrent_factor_acts_on_the_cells_with_such_parameters():
     with_them = {name for name in CELLS if jax.tree.leaves(nnx.state(make(name), RecurrentParam))}
-    assert set(_ACTS_WITH["optimizer.recurrent_factor"][1]) == with_them
+    _, acts, idle = _ACTS_WITH["optimizer.recurrent_factor"]
+    assert set(acts.split()) == with_them
+    assert set(idle.split()) == CELLS.keys() - with_them
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -185,6 +185,8 @@ def test_a_setting_that_does_nothing_is_refused(values, acts_with):
         {"optimizer.momentum": 0.5, "optimizer.name": "sgd"},
         {"optimizer.weight_decay": 0.0, "optimizer.name": "adamw"},
         {"optimizer.recurrent_factor": 0.5, "model.cell": "lru"},
+        {"optimizer.recurrent_factor": 0.5, "model.cell": "of_a_plugin"},
+        {"optimizer.momentum": 0.5, "optimizer.name": "of_a_plugin"},
         {"checkpoint.keep_best": True},
     ],
 )
@@ -194,6 +196,7 @@ def test_a_setting_that_acts_is_kept(values):
 
 
 COSINE = {"optimizer.schedule": "cosine"}
+STOPPING = {"train.early_stopping": 2}
 
 
 @pytest.mark.parametrize(
@@ -203,6 +206,8 @@ COSINE = {"optimizer.schedule": "cosine"}
         ({}, {"train.num_epochs": 6}, []),
         ({}, {"train.num_epochs": 4}, ["config.train.num_epochs: 5 → 4"]),
         (COSINE, {**COSINE, "train.num_epochs": 6}, ["num_epochs: 5 → 6", "schedule fixes"]),
+        (COSINE, {**COSINE, "seed": 1}, ["(config.seed: 0 → 1);"]),
+        (STOPPING, {**STOPPING, "train.num_epochs": 6}, ["5 → 6; early stopping depends"]),
         ({}, {"seed": 1, "model.cell": "gru"}, ["config.seed: 0 → 1", "'simple_rnn' → 'gru'"]),
         ({}, {"members.num": 2}, ["config.members.num: 1 → 2"]),
     ],

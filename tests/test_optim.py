@@ -7,7 +7,7 @@ import pytest
 from close import assert_close
 from flax import nnx
 
-from seqmnist.config import OptimizerConfig, override
+from seqmnist.config import _ACTS_WITH, OptimizerConfig, override
 from seqmnist.errors import UserError
 from seqmnist.networks import cells
 from seqmnist.training.optim import OPTIMIZERS, hyperparameter, make_optimizer, make_schedule
@@ -26,6 +26,12 @@ def test_rmsprop_follows_its_formula_in_float64():
         velocity = 0.9 * velocity + 0.1 * gradient**2
         expected -= 0.01 * gradient / np.sqrt(velocity + 1e-7)
     assert_close(params, expected.astype(np.float32))
+
+
+def test_momentum_and_weight_decay_act_on_one_optimizer_each():
+    for name in ("momentum", "weight_decay"):
+        _, acts, idle = _ACTS_WITH[f"optimizer.{name}"]
+        assert {acts, *idle.split()} == OPTIMIZERS.keys()
 
 
 def updates_of(config, params, grads, num_steps=None):
