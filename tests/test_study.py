@@ -123,6 +123,9 @@ def test_what_can_be_swept_is_one_program():
         assert (config.seed, config.members.num) == (0, 2)
         assert plan.num_parameters(config, MNIST) <= 6602
         assert config.model.num_layers == fixed["model.num_layers"]
+    assert plan.widest(study).members.num == 3 * 2  # the members of one selection run
+    job = study_tool._Job("a", MNIST, runs, plan.final(study, "a", {}, MNIST), flops=1)
+    assert job.work(runs[0][1]) == 2 * job.work(job.final) == 5 * 6
     final = plan.final(study, "a", {**runs[-1][0], "optimizer.learning_rate": 0.1}, MNIST)
     assert (final.seed, final.members.num, final.members.sweep) == (9, 3, "{}")
     assert (final.optimizer.learning_rate, final.train.batch_size) == (0.1, 64)

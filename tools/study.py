@@ -12,7 +12,8 @@ at once, also on several hosts with a common disk, each trains entries that no o
 import contextlib
 import pathlib
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from seqmnist.errors import InUseError, UserError, explain_storage
 from tools import cli
@@ -22,17 +23,36 @@ _REMEDY = "make room and run the same command again"
 _PATIENCE = 5  # seconds after which a process looks again whether the others have finished
 
 
+class _Job(NamedTuple):
+    """What an entry of a study needs."""
+
+    name: str
+    spec: Any  # of its images
+    tries: list[tuple[dict[str, Any], Any]]  # of `plan.selection`
+    final: Any  # its configuration, with the settings that its file gives
+    flops: int  # per image
+
+    def work(self, config: Any) -> float:
+        """Returns how long a training takes in proportion to others."""
+        from seqmnist.training import members
+
+        return config.train.num_epochs * len(members.list_members(config)) * self.flops
+
+
 class _Runs:
     """The trainings of a study, with one progress display: a bar, or a line for each."""
 
-    def __init__(self, workdir: pathlib.Path, stop: Any, total: float):
+    def __init__(self, study: Any, workdir: pathlib.Path, stop: Any, jobs: Iterable[_Job]):
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+        configs = [(job, config) for job in jobs for _, config in (*job.tries, ({}, job.final))]
+        self._total = sum(job.work(config) for job, config in configs)
         columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TimeRemainingColumn()
         self._bar = Progress(*columns, transient=True, speed_estimate_period=600)
         self._bar.disable = not self._bar.console.is_terminal
-        self._task, self._total = self._bar.add_task("", total=total), total
-        self._workdir, self._stop, self._done = workdir, stop, {}  # work, by folder
+        self._task = self._bar.add_task("", total=self._total)
+        self._study, self._workdir, self._stop = study, workdir, stop
+        self._done = {}  # work, by folder
         self._pace = []  # of what this process has trained: (work, seconds)
 
     def __enter__(self):
@@ -42,7 +62,41 @@ class _Runs:
     def __exit__(self, *_):
         self._bar.stop()
 
-    def train(self, title, config, work, folder, **options) -> dict[str, Any]:
+    def entry(self, job: _Job) -> dict[str, Any]:
+        """Trains what is left of an entry, and returns what `study.json` holds about it.
+
+        Raises InUseError if another process trains it.
+        """
+        from seqmnist.workdir import Workdir, read_json, write_json
+
+        folder = Workdir(self._workdir / "select" / job.name)
+        with folder.hold(print):
+            file = folder.path / _ENTRY
+            if not file.exists():
+                found = self._select_and_train(job)
+                with explain_storage(f"--workdir={self._workdir}", _REMEDY):
+                    write_json(file, found)
+            return read_json(file)
+
+    def _select_and_train(self, job):
+        from seqmnist.study import plan
+
+        study, name, tried = self._study, job.name, []
+        for i, (fixed, config) in enumerate(job.tries, 1):
+            title, folder = f"{name}: try {i} of {len(job.tries)}", f"select/{name}/{i}"
+            results = self._train(title, config, job, folder, withhold_test=True)
+            tried.append((fixed, results))
+        setting = plan.choose(study, tried) if tried else {}
+        config = plan.final(study, name, setting, job.spec)
+        results = self._train(f"{name}: {len(study.seeds)} seeds", config, job, f"final/{name}")
+        if not results:
+            raise UserError(
+                f"{name}: all networks diverged in the chosen setting; select among smaller "
+                "values of optimizer.learning_rate, in another --workdir"
+            )
+        return plan.describe(study, setting, tried, config, results, job.spec)
+
+    def _train(self, title, config, job, folder, **options):
         """Trains what is left of a run in a folder of the study.
 
         Returns its results, or {} if all of its networks diverged.
@@ -51,7 +105,7 @@ class _Runs:
         from seqmnist.display import Quiet
         from seqmnist.training import divergence
 
-        began, num_epochs = time.monotonic(), config.train.num_epochs
+        began, num_epochs, work = time.monotonic(), config.train.num_epochs, job.work(config)
 
         def advance(epochs):
             self._done[folder] = work * epochs / num_epochs
@@ -79,13 +133,38 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
 
     Raises UserError if the workdir holds another study.
     """
+    from seqmnist.study import plan
+    from seqmnist.workdir import PLAN, write_json
+
+    _check(study, workdir)
+    jobs = _jobs(study)
+    with explain_storage(f"--workdir={workdir}", "choose another"), _in_turn(workdir):
+        _check(study, workdir)
+        write_json(workdir / PLAN, study.to_dict())
+    entries, said = {}, ""
+    with _Runs(study, workdir, stop, jobs) as runs:
+        while left := [job for job in jobs if job.name not in entries]:
+            for job in left:
+                with contextlib.suppress(InUseError):
+                    entries[job.name] = runs.entry(job)
+            if not any(job.name in entries for job in left):
+                names = ", ".join(job.name for job in left)
+                if said != names:
+                    print(f"Other processes train {names}", flush=True)
+                said = names
+                time.sleep(_PATIENCE)
+            if stop is not None and stop.number:
+                raise SystemExit(128 + stop.number)
+    return plan.summarize(study, {job.name: entries[job.name] for job in jobs})
+
+
+def _jobs(study):
+    """Returns a `_Job` for each entry; raises UserError if one of its trainings cannot run."""
     from seqmnist.datasets import sources
     from seqmnist.study import plan
     from seqmnist.training.steps import check_names
-    from seqmnist.workdir import PLAN, Workdir, read_json, write_json
 
-    _check(study, workdir)
-    entries, jobs = {}, {}
+    jobs = []
     for name, config in study.entries.items():
         check_names(config)
         spec = sources.prepare(config.data, print).spec
@@ -93,65 +172,8 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
         final = plan.final(study, name, {}, spec)
         for each in (final, *(each for _, each in tries)):
             check_names(each)
-        jobs[name] = spec, tries, final, plan.flops_per_image(final, spec)
-
-    with explain_storage(f"--workdir={workdir}", "choose another"), _in_turn(workdir):
-        _check(study, workdir)
-        write_json(workdir / PLAN, study.to_dict())
-
-    def work(config, flops):
-        return config.train.num_epochs * config.members.num * flops
-
-    total = 0.0
-    for _, tries, final, flops in jobs.values():
-        total += sum(work(config, flops) for config in (final, *(config for _, config in tries)))
-
-    def train(runs, name):
-        """Returns what is known of an entry, once what is left of it has been trained.
-
-        Raises InUseError if another process trains it.
-        """
-        folder = Workdir(workdir / "select" / name)
-        with folder.hold(print):
-            file = folder.path / _ENTRY
-            if not file.exists():
-                found = train_alone(runs, name)
-                with explain_storage(f"--workdir={workdir}", _REMEDY):
-                    write_json(file, found)
-            return read_json(file)
-
-    def train_alone(runs, name):
-        spec, tries, final, flops = jobs[name]
-        tried = []
-        for i, (fixed, config) in enumerate(tries):
-            title, folder = f"{name}: try {i + 1} of {len(tries)}", f"select/{name}/{i + 1}"
-            results = runs.train(title, config, work(config, flops), folder, withhold_test=True)
-            tried.append((fixed, results))
-        setting = plan.choose(study, tried) if tried else {}
-        config = plan.final(study, name, setting, spec)
-        title = f"{name}: {len(study.seeds)} seeds"
-        results = runs.train(title, config, work(final, flops), f"final/{name}")
-        if not results:
-            raise UserError(
-                f"{name}: all networks diverged in the chosen setting; select among smaller "
-                "values of optimizer.learning_rate, in another --workdir"
-            )
-        return plan.describe(study, setting, tried, config, results, spec)
-
-    said = []
-    with _Runs(workdir, stop, total) as runs:
-        while left := [name for name in jobs if name not in entries]:
-            for name in left:
-                with contextlib.suppress(InUseError):
-                    entries[name] = train(runs, name)
-            if not any(name in entries for name in left):
-                if said != left:
-                    print(f"Other processes train {', '.join(left)}", flush=True)
-                said = left
-                time.sleep(_PATIENCE)
-            if stop is not None and stop.number:
-                raise SystemExit(128 + stop.number)
-    return plan.summarize(study, {name: entries[name] for name in jobs})
+        jobs.append(_Job(name, spec, tries, final, plan.flops_per_image(final, spec)))
+    return jobs
 
 
 def _check(study, workdir):

@@ -148,14 +148,17 @@ def selection(study: Study, name: str, spec: ImageSpec) -> list[tuple[dict[str, 
     """
     swept, fixed = {}, {}
     for field, values in study.select.items():
-        is_option = config_lib.option_group(field) and all(isinstance(x, float) for x in values)
-        can_be_swept = field in members.SWEEPABLE or is_option
-        (swept if can_be_swept else fixed)[field] = list(values)
+        (swept if _can_be_swept(field, values) else fixed)[field] = list(values)
     runs = []
     for values in itertools.product(*fixed.values()):
         setting = dict(zip(fixed, values, strict=True))
         runs.append((setting, _run(study, name, setting, study.selection_seeds, spec, swept)))
     return runs
+
+
+def _can_be_swept(field, values):
+    is_option = config_lib.option_group(field) and all(isinstance(x, float) for x in values)
+    return field in members.SWEEPABLE or is_option
 
 
 def final(study: Study, name: str, setting: Mapping[str, Any], spec: ImageSpec) -> Config:
@@ -227,7 +230,9 @@ def flops_per_image(config: Config, spec: ImageSpec) -> int:
 def widest(study: Study) -> Config:
     """Returns a configuration with as many members as the largest run, by which to set up JAX."""
     config = copy.deepcopy(next(iter(study.entries.values())))
-    config.members.num = max(len(study.seeds), len(study.selection_seeds))
+    swept = (len(values) for field, values in study.select.items() if _can_be_swept(field, values))
+    tried = len(study.selection_seeds) * math.prod(swept) if study.select else 0
+    config.members.num = max(len(study.seeds), tried)
     return config
 
 
