@@ -21,7 +21,7 @@ from seqmnist.config import ModelConfig
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Goes on without output; Rich would end the process."""
+        """Continues without output; Rich would end the process."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -7,6 +7,7 @@ Example:
 
 import argparse
 import difflib
+import functools
 import json
 import re
 import sys
@@ -43,7 +44,7 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument(
         "--debug_nans",
         **switch,
-        help="name the operation that gives the first non-finite number",
+        help="name the operation that gives the first non-finite number; not with members",
     )
     several = parser.add_argument_group("several processes running one job")
     several.add_argument(
@@ -63,12 +64,9 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 def add_config_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
     """Adds --config and a flag for each field of `Config`; see `make_parser`."""
     parser.add_argument("--config", metavar="FILE", help="Python file with get_config()")
-    groups = {}
+    group = functools.cache(parser.add_argument_group)
     for field in config_lib.fields().values():
-        title = f"config.{field.name}".rpartition(".")[0]
-        group = groups.setdefault(title, None) or parser.add_argument_group(title)
-        groups[title] = group
-        _add_field(group, field)
+        _add_field(group(f"config.{field.name}".rpartition(".")[0]), field)
     for name in {argument.partition("=")[0].removeprefix("--config.") for argument in arguments}:
         if config_lib.option_group(name):
             parser.add_argument(f"--config.{name}", type=_scalar, default=argparse.SUPPRESS)

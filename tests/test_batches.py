@@ -47,7 +47,7 @@ def test_devices_share_what_is_joined(dtype):
     joined = batches.join(parts)
     np.testing.assert_array_equal(joined, np.concatenate(parts))
     assert joined.dtype == dtype
-    placed = devices.spread(devices.make_mesh(1, 2), joined)
+    placed = devices.place(devices.make_mesh(1, 2), joined)
     addresses = {shard.data.unsafe_buffer_pointer() for shard in placed.addressable_shards}
     assert addresses == {joined.ctypes.data}
 

@@ -168,18 +168,18 @@ def test_devices_are_assigned_to_members_and_batches(
     num_members, batch_size, num_devices, asked, expected
 ):
     some = jax.devices()[:num_devices]
-    assert devices.plan(MeshConfig(**asked), num_members, batch_size, some) == expected
+    assert devices.mesh_shape(MeshConfig(**asked), num_members, batch_size, some) == expected
 
 
 def test_a_batch_is_split_as_its_devices_need():
     """With simulated devices, whatever this machine has."""
     gpus = [types.SimpleNamespace(platform="gpu", process_index=0)] * 8
-    assert devices.plan(MeshConfig(), 1, 128, gpus) == [1, 1]
-    assert devices.plan(MeshConfig(), 1, 512, gpus) == [1, 4]
+    assert devices.mesh_shape(MeshConfig(), 1, 128, gpus) == [1, 1]
+    assert devices.mesh_shape(MeshConfig(), 1, 512, gpus) == [1, 4]
     hosts = [types.SimpleNamespace(platform="gpu", process_index=i) for i in range(2)]
-    assert devices.plan(MeshConfig(), 1, 128, hosts) == [1, 2]
+    assert devices.mesh_shape(MeshConfig(), 1, 128, hosts) == [1, 2]
     with pytest.raises(UserError, match="of 2 processes idle"):
-        devices.plan(MeshConfig(data=1), 1, 128, hosts)
+        devices.mesh_shape(MeshConfig(data=1), 1, 128, hosts)
 
 
 def test_processes_of_different_size_are_refused(monkeypatch):
@@ -216,4 +216,4 @@ def test_memory_of_the_machine_limits_only_its_own_processors():
 )
 def test_impossible_meshes_are_refused(asked, message):
     with pytest.raises(UserError, match=message):
-        devices.plan(MeshConfig(**asked), 4, 128, jax.devices())
+        devices.mesh_shape(MeshConfig(**asked), 4, 128, jax.devices())

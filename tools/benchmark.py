@@ -162,7 +162,7 @@ def growth(setup):
 def floor(setup):
     """Compares a training step of ours with the time of its matrix products alone."""
     result = {}
-    for name, (case, num_steps) in CASES.items():
+    for name, (case, num_steps) in setup.cases.items():
         step = _time_step(setup, case, num_steps, with_cost=True)
         least = step["flops"] / step["flops_per_second"]
         result[name] = step | {"floor_seconds": least, "share": least / step["seconds"]}
@@ -295,9 +295,14 @@ def _make_parser():
     parser.add_argument("--baseline", metavar="CHECKOUT", help="folder of another version")
     parser.add_argument("--rounds", type=cli.positive, help="how often to time (5; 1 with --quick)")
     parser.add_argument(
-        "--cases", default="", metavar="TEXT", help="only cases with TEXT in their name"
+        "--cases",
+        default="",
+        metavar="TEXT",
+        help="of epoch, evaluate and floor, only cases with TEXT in their name",
     )
-    parser.add_argument("--quick", action="store_true", help="rows only, and by default one round")
+    parser.add_argument(
+        "--quick", action="store_true", help="one round by default, and of these cases only rows"
+    )
     parser.add_argument("--sections", default=",".join(SECTIONS), help="(default: %(default)s)")
     cli.add_output_argument(parser, "--figure", "draw ratios and growth as a PNG image")
     return parser

@@ -80,7 +80,7 @@ def add_place_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="DIR",
             type=lambda text: None if text.lower() == "none" else text,
             default=argparse.SUPPRESS,
-            help=f"as --config.data.{name} ; none is its default (default: as configured)",
+            help=f"replaces config.data.{name}; none resets it to its default",
         )
 
 

@@ -1,6 +1,6 @@
 """Figures of what a network learned and how it reads, drawn from arrays.
 
-Each function returns a matplotlib figure six inches wide, readable on a phone.
+Figures are at most six inches wide, readable on a phone.
 Shapes: H, W height and width of an image, T time steps, F features per step, C classes, U outputs
 of the top layer. Images are gray, uint8 [H, W], or colored, uint8 [H, W, 3]; `names` are those of
 the C classes.

@@ -34,7 +34,7 @@ class Ours:
             feed = loop.Streamed(batches.Records(train, test))
         else:
             feed = loop.Resident(*map(batches.join, zip(train, test, strict=True)))
-        plan = devices.plan(self.config.mesh, 1, case["batch_size"], jax.devices())
+        plan = devices.mesh_shape(self.config.mesh, 1, case["batch_size"], jax.devices())
         system = steps.make_system(self.config, 1)
         self.loop = loop.Loop(system, feed, devices.make_mesh(*plan))
         self.state = steps.init_state(self.config, system, 0)

@@ -153,8 +153,8 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
     text += "setting that validation ranks first."
     if len(fingerprints - {None}) > 1:
         text += "\nNOTICE: the runs are of different data, so that their scores cannot be compared."
-    look = "Compare the solid lines; a run whose dashed line is far better knows its training "
-    look += "examples by heart."
+    look = "Compare the solid lines; a run whose dashed line is far better has memorized its "
+    look += "training examples."
     pictures = picture("compare", figures.learning_curves(metrics), alt, look)
     return Section("Runs side by side", text, pictures, rows)
 
@@ -298,7 +298,7 @@ def _learning_curves(found):
             f"\nShown are the best {len(shown)} of {len(found.settings)} settings by validation."
         )
     look = "Look for the epoch from which validation gets worse while training still improves: "
-    look += "there the network begins to learn its examples by heart."
+    look += "there the network begins to memorize its examples."
     pictures = picture("curves", figures.learning_curves(shown), alt, look)
     num = found.network.config.train.batch_size * len(members.list_members(found.network.config))
     steps = np.diff([line["step"] for line in metrics], prepend=0)

@@ -87,8 +87,8 @@ class Cell(nnx.Module):
     def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
         """(state, z [L, B, K·H]) -> (state, h [L, B, H]): `step` over time, or a faster equivalent.
 
-        Forward-mode derivatives need `scans.plain`, which `read` uses if it is given a mask, and
-        no `dtype`.
+        Where this is not `scans.plain`, `jax.jvp` works only with a mask, for which `read` uses it,
+        and without `dtype`.
         """
         return scans.plain(self.step, state, z)
 
@@ -107,7 +107,7 @@ class Cell(nnx.Module):
         with jax.named_scope("project"):
             z = self.project(x)
         with jax.named_scope("recurrence"):
-            # Without compilation, one wants to see each step.
+            # Under `jax.disable_jit`, a debugger must stop in `step`.
             if mask is None and not jax.config.jax_disable_jit:
                 state, h = self.recur(state, z)
             else:

@@ -33,7 +33,7 @@ class LinearCell(Cell):
         self.bias = nnx.Param(jnp.zeros(self.num_gates * hidden_size))
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """z [..., B, K·H] -> a, of that shape or one that broadcasts, and b [..., B, H]."""
+        """z [..., B, K·H] -> b [..., B, H], and before it a, which broadcasts to that shape."""
         raise NotImplementedError
 
     def step(self, state: jax.Array, z: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """The classifier: view, layers over time, readout.
 
 Shapes: B batch, T time steps, L time steps that are read in one go, F features per step, H hidden
-units, W outputs of a layer (H, or 2 H if it is bidirectional), C classes.
+units, U outputs of a layer (H, or 2 H if it is bidirectional), C classes.
 """
 
 import functools
@@ -43,9 +43,9 @@ class Bidirectional(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Normalization, cell, gate and a skip connection: x [L, B, W] -> [L, B, W].
+    """Normalization, cell, gate and a skip connection: x [L, B, U] -> [L, B, U].
 
-    y = x + v_1 σ(v_2), v = gelu(cell(norm(x))) V + b; W (2 W + 4) parameters besides the cell's.
+    y = x + v_1 σ(v_2), v = gelu(cell(norm(x))) V + b; U (2 U + 4) parameters besides the cell's.
 
     Source: A. Orvieto et al., arXiv 2303.06349, figure 1, with S5's gate (arXiv 2208.04933).
     """
@@ -101,7 +101,7 @@ class Last(nnx.Module):
         return jnp.zeros((batch_size, self.width), dtype)
 
     def read(self, state: Any, y: jax.Array, mask: jax.Array | None = None) -> Any:
-        """Takes in the next outputs y [L, B, W], where the mask, bool [L, B], is True."""
+        """Takes in the next outputs y [L, B, U], where the mask, bool [L, B], is True."""
         if mask is None:
             return y[-1]
         number = jnp.arange(1, len(y) + 1).reshape(-1, 1)
@@ -110,7 +110,7 @@ class Last(nnx.Module):
         return scans.where(last > 0, chosen, state)
 
     def __call__(self, state: Any) -> jax.Array:
-        """Returns the features that are classified, [B, W]."""
+        """Returns the features that are classified, [B, U]."""
         return state
 
 
@@ -177,10 +177,10 @@ class SequenceClassifier(nnx.Module):
         logits = network.answer(state)  # [B, C], of what has been read so far
 
     Attributes:
-      encoder: F -> W, before residual blocks; else None.
-      layers: first to last, each [L, B, F or W] -> [L, B, W].
-      pool: what `ModelConfig.readout` names; it reduces the last layer's outputs to [B, W].
-      readout: W -> C, applied to these.
+      encoder: F -> U, before residual blocks; else None.
+      layers: first to last, each [L, B, F or U] -> [L, B, U].
+      pool: what `ModelConfig.readout` names; it reduces the last layer's outputs to [B, U].
+      readout: U -> C, applied to these.
 
     Raises UserError if the view, cell or readout does not exist, or if there are fewer than two
     time steps.
@@ -234,7 +234,7 @@ class SequenceClassifier(nnx.Module):
     def __call__(
         self, images: jax.Array, dropout_keys: jax.Array | None = None, truncate: int = 0
     ) -> jax.Array:
-        """Classifies images: uint8 [B, H, W, …] -> logits [B, C].
+        """Classifies images: uint8 [B, *spec.shape] -> logits [B, C].
 
         `dropout_keys` [B], one per image, are given in training; without them, no dropout. If
         `truncate` is not 0, gradients stop after every `truncate` time steps.
@@ -242,7 +242,7 @@ class SequenceClassifier(nnx.Module):
         return self.classify(self.sequence(images), None, dropout_keys, truncate)
 
     def sequence(self, images: jax.Array) -> jax.Array:
-        """Returns the input of the layers, time first: uint8 [B, H, W, …] -> [T, B, F]."""
+        """Returns the input of the layers, time first: uint8 [B, *spec.shape] -> [T, B, F]."""
         with jax.named_scope("view"):
             return jnp.swapaxes(sequence(self.config, images, self.readout.kernel.dtype), 0, 1)
 
@@ -288,7 +288,7 @@ class SequenceClassifier(nnx.Module):
     ) -> State:
         """Reads the next time steps x [L, B, F], where the mask, bool [L, B], is True.
 
-        `keep`, [layers, B, W], multiplies the outputs of layers, for dropout.
+        `keep`, [layers, B, U], multiplies the outputs of layers, for dropout.
         """
         if self.encoder is not None:
             x = self.encoder(x)
@@ -315,7 +315,7 @@ class SequenceClassifier(nnx.Module):
         truncate: int = 0,
         num_layers: int | None = None,
     ) -> jax.Array:
-        """Returns all outputs of the last layer of `layers[:num_layers]`: [T, B, F] -> [T, B, W].
+        """Returns all outputs of the last layer of `layers[:num_layers]`: [T, B, F] -> [T, B, U].
 
         The other arguments are those of `classify` and `read`.
         """
@@ -328,7 +328,7 @@ class SequenceClassifier(nnx.Module):
     def classify_outputs(
         self, y: jax.Array, lengths: jax.Array | None = None, keep: Any = None
     ) -> jax.Array:
-        """Classifies all outputs of the top layer: [T, B, W] -> logits [B, C]."""
+        """Classifies all outputs of the top layer: [T, B, U] -> logits [B, C]."""
         if self.config.bidirectional:  # each half in the direction in which its cell reads
             forward, backward = jnp.split(y, 2, axis=-1)
             y = jnp.concatenate([forward, scans.backwards(backward, lengths)], axis=-1)
@@ -336,7 +336,7 @@ class SequenceClassifier(nnx.Module):
         return self.answer(State((), self.pool.read(nothing, y, scans.mask(y, lengths))), keep)
 
     def _draw_kept(self, keys):
-        """Returns factors of the outputs of layers, [layers, B, W]: 0 for outputs that are dropped.
+        """Returns factors of the outputs of layers, [layers, B, U]: 0 for outputs that are dropped.
 
         They are the same for all time steps, as in S5: drawing them for each costs a fifth of a
         training step on pixels.

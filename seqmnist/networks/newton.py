@@ -44,13 +44,13 @@ def solve(
     """Returns the states after each time step, [T, B, H] each, and the number of iterations.
 
     Arguments are those of `scans.gated`. Iterations end when no state changes by more than
-    rounding, relative to the largest unit's at this time step.
+    rounding, relative to the largest state of that example at that time step.
     """
     after = functools.partial(_after, gates, z)
     slopes = functools.partial(_slopes, gates, kernel, bias, z=z)
 
     def improve(states):
-        before = _shifted(state, states)
+        before = scans.shifted(state, states)
         a = slopes(before)
         b = jax.tree.map(lambda f, a, h: f - a * h, after(kernel, bias, before), a, before)
         return jax.tree.map(lambda a, b, h: scans.linear_by_platform(a, b, h)[1], a, b, state)
@@ -76,7 +76,7 @@ def _gated_forward(gates, kernel, bias, state, z):
 
 def _gated_backward(gates, residuals, cotangents):
     (dlast, dh), (kernel, bias, state, z, states) = cotangents, residuals
-    before = _shifted(state, states)
+    before = scans.shifted(state, states)
     _, pullback = jax.vjp(functools.partial(_after, gates), z, kernel, bias, before)
     a = _slopes(gates, kernel, bias, before, z)
     zeros = jax.tree.map(jnp.zeros_like, state)
@@ -132,11 +132,6 @@ def _slopes(gates, kernel, bias, before, z):
         tangents = (jax.tree.unflatten(structure, moved), *dinputs)
         slopes.append(jax.tree.leaves(jax.jvp(gates, (before, *inputs), tangents)[1])[i])
     return jax.tree.unflatten(structure, slopes)
-
-
-def _shifted(state, states):
-    """Returns the states before each time step."""
-    return jax.tree.map(lambda one, h: jnp.concatenate([one[None], h[:-1]]), state, states)
 
 
 def _until_fixed(improve, guess, most):

@@ -132,7 +132,7 @@ def format_score(score: Any, member: int | None = None) -> str:
 
 
 def format_spread(spread: dict[str, Any] | None) -> str:
-    """Formats what `members.spread` returns as mean ± standard deviation; – if there is no mean."""
+    """Formats what `members.statistics` returns as mean ± sd; – if there is no mean."""
     if not spread or spread["mean"] is None:
         return "–"
     return _four(spread["mean"]) + (f" ± {_four(spread['sd'])}" if spread["sd"] is not None else "")

@@ -1,6 +1,6 @@
-"""What a trained network does while it reads, by time step; how right and how sure it is.
+"""What a trained network does while it reads, by time step; how accurate and how confident it is.
 
-Shapes: B batch, T time steps, W outputs of the top layer, C classes, D directions (2 if layers are
+Shapes: B batch, T time steps, U outputs of the top layer, C classes, D directions (2 if layers are
 bidirectional, else 1).
 """
 
@@ -43,7 +43,7 @@ def beliefs(system: System, params: Any, images: jax.Array) -> jax.Array:
 
 
 def hidden_states(system: System, params: Any, images: jax.Array) -> jax.Array:
-    """Returns the outputs of the top layer at all time steps, [T, B, W]; arguments as `beliefs`.
+    """Returns the outputs of the top layer at all time steps, [T, B, U]; arguments as `beliefs`.
 
     The second half of a bidirectional layer's outputs comes from reading from the end to that
     time step.

@@ -267,7 +267,7 @@ def describe(
         "seeds": list(study.seeds),
         "diverged": sum(value is None for value in scores["test/accuracy"]),
         "scores": scores,
-        **{name: members.spread(values) for name, values in scores.items()},
+        **{name: members.statistics(values) for name, values in scores.items()},
         "tried": [
             {
                 **fixed,

@@ -76,13 +76,14 @@ class Trained:
         return self._by_step(_beliefs, images)
 
     def hidden_states(self, images: np.ndarray) -> np.ndarray:
-        """Returns the outputs of the top layer, [T, N, W]; see `insight.hidden_states`."""
+        """Returns the outputs of the top layer, [T, N, U]; see `insight.hidden_states`."""
         return self._by_step(_hidden_states, images)
 
     def gradient_norms(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Returns ‖∂loss/∂h_t‖, [D, T, N]; see `insight.gradient_norms`.
 
-        Raises UserError if a label is not one of the classes.
+        Takes images uint8 [N, *spec.shape] and labels int [N]. Raises UserError if a label is not
+        one of the classes.
         """
         if not np.isin(labels, range(self.spec.num_classes)).all():
             raise UserError(

@@ -1,7 +1,7 @@
 """Meshes: how members and batches spread over devices and processes.
 
 A mesh has two axes: `member`, over which independent runs spread without communication, and
-`data`, over which a batch is split and its gradient added up once a step. A process is one of
+`data`, over which a batch is split and its gradient summed once per step. A process is one of
 the programs that run a job together, each with devices of its own.
 """
 
@@ -33,16 +33,16 @@ _LEAST_BATCH_OF_CPUS, _LEAST_BATCH_OF_ACCELERATORS = 64, 128
 
 
 def num_useful_cores(num_members: int, batch_size: int) -> int:
-    """Returns over how many CPU cores members, or a lone run's batch, are worth spreading.
+    """Returns over how many CPU cores members, or the batch of a single run, are worth spreading.
 
-    Each of several processes takes a lone run's share of a batch on one device.
+    Each of several processes computes its share of a single run's batch on one device.
     """
     if num_members > 1 or jax.distributed.is_initialized():
         return num_members
     return batch_size // _LEAST_BATCH_OF_CPUS
 
 
-def plan(
+def mesh_shape(
     config: MeshConfig, num_members: int, batch_size: int, devices: Sequence[jax.Device]
 ) -> list[int]:
     """Chooses the shape of a mesh: [devices along `member`, devices along `data`].
@@ -101,26 +101,26 @@ def make_mesh(num_members: int, num_data: int, devices: Sequence[jax.Device] | N
     return Mesh(grid, ("member", "data"))
 
 
-def spread(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
+def place(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
     """Places arrays on a mesh, their leading axes split over the named axes of it.
 
     Every process gives the whole arrays, and keeps its part of them.
     """
-    place = NamedSharding(mesh, P(*axes))
+    sharding = NamedSharding(mesh, P(*axes))
 
     def put(x):
-        if isinstance(x, jax.Array) and x.sharding == place:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
             return x
         # From the host: an array of one device cannot become one of several processes.
-        return jax.device_put(np.asarray(x), place)
+        return jax.device_put(np.asarray(x), sharding)
 
     return jax.tree.map(put, tree)
 
 
 def placed_shapes(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
-    """Returns the shapes, dtypes and shardings that `spread` gives arrays, and places nothing."""
-    place = NamedSharding(mesh, P(*axes))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+    """Returns the shapes, dtypes and shardings that `place` gives arrays, and places nothing."""
+    sharding = NamedSharding(mesh, P(*axes))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
 def local_columns(mesh: Mesh, batch_size: int) -> slice:
@@ -180,18 +180,23 @@ def together() -> Iterator[None]:
 
 
 def over_mesh(
-    function: Callable, mesh: Mesh, own: Sequence[P], shared: Sequence[P], out: P, has_members: bool
+    function: Callable,
+    mesh: Mesh,
+    member_specs: Sequence[P],
+    shared_specs: Sequence[P],
+    out_specs: P,
+    has_members: bool,
 ) -> Callable:
     """Lifts a function of one run, on its device's part of each batch, to all runs and batches.
 
-    The function takes the run's own arguments, then those that all members share; it may reduce
-    over the mesh axis "data". `own`, `shared` and `out` say how each argument and the results, a
-    run's own, are split, e.g. P("data"). With members, own arguments and results have a leading
-    axis S, which spreads over "member".
+    The function takes arguments of each member, then those that all members share; it may reduce
+    over the mesh axis "data". The specs say how each argument and the results, which are a
+    member's, are split, e.g. P("data"). With members, a member's arguments and results have a
+    leading axis S, which spreads over "member".
     """
 
     def of_local_members(*arguments):
-        local, common = arguments[: len(own)], arguments[len(own) :]
+        local, common = arguments[: len(member_specs)], arguments[len(member_specs) :]
         num_here = len(jax.tree.leaves(local)[0])
         if num_here == 1:  # by XLA's estimate, one more axis makes a TPU's step 2.5 times as long
             results = function(*jax.tree.map(lambda x: x[0], local), *common)
@@ -200,12 +205,13 @@ def over_mesh(
         return lax.map(lambda one: function(*one, *common), local, batch_size=at_once)
 
     if has_members:
-        own, out = [P("member", *spec) for spec in own], P("member", *out)
+        member_specs = [P("member", *spec) for spec in member_specs]
+        out_specs = P("member", *out_specs)
     return jax.shard_map(
         of_local_members if has_members else function,
         mesh=mesh,
-        in_specs=(*own, *shared),
-        out_specs=out,
+        in_specs=(*member_specs, *shared_specs),
+        out_specs=out_specs,
         check_vma=False,
     )
 
@@ -213,8 +219,8 @@ def over_mesh(
 def add_up(tree: Any, axis: str | None) -> Any:
     """Sums arrays over the devices of a mesh axis, inside `over_mesh`; None leaves them alone.
 
-    They travel as one array of floats: each array of its own would have all devices wait for each
-    other. Whole numbers stay exact up to 2²⁴.
+    Reduces one flat array of floats, since each all-reduce is a synchronization point. Integers
+    stay exact up to 2²⁴.
     """
     if axis is None:
         return tree

@@ -27,13 +27,13 @@ def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) ->
     """
     step = int(np.max(devices.gather(state.step)))
     epoch, row = divmod(step, task.steps_per_epoch)
-    where = ""
-    if debug_nans and len(task.members) == 1:
+    where, is_single = "", len(task.members) == 1
+    if debug_nans and is_single:
         where = _find_operation(task, state, task.epoch_rows(epoch)[row])
     rates = sorted({_learning_rate(task, member, step) for member in task.members})
     rate = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
-    who = f"in all {len(task.members)} members " if len(task.members) > 1 else ""
-    hint = "" if debug_nans else "; --debug_nans finds the operation"
+    who = "" if is_single else f"in all {len(task.members)} members "
+    hint = "; --debug_nans finds the operation" if is_single and not debug_nans else ""
     return (
         f"the loss or the training state is not finite {who}{where}after step {step + 1} (epoch "
         f"{epoch + 1}, learning rate {rate}); last good checkpoint: {last_saved}; train with a "

@@ -55,7 +55,7 @@ class Resident(NamedTuple):
         self, rows: np.ndarray, first: int, place: NamedSharding
     ) -> Iterator[tuple[int, int, Any]]:
         """Yields (begin, end, window) for the steps from `first` on."""
-        yield 0, rows.shape[-2], devices.spread(place.mesh, rows, *place.spec)
+        yield 0, rows.shape[-2], devices.place(place.mesh, rows, *place.spec)
 
     def window_shapes(self, rows: tuple[int, ...], place: NamedSharding) -> Any:
         """Returns shapes, dtypes and shardings of the windows of rows of this shape."""
@@ -130,9 +130,16 @@ class Loop:
             return lax.scan(body, sums, window)[0]
 
         batch, all_alike = P(None, "data"), (P(), P(), P())
-        train = over_mesh(train, own=(P(), P(), batch), shared=all_alike, out=P())
+        train = over_mesh(
+            train, member_specs=(P(), P(), batch), shared_specs=all_alike, out_specs=P()
+        )
         # Each device keeps sums of its own, [1].
-        evaluate = over_mesh(evaluate, own=(P(), P("data")), shared=(batch, P()), out=P("data"))
+        evaluate = over_mesh(
+            evaluate,
+            member_specs=(P(), P("data")),
+            shared_specs=(batch, P()),
+            out_specs=P("data"),
+        )
         self._train = jit(train, donate_argnums=(0, 1), out_shardings=self.placement)
         self._evaluate = jit(evaluate, donate_argnums=1)
         self._evaluate_ensemble = jit(_make_ensemble(system, feed, over_mesh))
@@ -141,7 +148,7 @@ class Loop:
         """Returns the beginning of an epoch, with the members of `sums` that diverged marked."""
         no_sums = Sums.zeros(_dtype(state.params), state.step.shape)
         sums = no_sums if sums is None else devices.gather(sums).restart()
-        return Progress(*devices.spread(self._mesh, (state, sums), *self._axes), 0)
+        return Progress(*devices.place(self._mesh, (state, sums), *self._axes), 0)
 
     def train(
         self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
@@ -164,7 +171,7 @@ class Loop:
 
     def evaluate(self, params: Any, rows: np.ndarray) -> Sums:
         """Returns the sums over all examples of rows int32 [steps, B], in NumPy."""
-        sums = devices.spread(self._mesh, self._partial_sums(params), *self._axes, "data")
+        sums = devices.place(self._mesh, self._partial_sums(params), *self._axes, "data")
         for _, _, window in self._feed.windows(rows, 0, self._evaluation_place):
             sums = self._evaluate(params, sums, window, self._arrays)
         return jax.tree.map(lambda x: x.sum(-1, dtype=x.dtype), devices.gather(sums))
@@ -173,7 +180,7 @@ class Loop:
         """Returns the sums of the mean prediction of S members over rows int32 [steps, B].
 
         `weights`, float [S], are those of the mean, with a sum of 1. A member of weight 0 has no
-        influence, even if it is not finite.
+        influence, even if it is not finite. The feed must be `Resident`.
         """
         ((_, _, window),) = self._feed.windows(rows, 0, self._evaluation_place)
         return self._evaluate_ensemble(params, self._arrays, window, weights)
@@ -198,7 +205,7 @@ class Loop:
 
     @functools.cached_property
     def _arrays(self):
-        return devices.spread(self._mesh, self._feed.arrays)
+        return devices.place(self._mesh, self._feed.arrays)
 
     def _partial_sums(self, params):
         """No sums, for each member and device along "data", in NumPy."""
@@ -210,7 +217,9 @@ def _make_ensemble(system, feed, over_mesh):
     def classify(params, arrays, element):
         return jax.nn.log_softmax(system.apply(params, feed.batch(element, arrays).image))
 
-    classify = over_mesh(classify, own=(P(),), shared=(P(), P("data")), out=P("data"))
+    classify = over_mesh(
+        classify, member_specs=(P(),), shared_specs=(P(), P("data")), out_specs=P("data")
+    )
 
     def evaluate(params, arrays, window, weights):
         def body(sums, element):

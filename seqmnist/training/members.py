@@ -129,12 +129,12 @@ def summarize(
         own = slice(i * count, (i + 1) * count)
         entry = {**setting, "diverged": int(diverged[own].sum())}
         for name, scores in (("validation", validation), ("test", test)):
-            entry[name] = scores and {key: spread(scores[key][own]) for key in scores}
+            entry[name] = scores and {key: statistics(scores[key][own]) for key in scores}
         result.append(entry)
     return result
 
 
-def spread(values: Sequence[float | None]) -> dict[str, Any]:
+def statistics(values: Sequence[float | None]) -> dict[str, Any]:
     """Returns {"mean", "sd", "interval": 95 %, Student's t}; NaN and None are left out."""
     from scipy import stats  # imported here: it takes long to import, and one run needs none
 

@@ -1,6 +1,7 @@
 """Optimizers: configuration -> `optax.GradientTransformation`."""
 
 import functools
+from collections.abc import Iterable
 from inspect import Parameter, Signature
 from typing import Annotated
 
@@ -59,16 +60,16 @@ def hyperparameter(name: str) -> str:
 def make_optimizer(
     config: OptimizerConfig,
     num_steps: int | None = None,
-    swept: tuple[str, ...] = (),
+    swept: Iterable[str] = (),
     steps_per_epoch: int = 1,
 ) -> optax.GradientTransformation:
     """Builds the optimizer that the configuration names, for an `nnx.State` of parameters.
 
     `num_steps` is the length of the run, for schedules; without it the learning rate is constant.
-    Updates take the loss of the batch as `value`, which the schedule plateau averages over an
-    epoch.
-    Values of the `swept` fields live in the optimizer's state, under `hyperparams`, so that each
-    member has its own. Raises UserError if there is no optimizer of that name.
+    Updates take the loss of the batch as `value`, which the schedule plateau averages over the
+    `steps_per_epoch`. Values of the `swept` fields live in the optimizer's state, under
+    `hyperparams`, so that each member has its own. Raises UserError if there is no optimizer of
+    that name.
     """
     if swept:
         names = {hyperparameter(name): name.removeprefix("optimizer.") for name in swept}

@@ -157,9 +157,10 @@ def train_step(
 ) -> tuple[TrainState, Sums]:
     """Takes one update on the mean loss of a batch; also returns the batch's sums before it.
 
-    Their norms are those of the mean loss's gradient, before it is clipped, and of the update.
-    Inside `devices.over_mesh`, `batch` is this device's part of a batch that is split over the mesh
-    axis `axis`; the update and the sums are those of the whole batch.
+    The sums are scalars, their norms those of the mean loss's gradient, before it is clipped, and
+    of the update. `train.accumulate` must divide B. Inside `devices.over_mesh`, `batch` is this
+    device's part of a batch that is split over the mesh axis `axis`; the update and the sums are
+    those of the whole batch.
     """
 
     def draw_keys(purpose):

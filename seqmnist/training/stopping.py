@@ -4,11 +4,13 @@ Members stop one by one. All is computed from the records of epochs, so that a r
 as an uninterrupted one does. Shapes: [S] for S members, [] for a single network.
 """
 
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+
+from seqmnist.networks import scans
 
 
 def best_epochs(history: list[dict[str, Any]]) -> np.ndarray:
@@ -25,8 +27,4 @@ def has_stopped(history: list[dict[str, Any]], patience: int) -> np.ndarray:
 @jax.jit
 def choose(mask: jax.Array, one: Any, other: Any) -> Any:
     """Chooses between two trees of arrays, by member: bool [S]."""
-
-    def select(a, b):
-        return jnp.where(mask.reshape(mask.shape + (1,) * (a.ndim - mask.ndim)), a, b)
-
-    return jax.tree.map(select, one, other)
+    return jax.tree.map(functools.partial(scans.where, mask), one, other)

@@ -152,7 +152,7 @@ def compose(
             raise UserError(
                 f"config.data.input_mode='stream' feeds one member, not {len(each)}; use 'resident'"
             )
-        shape = devices.plan(config.mesh, len(each), batch_size, described or jax.devices())
+        shape = devices.mesh_shape(config.mesh, len(each), batch_size, described or jax.devices())
     examples, parts = batch_size // shape[1], config.train.accumulate
     if examples % parts:
         raise UserError(
