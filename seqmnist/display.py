@@ -122,8 +122,9 @@ class Display:
         self._print(table)
 
     @contextlib.contextmanager
-    def epoch(self, title: str, num_steps: int) -> Iterator[Any]:
-        """Shows the progress of an epoch; yields update(step, {"loss", "accuracy"})."""
+    def epoch(self, epoch: int, num_epochs: int, num_steps: int) -> Iterator[Any]:
+        """Shows the progress of an epoch, from 1; yields update(step, {"loss", "accuracy"})."""
+        title = _title(epoch, num_epochs)
         columns = (
             TextColumn("{task.description}"),
             MofNCompleteColumn(),
@@ -150,13 +151,20 @@ class Display:
                 bar.stop()
 
     def epoch_line(
-        self, title: str, num_steps: int, record: Mapping[str, Any], taken: int, seconds: float
+        self,
+        num_epochs: int,
+        num_steps: int,
+        record: Mapping[str, Any],
+        taken: int,
+        seconds: float,
     ) -> None:
         """Prints the line of an epoch as Keras does.
 
-        `taken` is the number of its steps that this process has taken, fewer than all if the run
-        was resumed within the epoch, and `seconds` is how long those took.
+        `record` is a line of `metrics.jsonl`. `taken` is the number of its steps that this process
+        has taken, fewer than all if the run was resumed within the epoch, and `seconds` is how long
+        those took.
         """
+        title = _title(record["epoch"], num_epochs)
         parts = [title, f"{num_steps}/{num_steps}"]
         parts += [f"{seconds:.1f}s {1000 * seconds / taken:.1f}ms/step"]
         if self._cell:  # whose width is not known, and many are narrow
@@ -257,9 +265,8 @@ class Quiet(Display):
         pass
 
     @contextlib.contextmanager
-    def epoch(self, title: str, num_steps: int) -> Iterator[Any]:
-        before = int(title.split()[1].partition("/")[0]) - 1
-        yield lambda step, means: self._advance(before + step / num_steps)
+    def epoch(self, epoch: int, num_epochs: int, num_steps: int) -> Iterator[Any]:
+        yield lambda step, means: self._advance(epoch - 1 + step / num_steps)
 
     def epoch_line(self, *_: Any) -> None:
         self.num_epochs += 1
@@ -279,6 +286,10 @@ def describe(model: ModelConfig) -> str:
     layers = f"{model.num_layers} × {sides}{block}{model.cell}({model.hidden_size}{options})"
     layers += f" in {model.dtype}" if model.dtype != "float32" else ""
     return f"{', '.join(parts)} → {layers} → {model.readout} → logits"
+
+
+def _title(epoch, num_epochs):
+    return f"Epoch {epoch}/{num_epochs}"
 
 
 def _text(value):

@@ -44,6 +44,13 @@ def resolve(path: str | os.PathLike, name: str) -> pathlib.Path:
     return absolute
 
 
+def natural_order(path: str | os.PathLike) -> tuple[list[str | int], str]:
+    """Returns a key that sorts 2 before 10."""
+    text = os.fspath(path)
+    parts = re.split(r"(\d+)", text)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
+
+
 def resolve_storage(path: str | os.PathLike, name: str) -> pathlib.Path:
     """Returns what `resolve` does, for a folder in which storage libraries write.
 

@@ -161,7 +161,8 @@ class Session:
         begin = Progress(self._saved.state, self._saved.sums, self._saved.step - first)
         rows = task.epoch_rows(epoch)
         self._stop_if_asked()
-        with self._display.epoch(self._title(epoch), task.steps_per_epoch) as self._update_bar:
+        show = self._display.epoch(epoch + 1, config.train.num_epochs, task.steps_per_epoch)
+        with show as self._update_bar:
             progresses = task.loop.train(begin, rows, (*due, *logged))
             timed = self._timed(progresses, begin.step)
             yield from self._profile.watch(timed, first, begin.step)
@@ -208,7 +209,8 @@ class Session:
         sums = task.loop.start(saved.state, saved.sums).sums
         self._saved = saved._replace(sums=sums, history=history, seconds=_seconds(history))
         self._epoch_began = time.monotonic()
-        self._display.epoch_line(self._title(epoch), task.steps_per_epoch, record, *self._pace)
+        num_epochs = task.config.train.num_epochs
+        self._display.epoch_line(num_epochs, task.steps_per_epoch, record, *self._pace)
         if self._is_writer:
             with _explain_writing(self._workdir):
                 self._workdir.add_epoch(record)
@@ -276,9 +278,6 @@ class Session:
         state = saved.state._replace(params=params)
         start = self._task.loop.start(state, sums)
         self._saved = saved._replace(state=start.state, sums=start.sums, best=best)
-
-    def _title(self, epoch):
-        return f"Epoch {epoch + 1}/{self._task.config.train.num_epochs}"
 
     def _timed(self, progresses, first):
         """Counts the steps after step `first` and their seconds, without the work between them."""

@@ -23,8 +23,9 @@ NAN = float("nan")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
-def record(loss, accuracy, val_loss, val_accuracy):
+def record(loss, accuracy, val_loss, val_accuracy, epoch=1):
     return {
+        "epoch": epoch,
         "train/loss": loss,
         "train/accuracy": accuracy,
         "validation/loss": val_loss,
@@ -52,7 +53,7 @@ def lines_of(capsys):
 
 
 def test_the_line_of_an_epoch_fits(terminal, capsys):
-    Display().epoch_line("Epoch 100/100", 1375, record(0.51234, 0.89, 0.45678, 0.9123), 1375, 12.34)
+    Display().epoch_line(100, 1375, record(0.51234, 0.89, 0.45678, 0.9123, 100), 1375, 12.34)
     shown = " ".join(lines_of(capsys))
     expected = ["Epoch 100/100", "1375/1375", "12.3s 9.0ms/step", " loss: 0.5123"]
     expected += ["accuracy: 0.8900", "val_loss: 0.4568", "val_accuracy: 0.9123"]
@@ -62,7 +63,7 @@ def test_the_line_of_an_epoch_fits(terminal, capsys):
 
 def test_the_line_of_an_epoch_of_members_fits(terminal, capsys):
     scores = [0.1, 0.2, 0.3], [0.2, 0.4, 0.6], [1.0, 2.0, 3.0], [0.3, 0.5, 0.7]
-    Display().epoch_line("Epoch 100/100", 1375, record(*scores), 1375, 12.34)
+    Display().epoch_line(100, 1375, record(*scores, 100), 1375, 12.34)
     shown = " ".join(lines_of(capsys))
     expected = ["Epoch 100/100", "1375/1375", "12.3s 9.0ms/step", " loss: 0.2000 ± 0.1000"]
     expected += ["accuracy: 0.4000 ± 0.2000", "val_loss: 2.0000 ± 1.0000"]
@@ -72,7 +73,7 @@ def test_the_line_of_an_epoch_of_members_fits(terminal, capsys):
 
 
 def test_without_a_validation_set_there_are_no_scores_of_it(terminal, capsys):
-    Display().epoch_line("Epoch 1/1", 5, record(0.5, 0.8, None, None), 4, 12.34)
+    Display().epoch_line(1, 5, record(0.5, 0.8, None, None), 4, 12.34)
     (line,) = lines_of(capsys)
     assert line == "Epoch 1/1 - 5/5 - 12.3s 3085.0ms/step - loss: 0.5000 - accuracy: 0.8000"
 
@@ -80,7 +81,7 @@ def test_without_a_validation_set_there_are_no_scores_of_it(terminal, capsys):
 @pytest.mark.parametrize("missing", [None, NAN])
 def test_scores_that_are_missing_are_shown_as_nan(missing, capsys):
     def shown(*scores):
-        Display().epoch_line("Epoch 1/1", 5, record(*scores), 5, 1.0)
+        Display().epoch_line(1, 5, record(*scores), 5, 1.0)
         return capsys.readouterr().out
 
     assert "loss: nan - accuracy: nan" in shown(missing, missing, missing, missing)
@@ -92,7 +93,7 @@ def test_scores_that_are_missing_are_shown_as_nan(missing, capsys):
 
 
 def test_a_huge_loss_takes_no_more_room(capsys):
-    Display().epoch_line("Epoch 1/1", 5, record(1.6e31, 0.1, [1e30, 3e30], [0.1, 0.1]), 5, 1.0)
+    Display().epoch_line(1, 5, record(1.6e31, 0.1, [1e30, 3e30], [0.1, 0.1]), 5, 1.0)
     shown = capsys.readouterr().out
     assert " loss: 1.6e+31 - " in shown
     assert "val_loss: 2e+30 ± 1.414e+30 - " in shown
@@ -100,7 +101,7 @@ def test_a_huge_loss_takes_no_more_room(capsys):
 
 @pytest.mark.parametrize("scores", [0.5, NAN, [0.25, 0.75], [NAN, NAN]])
 def test_the_bar_fits(scores, terminal, capsys):
-    with Display().epoch("Epoch 100/100", 1375) as update:
+    with Display().epoch(100, 100, 1375) as update:
         update(700, {"loss": scores, "accuracy": scores})
     shown = "\n".join(lines_of(capsys))
     assert "Epoch 100/100" in shown
@@ -194,9 +195,9 @@ def test_a_network_in_one_line():
 
 def test_a_pipe_gets_plain_lines(capsys):
     display = Display()
-    with display.epoch("Epoch 1/5", 375) as update:
+    with display.epoch(1, 5, 375) as update:
         update(100, {"loss": 0.5, "accuracy": 0.5})
-    display.epoch_line("Epoch 1/5", 375, record(0.5, 0.8, 0.4, 0.9), 375, 1.0)
+    display.epoch_line(5, 375, record(0.5, 0.8, 0.4, 0.9), 375, 1.0)
     display.say("[bold] is no markup")
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("accuracy: 0.8000 - val_loss: 0.4000 - val_accuracy: 0.9000")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from seqmnist import paths, process, workdir
-from seqmnist.config import PLACES, DataConfig
-from seqmnist.datasets import sources
+from seqmnist.config import PLACES
 from seqmnist.errors import UserError, explain_storage
 
 if TYPE_CHECKING:
+    from seqmnist.datasets import sources
     from seqmnist.study import trained
 
 
@@ -102,13 +102,12 @@ def load(arguments: argparse.Namespace) -> "trained.Trained":
     return trained.load(arguments.workdir, **chosen(arguments))
 
 
-def prepare_data(arguments: argparse.Namespace) -> sources.Prepared:
+def prepare_data(arguments: argparse.Namespace) -> "sources.Prepared":
     """Prepares the dataset that the arguments name, and prints its notice."""
-    config = DataConfig(arguments.data_name, arguments.data_dir, arguments.manual_dir)
-    prepared = sources.prepare(config, print)
-    if prepared.notice:
-        print(f"NOTICE: {prepared.notice}")
-    return prepared
+    from seqmnist import interface  # imported here: --help needs no JAX
+
+    folders = {name: getattr(arguments, name) for name in PLACES}
+    return interface.load_data(arguments.data_name, **folders)
 
 
 def positive(text: str) -> int:

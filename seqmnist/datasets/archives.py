@@ -200,7 +200,7 @@ def content_hash(content: bytes) -> str:
     return hashlib.sha256(idx.decompressed(content)).hexdigest()
 
 
-def read_folder(folder: pathlib.Path, dataset: str = "mnist") -> dict[str, File]:
+def read_folder(folder: pathlib.Path, dataset: str) -> dict[str, File]:
     """Reads the files of a dataset, by their published names; raises UserError if it cannot.
 
     They may be compressed or not, spelled `train-images.idx3-ubyte`, and lie in sub-folders or in
@@ -262,7 +262,7 @@ def _read_member(path, member):
         return File(f"{path}/{member}", file.read(member))
 
 
-def parse(files: dict[str, File], dataset: str = "mnist") -> Splits:
+def parse(files: dict[str, File], dataset: str) -> Splits:
     """Parses the files of a dataset.
 
     Raises UserError if one is damaged, or two do not belong together.

@@ -4,7 +4,6 @@ import concurrent.futures
 import hashlib
 import os
 import pathlib
-import re
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from seqmnist.datasets import archives, pictures
 from seqmnist.errors import UserError
+from seqmnist.paths import natural_order
 
 _LAYOUTS = "train/CLASS/* and test/CLASS/*, or in CLASS/*"
 _SPLITS = ("train", "test")
@@ -176,17 +176,11 @@ def _listdir(path):
         raise UserError(
             f"{_show(path)} cannot be read ({error.strerror}); check its permissions"
         ) from None
-    return [path / name for name in sorted(names, key=_natural)]
+    return [path / name for name in sorted(names, key=natural_order)]
 
 
 def _is_hidden(name):
     return name.startswith(".") or name in _HIDDEN
-
-
-def _natural(name):
-    """Returns a key that sorts 2 before 10."""
-    parts = re.split(r"(\d+)", name)
-    return [*(int(part) if i % 2 else part for i, part in enumerate(parts))], name
 
 
 def _check_same_classes(folder, train, test):
@@ -251,7 +245,7 @@ def _decode(folder, paths, grayscale, size):
             if len(first_of_shape) == 1:
                 images[i] = image
     if bad:
-        bad = dict(sorted(bad.items(), key=lambda item: _natural(str(item[0]))))
+        bad = dict(sorted(bad.items(), key=lambda item: natural_order(item[0])))
         path, error = next(iter(bad.items()))
         reason = str(error).removeprefix(f"{path} ").rpartition("; ")[0]
         raise UserError(

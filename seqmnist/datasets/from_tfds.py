@@ -62,7 +62,7 @@ def read(name: str, data_dir: pathlib.Path) -> archives.Splits:
 
     Raises:
       UserError: the dataset is not there, needs TensorFlow to be read, is damaged, or holds no
-        train and test splits of images of one size with one label each.
+        train and test splits, each of images of one size with one label each.
     """
     folder = found(data_dir, name)
     if folder is None:
@@ -87,8 +87,6 @@ def read(name: str, data_dir: pathlib.Path) -> archives.Splits:
         with _explain_damage(folder):
             source = builder.as_data_source(split, decoders=skip or None, file_format=_FORMAT)
             splits.append(_read_split(folder, source, image, label))
-    (train, _), (test, _) = splits
-    _check_same_size(folder, train.shape[1:], test.shape[1:])
     names = tuple(builder.info.features[label].names)
     for _, labels in splits:
         if len(others := labels[(labels < 0) | (labels >= len(names))]):
@@ -166,19 +164,16 @@ def _read_split(folder, source, image, label):
     for start in range(0, len(source), _CHUNK):
         chunk = range(start, min(start + _CHUNK, len(source)))
         for i, example in zip(chunk, source.__getitems__(chunk), strict=True):
+            shape = example[image].shape
             if images is None:
-                images = np.empty((len(source), *example[image].shape), np.uint8)
-            _check_same_size(folder, images.shape[1:], example[image].shape)
+                images = np.empty((len(source), *shape), np.uint8)
+            if shape != images.shape[1:]:
+                raise UserError(
+                    f"{folder} contains images of different shapes, {images.shape[1:]} and "
+                    f"{shape}; {_OTHER_SOURCE}, with --config.data.size"
+                )
             images[i], labels[i] = example[image], example[label]
     return images[..., 0] if images.shape[3:] == (1,) else images, labels
-
-
-def _check_same_size(folder, one, other):
-    if one != other:
-        raise UserError(
-            f"{folder} contains images of different shapes, {one} and {other}; {_OTHER_SOURCE}, "
-            "with --config.data.size"
-        )
 
 
 @contextlib.contextmanager

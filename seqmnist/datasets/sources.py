@@ -44,6 +44,9 @@ READERS = errors.Table(
 )
 _TFDS = "tfds:"
 
+_MOST_CLASSES = 1 << 16
+_SAMPLE = 500  # images that are compared
+_ALIKE = 1.0  # bytes by which images differ, on average; MNIST's differ by 44
 _PATIENCE = 300  # seconds to wait for another process; it prepares in ten
 _FURTHER = (
     "python -m seqmnist.main --workdir=runs/mnist_5k_best --config=experiments/mnist_5k_best.py "
@@ -157,11 +160,6 @@ def notices(
     if len(some) > 1 and some.std(axis=0).mean() < _ALIKE:
         found.append("nearly all images are alike; see whether they were converted correctly")
     return found
-
-
-_MOST_CLASSES = 1 << 16
-_SAMPLE = 500  # images that are compared
-_ALIKE = 1.0  # bytes by which images differ, on average; MNIST's differ by 44
 
 
 def _prepare(name, config, root, say) -> Prepared:

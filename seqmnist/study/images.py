@@ -10,7 +10,6 @@ import glob
 import math
 import os
 import pathlib
-import re
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -52,7 +51,7 @@ def find(name: str, say: Callable[[str], None]) -> list[pathlib.Path]:
     path = pathlib.Path(name).expanduser()
     matches = [path]
     if glob.has_magic(name) and not path.exists():
-        matches = sorted(map(pathlib.Path, glob.glob(str(path))), key=_natural)
+        matches = sorted(map(pathlib.Path, glob.glob(str(path))), key=paths.natural_order)
         if not matches:
             raise UserError(f"no file matches {name}; name images that exist")
     elif not path.exists():
@@ -78,12 +77,7 @@ def _walk(folder, say):
     if others:
         listed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items())[:5])
         say(f"NOTICE: {folder}: {others.total():,} files are not images; skipped ({listed})")
-    return sorted(found, key=_natural)
-
-
-def _natural(path):
-    parts = re.split(r"(\d+)", str(path))
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
+    return sorted(found, key=paths.natural_order)
 
 
 def read(path: pathlib.Path, any_range: bool = False) -> list[np.ndarray]:

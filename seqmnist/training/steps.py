@@ -76,7 +76,7 @@ def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = 
 
 @contextlib.contextmanager
 def _explain_plugins(config):
-    """Turns an error of what plugins added into one line; yields whether there is any of it."""
+    """Turns an error of what plugins added into one line; yields whether any of it is used."""
     tables = {
         "model.view": views.VIEWS,
         "model.cell": CELLS,

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import shlex
@@ -10,7 +11,8 @@ import tensorflow_datasets as tfds
 from conftest import REPOSITORY
 from PIL import Image
 
-from seqmnist.datasets import from_tfds
+from seqmnist.config import DataConfig
+from seqmnist.datasets import from_tfds, sources
 from seqmnist.errors import UserError
 
 NAMES = ["cat", "dog", "hen"]
@@ -221,8 +223,6 @@ def test_other_datasets_are_refused(tmp_path):
     unlabeled = arrays["train"][0], np.array([0, 1, -1])
     assert "the label -1" in refuse(arrays={**arrays, "train": unlabeled})
     any_size = tfds.features.Image(shape=(None, None, 1))
-    sizes = {"train": arrays["train"], "test": make_arrays((5, 4), 2)}
-    assert "(4, 4) and (5, 4)" in refuse(image=any_size, arrays=sizes)
     sizes = {**arrays, "train": ([np.zeros((4, 4), np.uint8), np.zeros((4, 6), np.uint8)], [0, 1])}
     assert "(4, 4, 1) and (4, 6, 1)" in refuse(image=any_size, arrays=sizes)
 
@@ -231,6 +231,16 @@ def test_images_of_one_size_need_not_declare_it(tmp_path):
     arrays = {"train": make_arrays((4, 4), 3), "test": make_arrays((4, 4), 2)}
     write(tmp_path, tfds.features.Image(shape=(None, None, 1)), arrays)
     check(from_tfds.read("toy", tmp_path), arrays)
+
+
+def test_splits_of_different_sizes_can_be_resized(tmp_path):
+    arrays = {"train": make_arrays((4, 4), 3), "test": make_arrays((5, 4), 2)}
+    write(tmp_path, tfds.features.Image(shape=(None, None, 1)), arrays)
+    config = DataConfig("tfds:toy", tmp_path)
+    with pytest.raises(UserError, match=r"\[4, 4\] and test of \[5, 4\]; config.data.size=PIXELS"):
+        sources.prepare(config)
+    prepared = sources.prepare(dataclasses.replace(config, size=4))
+    assert prepared.spec.shape == (4, 4)
 
 
 @pytest.mark.parametrize("file", ["dataset_info.json", "features.json", "toy-test*", "toy-train*"])

@@ -98,7 +98,7 @@ def test_archives_in_a_zip_file(plain, tmp_path):
 
 
 def test_an_archive_that_is_compressed_anew_is_the_registered_one(plain, tmp_path, monkeypatch):
-    files = archives.read_folder(plain)
+    files = archives.read_folder(plain, "mnist")
     known = {archives.content_hash(file.content): name for name, file in files.items()}
     monkeypatch.setattr(archives, "_CONTENTS", known)
     spell(plain, lambda name: f"{name}.gz")

@@ -36,7 +36,7 @@ def manual_dir(tmp_path):
 @pytest.fixture
 def registered(manual_dir, tmp_path, monkeypatch):
     """Lets the small archives pass for the registered ones of mnist."""
-    files = archives.read_folder(manual_dir)
+    files = archives.read_folder(manual_dir, "mnist")
     hashes = {name: hashlib.sha256(file.content).hexdigest() for name, file in files.items()}
     url = "http://127.0.0.1:9/"  # a closed port: no network
     monkeypatch.setitem(archives.URLS, "mnist", url)
@@ -511,7 +511,7 @@ def test_addresses_and_checksums_are_those_of_tfds():
 def test_full_mnist_holds_what_its_archives_do(full_mnist):
     prepared = sources.prepare(DataConfig("mnist", full_mnist))
     assert [prepared.num_examples(split) for split in ("train", "test")] == [60000, 10000]
-    whole = archives.parse(archives.read_folder(MNIST))
+    whole = archives.parse(archives.read_folder(MNIST, "mnist"), "mnist")
     for split, arrays in zip(("train", "test"), whole, strict=True):
         chex.assert_trees_all_equal(prepared.arrays(split)[0], arrays[0])
         chex.assert_trees_all_equal(prepared.arrays(split)[1], arrays[1].astype(np.int32))
