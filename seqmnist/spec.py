@@ -13,6 +13,8 @@ class ImageSpec:
     width: int
     channels: int  # 1 is gray, 3 are red, green and blue
     class_names: tuple[str, ...]
+    # Whether nearly all images have an empty border; False only if all else is as in MNIST.
+    has_margins: bool = True
 
     @property
     def shape(self) -> tuple[int, ...]:

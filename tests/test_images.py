@@ -148,7 +148,7 @@ def with_damaged_exif():
         (npy(np.zeros(5, np.uint8)), ["uint8 [5]", "[H, W]"]),
         (npy(np.zeros((2, 2, 2, 4), np.uint8)), ["uint8 [2, 2, 2, 4]"]),
         (npy(np.array([["a"]])), ["<U1"]),
-        (npy(np.array([[1.0, np.nan]])), ["outside 0 to 255"]),
+        (npy(np.array([[1.0, np.nan]])), ["not finite"]),
         (npy(np.array([[-1, 5]])), ["outside 0 to 255"]),
         (npy(GREY)[:-3], ["cannot be read"]),
         (npy(GREY).replace(b"'descr'", b"('descr'"), ["cannot be read"]),
@@ -357,6 +357,12 @@ def test_numbers_that_are_not_finite_are_refused_in_any_range(tmp_path):
     np.save(tmp_path / "x.npy", np.array([[1.0, np.nan]]))
     with pytest.raises(UserError, match="not finite"):
         images.read(tmp_path / "x.npy", any_range=True)
+
+
+@pytest.mark.parametrize("top", [100, 257, 258, 4095, 65535])
+def test_16_bits_become_8_by_one_rule(top, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(Image.fromarray(np.array([[0, top]], np.uint16))))
+    assert pictures.read_picture(tmp_path / "a.png").max() == round(top / 257)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -50,6 +50,8 @@ def read_picture(path: str | os.PathLike, any_range: bool = False) -> np.ndarray
         raise UserError(
             f"{path} cannot be read as an image ({one_line(error)}); save it again"
         ) from error
+    if array.dtype == np.int64 and not any_range:
+        array = np.rint(array / 257).astype(np.int64)  # whole numbers, also where all are below 2
     array = to_bytes(array, path, any_range)
     return array if alpha is None else _opaque(array, alpha)
 
@@ -91,10 +93,10 @@ def to_bytes(array: np.ndarray, path: pathlib.Path, any_range: bool = False) -> 
     if not array.size or (array.dtype == np.uint8 and not (any_range and array.max() == 1)):
         return array.astype(np.uint8)
     low, high = float(array.min()), float(array.max())
-    if not (any_range or (low >= 0 and high <= 255)):
-        raise UserError(f"{path} contains numbers outside 0 to 255; scale them")
     if not np.isfinite(high - low):
         raise UserError(f"{path} contains numbers that are not finite; replace them")
+    if not (any_range or (low >= 0 and high <= 255)):
+        raise UserError(f"{path} contains numbers outside 0 to 255; scale them")
     is_unit = array.dtype.kind in "bf" and high <= 1 + _ROUNDING
     if any_range and (high > low):
         array, is_unit = (array.astype(np.float64) - low) / (high - low), True
@@ -154,7 +156,7 @@ def _decode(picture):
     if picture.mode == "F":
         return np.asarray(picture), None
     if picture.mode.startswith("I"):  # 16 bits per pixel
-        return np.asarray(picture, np.float64) / 257, None
+        return np.asarray(picture, np.int64), None
     is_gray = picture.mode in ("1", "L", "LA", "La")
     if not picture.has_transparency_data:
         array, alpha = np.asarray(picture.convert("L" if is_gray else "RGB")), None
