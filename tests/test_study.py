@@ -26,7 +26,7 @@ from seqmnist.study import compare, plan
 from seqmnist.study.plan import Study
 from seqmnist.training import divergence
 from seqmnist.training.steps import init_state, make_system
-from seqmnist.workdir import Workdir
+from seqmnist.workdir import PLAN, Workdir, write_json
 from tools import study as study_tool
 
 RATES = {"optimizer.learning_rate": [0.001, 0.01, 0.1]}
@@ -74,6 +74,10 @@ def test_a_budget_that_nothing_fits_is_refused():
         ({"budget": {"a": 0}}, "whole number above zero"),
         ({"select": {"optimizer.learning_rate": []}}, "needs a list of values"),
         ({"select": {"optimizer.learning_rate": 0.1}}, "needs a list of values"),
+        ({"select": {"optimiser.learning_rate": [0.1]}}, "does not exist"),
+        *(({"select": {name: [1, 2]}}, "is not a choice") for name in ("seed", "members.num")),
+        ({"select": {"data.size": [8]}}, "is not a choice"),
+        ({"select": {"model.hidden_size": [8]}, "budget": 100}, "is not a choice: budget"),
     ],
 )
 def test_an_unfair_comparison_is_refused(change, message):
@@ -92,7 +96,6 @@ def test_an_unfair_comparison_is_refused(change, message):
         ({}, {"select": {"optimizer.learning_rate": ["b"]}}, "has 'b' for optimizer"),
         ({}, {"select": {"optimizer.learning_rate": [-1.0]}}, "learning_rate must lie in"),
         ({}, {"select": {"model.hidden_size": [-1]}}, "hidden_size"),
-        ({}, {"select": {"model.hidden": [1]}}, "hidden"),
     ],
 )
 def test_a_study_that_cannot_run_leaves_no_trace(fields, change, message, tmp_path):
@@ -102,6 +105,33 @@ def test_a_study_that_cannot_run_leaves_no_trace(fields, change, message, tmp_pa
         study_tool.perform(study, tmp_path / "study")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "study").exists()
+
+
+def test_entries_are_of_the_same_data(data_dir, tmp_path, capsys):
+    digits = {"data.data_dir": str(tmp_path / "data"), "data.name": "digits"}
+    first = {"data.data_dir": str(data_dir), "data.name": "mnist_5k"}
+    study = Study({"a": config_of(**first), "b": config_of(**digits)}, range(6, 9))
+    with pytest.raises(UserError, match="a is of mnist_5k and b of digits"):
+        study_tool.perform(study, tmp_path / "study")
+    with pytest.raises(UserError, match="storage libraries"):
+        study_tool.perform(Study({"a*b": config_of(**digits)}, range(6, 9)), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+    smaller = config_of(**digits, **{"data.size": 6})
+    jobs = study_tool._jobs(Study({"a": config_of(**digits), "b": smaller}, range(2)), tmp_path)
+    assert [job.data.spec.height for job in jobs] == [8, 6]
+
+
+def test_data_may_move_but_not_change(tmp_path):
+    planned = Study({"a": config_of(**{"data.manual_dir": tmp_path})}, range(6, 9)).to_dict()
+    moved = Study({"a": config_of(**{"data.manual_dir": "elsewhere"})}, range(6, 9)).to_dict()
+    write_json(tmp_path / PLAN, planned | {"fingerprints": {"a": "1"}})
+    study_tool._check(moved, tmp_path)
+    study_tool._check(moved | {"fingerprints": {"a": "1"}}, tmp_path)
+    for other in ({"fingerprints": {"a": "2"}}, {"seeds": [6, 8]}):
+        with pytest.raises(UserError, match="another study, or one of other data"):
+            study_tool._check(moved | other, tmp_path)
+    write_json(tmp_path / PLAN, planned)  # as earlier versions did
+    study_tool._check(moved | {"fingerprints": {"a": "1"}}, tmp_path)
 
 
 def test_the_folder_of_a_run_is_not_that_of_a_study(tmp_path):
@@ -152,7 +182,7 @@ def test_validation_chooses_and_test_is_not_seen():
     one, two = {"model.num_layers": 1}, {"model.num_layers": 2}
 
     def choose(*pairs):
-        setting = plan.choose(study, pairs)
+        setting = plan.choose(study, "a", pairs)
         return setting["model.num_layers"], setting["optimizer.learning_rate"]
 
     planted = tried(0.3, 0.2, 0.4, test=(9, 9, 0.001))  # wins on test, loses on validation
@@ -160,6 +190,9 @@ def test_validation_chooses_and_test_is_not_seen():
     assert choose((one, planted), (two, tried(0.5, 0.5, 0.1))) == (2, 0.1)
     assert choose((one, tried(0.3, 0.1, 0.4, diverged=(0, 1, 0))), (two, {})) == (1, 0.001)
     assert choose((one, {}), (two, tried(None, 0.7, None, diverged=(2, 0, 2)))) == (2, 0.01)
+    assert choose((one, {}), (two, tried(None, 0.7, None, diverged=(3, 2, 3)))) == (2, 0.01)
+    with pytest.raises(UserError, match="a: all networks diverged in every setting"):
+        choose((one, {}), (two, {}))
     assert plan.at_edges(study, {"optimizer.learning_rate": 0.1, "model.num_layers": 2}) == [
         "optimizer.learning_rate"
     ]
@@ -171,7 +204,7 @@ def test_a_seed_that_diverged_is_counted(diverged):
     study = Study({"a": Config()}, range(9, 12))
     scores = {"loss": [0.2, diverged, 0.4], "accuracy": [0.9, diverged, 0.7]}
     results = {"validation": scores, "test": scores, "parameters": 6602}
-    results["sequence"] = {"time_steps": 28}
+    results |= {"sequence": {"time_steps": 28}, "dataset": {"name": "mnist"}}
     entry = plan.describe(study, {}, [], study.entries["a"], results, MNIST)
     assert entry["diverged"] == 1
     assert entry["scores"]["test/accuracy"] == [0.9, None, 0.7]

@@ -117,6 +117,8 @@ def _measured(folder, found):
 def _remarks(found):
     """Yields what a reader must know about the choice of settings, in lines."""
     entries = found["entries"]
+    if names := {each["dataset"] for each in entries.values() if "dataset" in each}:
+        yield f"Data: {', '.join(sorted(names))}"
 
     def told(name, fields):
         return f"{name}: " + ", ".join(f"{f} = {entries[name]['setting'][f]}" for f in fields)
@@ -225,7 +227,7 @@ def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
     for i, (name, entry) in enumerate(entries.items()):
         best: dict[float, float] = {}
         for each in entry["tried"]:
-            loss = each["validation"]["loss"]["mean"]
+            loss = each["validation"]["loss"]["mean"]  # None of a run that diverged as a whole
             if loss is not None and not each["diverged"]:
                 best[each[field]] = min(loss, best.get(each[field], np.inf))
         values = sorted(best)
@@ -234,7 +236,8 @@ def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
         if entry["setting"].get(field) in best:
             chosen = entry["setting"][field]
             axis.plot([chosen], [best[chosen]], "o", ms=11, mfc="none", color=color)
-    numbers = [each[field] for entry in entries.values() for each in entry["tried"]]
+    tried = [each for entry in entries.values() for each in entry["tried"]]
+    numbers = [each[field] for each in tried if field in each]
     if min(numbers) > 0 and max(numbers) > 10 * min(numbers):
         axis.set_xscale("log")
     axis.set(xlabel=field, ylabel="validation loss", yscale="log")

@@ -10,6 +10,7 @@ at once, also on several hosts with a common disk, each trains entries that no o
 """
 
 import contextlib
+import copy
 import pathlib
 import time
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ class _Job(NamedTuple):
     """What an entry of a study needs."""
 
     name: str
-    spec: Any  # of its images
+    data: Any  # its `sources.Prepared`
     tries: list[tuple[dict[str, Any], Any]]  # of `plan.selection`
     final: Any  # its configuration, with the settings that its file gives
     flops: int  # per image
@@ -76,7 +77,12 @@ class _Runs:
                 found = self._select_and_train(job)
                 with explain_storage(f"--workdir={self._workdir}", _REMEDY):
                     write_json(file, found)
-            return read_json(file)
+            found = read_json(file)
+        if not isinstance(found, dict) or "scores" not in found:
+            raise UserError(
+                f"{file} is not what a study writes; remove it and run the same command again"
+            )
+        return found
 
     def _select_and_train(self, job):
         from seqmnist.study import plan
@@ -86,15 +92,15 @@ class _Runs:
             title, folder = f"{name}: try {i} of {len(job.tries)}", f"select/{name}/{i}"
             results = self._train(title, config, job, folder, withhold_test=True)
             tried.append((fixed, results))
-        setting = plan.choose(study, tried) if tried else {}
-        config = plan.final(study, name, setting, job.spec)
+        setting = plan.choose(study, name, tried) if tried else {}
+        config = plan.final(study, name, setting, job.data.spec)
         results = self._train(f"{name}: {len(study.seeds)} seeds", config, job, f"final/{name}")
         if not results:
             raise UserError(
                 f"{name}: all networks diverged in the chosen setting; select among smaller "
                 "values of optimizer.learning_rate, in another --workdir"
             )
-        return plan.describe(study, setting, tried, config, results, job.spec)
+        return plan.describe(study, setting, tried, config, results, job.data.spec)
 
     def _train(self, title, config, job, folder, **options):
         """Trains what is left of a run in a folder of the study.
@@ -136,11 +142,13 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
     from seqmnist.study import plan
     from seqmnist.workdir import PLAN, write_json
 
-    _check(study, workdir)
-    jobs = _jobs(study)
+    planned = study.to_dict()
+    _check(planned, workdir)
+    jobs = _jobs(study, workdir)
+    planned["fingerprints"] = {job.name: job.data.fingerprint for job in jobs}
     with explain_storage(f"--workdir={workdir}", "choose another"), _in_turn(workdir):
-        _check(study, workdir)
-        write_json(workdir / PLAN, study.to_dict())
+        _check(planned, workdir)
+        write_json(workdir / PLAN, planned)
     entries, said = {}, ""
     with _Runs(study, workdir, stop, jobs) as runs:
         while left := [job for job in jobs if job.name not in entries]:
@@ -158,33 +166,63 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
     return plan.summarize(study, {job.name: entries[job.name] for job in jobs})
 
 
-def _jobs(study):
+def _jobs(study, workdir):
     """Returns a `_Job` for each entry; raises UserError if one of its trainings cannot run."""
+    import numpy as np
+
     from seqmnist.datasets import sources
     from seqmnist.study import plan
     from seqmnist.training.steps import check_names
+    from seqmnist.workdir import Workdir
 
-    jobs = []
+    jobs, notices = [], set()
     for name, config in study.entries.items():
+        Workdir(workdir / "select" / name)  # refuses a name that no folder can have
         check_names(config)
-        spec = sources.prepare(config.data, print).spec
+        data = sources.prepare(config.data, print)
+        spec = data.spec
+        for split in ("train", "test"):  # images may differ in size and color
+            first = jobs[0].data if jobs else data
+            if not np.array_equal(data.mapped(split)[1], first.mapped(split)[1]):
+                raise UserError(
+                    f"{jobs[0].name} is of {first.name} and {name} of {data.name}, which are "
+                    "other examples; compare networks on the same data"
+                )
+        if data.notice and data.notice not in notices:
+            print(f"NOTICE: {data.notice}")
+        notices.add(data.notice)
         tries = plan.selection(study, name, spec) if study.select else []
         final = plan.final(study, name, {}, spec)
         for each in (final, *(each for _, each in tries)):
             check_names(each)
-        jobs.append(_Job(name, spec, tries, final, plan.flops_per_image(final, spec)))
+        jobs.append(_Job(name, data, tries, final, plan.flops_per_image(final, spec)))
     return jobs
 
 
-def _check(study, workdir):
+def _check(planned, workdir):
     """Raises UserError if the workdir holds another study, or a run."""
     from seqmnist.workdir import PLAN, Workdir, read_json
 
     plan = workdir / PLAN
-    if plan.exists() and read_json(plan) != study.to_dict():
-        raise UserError(f"--workdir={workdir} holds another study; choose another --workdir")
+    if plan.exists():
+        there, planned = _without_places(read_json(plan)), _without_places(planned)
+        there = {"fingerprints": planned.get("fingerprints"), **there}  # earlier versions had none
+        if any(there.get(key) != value for key, value in planned.items()):
+            raise UserError(
+                f"--workdir={workdir} holds another study, or one of other data; choose another "
+                "--workdir"
+            )
     if Workdir(workdir).has_config():
         raise UserError(f"--workdir={workdir} holds a run; choose another --workdir for the study")
+
+
+def _without_places(planned):
+    """Returns a plan without the folders and files of this machine, which may have moved."""
+    planned = copy.deepcopy(planned)
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # it is no plan
+        for config in planned["entries"].values():
+            config["plugins"] = config["data"]["data_dir"] = config["data"]["manual_dir"] = None
+    return planned if isinstance(planned, dict) else {}
 
 
 @contextlib.contextmanager

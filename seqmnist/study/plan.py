@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from seqmnist.training import members
 from seqmnist.training.steps import init_state, make_system
 
 _MOST_UNITS = 65536  # as config.model.hidden_size
+_GIVEN = re.compile(r"(data|members)\.")  # fields that are the same in all settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +84,22 @@ class Study:
             if budget is not None and (type(budget) is not int or budget < 1):
                 raise UserError(f"budget: {budget!r} must be a whole number above zero, or None")
         for field, values in self.select.items():
+            config_lib.check_field_name(field)
             if isinstance(values, str) or not isinstance(values, Sequence) or not values:
                 raise UserError(f"select: {field} needs a list of values; got {values!r}")
+            is_fitted = field == "model.hidden_size" and self.budget is not None
+            if is_fitted or field in ("seed", *config_lib.NEUTRAL) or _GIVEN.match(field):
+                raise UserError(
+                    f"select: {field} is not a choice: {'budget' if is_fitted else 'the study'} "
+                    "gives it, or it changes no result; leave it out"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, ready for JSON."""
         return {
-            "entries": {name: config_lib.to_dict(each) for name, each in self.entries.items()},
+            "entries": {name: _plain(name, each) for name, each in self.entries.items()},
             "seeds": [self.seeds.start, self.seeds.stop],
-            "select": {field: list(values) for field, values in self.select.items()},
+            "select": {field: _numbers(values) for field, values in self.select.items()},
             "selection_seeds": [self.selection_seeds.start, self.selection_seeds.stop],
             "budget": dict(self.budget) if isinstance(self.budget, Mapping) else self.budget,
         }
@@ -148,12 +157,18 @@ def selection(study: Study, name: str, spec: ImageSpec) -> list[tuple[dict[str, 
     """
     swept, fixed = {}, {}
     for field, values in study.select.items():
-        (swept if _can_be_swept(field, values) else fixed)[field] = list(values)
+        values = _numbers(values)
+        (swept if _can_be_swept(field, values) else fixed)[field] = values
     runs = []
     for values in itertools.product(*fixed.values()):
         setting = dict(zip(fixed, values, strict=True))
         runs.append((setting, _run(study, name, setting, study.selection_seeds, spec, swept)))
     return runs
+
+
+def _numbers(values):
+    """Returns a list, with numbers of Python in place of NumPy's."""
+    return [value.item() if isinstance(value, np.generic) else value for value in values]
 
 
 def _can_be_swept(field, values):
@@ -176,26 +191,40 @@ def _run(study, name, setting, seeds, spec, swept=None):
     return _valid(name, config)
 
 
-def _valid(name, config):
+def _valid(name, config, check=config_lib.validated):
     try:
-        return config_lib.validated(config)
+        return check(config)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
 
 
-def choose(study: Study, tried: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict:
-    """Chooses a setting: pairs of what a run fixed and its `results.json` -> {field: value}.
+def _plain(name, config):
+    """Returns a configuration as `config.json` would hold it."""
+    return config_lib.to_dict(_valid(name, config_lib.to_dict(config), config_lib.from_dict))
+
+
+def choose(
+    study: Study, name: str, tried: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> dict[str, Any]:
+    """Chooses an entry's setting, {field: value}, from pairs: what a run fixed, its `results.json`.
 
     It is the one with the fewest diverged seeds and, among those, the lowest mean validation loss;
     test scores are not used. The results of a run that diverged as a whole are {}.
+
+    Raises UserError if all runs did.
     """
     ranked = []
     for fixed, results in tried:
-        for each in _settings(results):
+        for each in _settings(results) if results else []:
             swept = {field: each[field] for field in study.select if field in each}
             loss = each["validation"]["loss"]["mean"]
             rank = each["diverged"], math.inf if loss is None else loss
             ranked.append((rank, {**fixed, **swept}))
+    if not ranked:
+        raise UserError(
+            f"{name}: all networks diverged in every setting; select among smaller values of "
+            "optimizer.learning_rate, in another --workdir"
+        )
     setting = min(ranked, key=lambda pair: pair[0])[1]
     return {field: setting[field] for field in study.select}
 
@@ -258,6 +287,7 @@ def describe(
     }
     return {
         "network": describe_network(config.model),
+        "dataset": results["dataset"]["name"],
         "hidden_size": config.model.hidden_size,
         "setting": dict(setting),
         "at_edge": at_edges(study, setting),
