@@ -401,6 +401,8 @@ def from_file(path, name, use):
         return use(runpy.run_path(str(file)))
     except UserError as error:
         raise UserError(f"{name}={path}: {error}") from error
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # a user's code may raise anything
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(f"{name}={path} cannot be loaded: {reason}; correct the file") from error

@@ -8,6 +8,7 @@ import numpy as np
 from seqmnist import config as config_lib
 from seqmnist.config import Config
 from seqmnist.datasets import sources
+from seqmnist.errors import UserError
 from seqmnist.training import batches
 
 
@@ -36,9 +37,21 @@ def epoch_batches(
     """Yields each example once, in batches for `train_step`; the last one is padded.
 
     Takes images uint8 [N, …] and labels int [N]. The seed and the epoch, counted from 0, determine
-    the order, the same in which `train` visits N training examples.
+    the order, the same in which `train` visits N training examples. Raises UserError if the arrays
+    are not of these types, or not of one length.
     """
-    images, labels = np.asarray(images), np.asarray(labels, np.int32)
+    images, labels = np.asarray(images), np.asarray(labels)
+    if (
+        images.dtype != np.uint8
+        or labels.dtype.kind not in "iu"
+        or labels.shape != images.shape[:1]
+    ):
+        raise UserError(
+            "images uint8 [N, …], 0 to 255, and labels int [N] are needed; got "
+            f"{images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
+        )
+    config_lib.checked("train.batch_size", batch_size)
+    labels = labels.astype(np.int32)
     records = batches.Records((images, labels), (images[:0], labels[:0]))
     for row in batches.batch_rows(batches.epoch_order(seed, epoch, len(labels)), batch_size):
         yield records.read(row)

@@ -37,6 +37,8 @@ def resolve(path: str | os.PathLike, name: str) -> pathlib.Path:
         absolute = pathlib.Path(text).expanduser().absolute()
     except RuntimeError as error:
         refuse(f"has no home folder ({error})")
+    except OSError as error:  # a relative path, and the current folder has been removed
+        refuse(f"cannot be used ({error.strerror})")
     try:
         absolute.exists()
     except OSError as error:

@@ -30,8 +30,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description, **settings):
         """Takes the settings of `argparse.ArgumentParser`, and a description: a docstring."""
-        width = shutil.get_terminal_size().columns - 2  # as argparse's own
-        blocks = description.strip().split("\n\n")
+        width = max(11, shutil.get_terminal_size().columns - 2)  # as argparse's own
+        blocks = (description or "").strip().split("\n\n")  # python -OO removes docstrings
         description = "\n\n".join(
             block if "\n  " in block else textwrap.fill(block, width) for block in blocks
         )
@@ -106,8 +106,8 @@ def set_up_jax(config: Config) -> None:
     if num_devices > 1 and not is_chosen:
         with contextlib.suppress(RuntimeError):  # devices are in use
             jax.config.update("jax_num_cpu_devices", min(num_devices, num_cores()))
-    if jax.config.jax_compilation_cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if jax.config.jax_compilation_cache_dir is None and os.path.isabs(home):  # there is a home
         # Not the folder of earlier versions: their entries lack the times that a limit needs.
         folder = pathlib.Path(home) / "seqmnist" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))

@@ -171,6 +171,9 @@ def test_batches_hold_each_example_once(digits):
     assert {(bytes(x), int(y)) for x, y in zip(seen, seen_labels, strict=True)} == {
         (bytes(x), int(y)) for x, y in zip(images, labels, strict=True)
     }
+    for wrong in ((images / 255, labels), (images, labels + 0.5), (images, labels[1:])):
+        with pytest.raises(seqmnist.UserError, match="images uint8"):
+            next(seqmnist.epoch_batches(*wrong))
     again = next(seqmnist.epoch_batches(images, labels, 32, seed=1))
     np.testing.assert_array_equal(again.image, batches[0].image)
     other = next(seqmnist.epoch_batches(images, labels, 32, seed=1, epoch=1))

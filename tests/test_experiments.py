@@ -107,6 +107,11 @@ def test_a_mistake_in_an_experiment_is_one_line(code, words, tmp_path):
     assert all(word in message for word in ["--config=", "mine.py", *words])
 
 
+def test_an_interrupt_is_no_mistake_of_the_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        config_lib.load_experiment(write(tmp_path, "raise KeyboardInterrupt"))
+
+
 @pytest.mark.parametrize("name", ["raises", "exits", "is not Python", "returns None"])
 def test_the_shell_sees_one_line_and_exit_code_2(name, tmp_path):
     code, words = MISTAKES[name]

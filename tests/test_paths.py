@@ -94,6 +94,14 @@ def test_a_name_below_a_bad_folder_is_refused(here, monkeypatch):
     assert_refuses(paths.resolve_storage, "--flag", "'['", "run", "--flag")
 
 
+def test_a_relative_path_in_a_removed_folder_is_refused(here, monkeypatch):
+    (here / "gone").mkdir()
+    monkeypatch.chdir(here / "gone")
+    (here / "gone").rmdir()
+    assert_refuses(paths.resolve, "--flag", "cannot be used", "run", "--flag")
+    monkeypatch.chdir(here)
+
+
 def prepare(**folders):
     return sources.prepare(DataConfig("mnist", **folders))
 

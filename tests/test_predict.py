@@ -184,6 +184,14 @@ def test_bad_images_cost_the_others_nothing(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, tmp_path, "nothing.png", "also.png")[0] == 2
 
 
+def test_a_folder_that_is_not_searched_is_named(tmp_path, monkeypatch, capsys):
+    drawn(4).save(tmp_path / "a.png")
+    (tmp_path / "again").symlink_to(tmp_path, target_is_directory=True)
+    _, entries = run(monkeypatch, tmp_path, ".")
+    assert [entry["image"] for entry in entries] == ["a.png"]
+    assert capsys.readouterr().err == "NOTICE: ./again is a symbolic link; skipped\n"
+
+
 def test_a_name_of_two_lines_is_shown_on_one(tmp_path, monkeypatch, capsys):
     drawn(4).save(tmp_path / "a\nb.png")
     (tmp_path / "c\nd.png").write_bytes(b"no image")

@@ -3,6 +3,14 @@
 import pytest
 from conftest import seqmnist
 
+from seqmnist import process
+
+
+@pytest.mark.parametrize("description", [None, "A word or two.\n\nExample:\n  a command"])
+def test_help_fits_a_terminal_of_any_width(description, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "2")
+    assert "usage" in process.Parser(prog="x", description=description).format_help()
+
 
 @pytest.mark.slow
 def test_a_cache_of_an_earlier_version_does_not_disturb_the_new_one(

@@ -113,7 +113,7 @@ def _parse_npz(files, published):
     for name, content in files:
         try:
             arrays.append(np.load(io.BytesIO(content), allow_pickle=False)["arr_0"])
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # of a dozen types for damaged files
             reason = f"{name} cannot be read ({one_line(error)})"
             raise UserError(f"{reason}; download it again") from error
     return tuple(arrays)
@@ -245,6 +245,7 @@ def _files(folder):
             found.setdefault(path.name, functools.partial(_read_file, path))
             zipped += [path] if zipfile.is_zipfile(path) else []
         level = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
+        level = [path for path in level if os.access(path, os.R_OK | os.X_OK)]  # not lost+found
     for path in zipped:
         with zipfile.ZipFile(path) as file:
             for member in file.namelist():
@@ -346,7 +347,7 @@ def download(dataset: str) -> dict[str, File]:
         try:
             with _open(url) as response:
                 files[name] = File(url, response.read())
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # or a proxy's address
             says_more = isinstance(error, urllib.error.HTTPError)
             reason = error if says_more else getattr(error, "reason", error)
             raise DownloadError(f"{url} could not be downloaded ({one_line(reason)})") from error

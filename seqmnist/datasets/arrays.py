@@ -42,7 +42,10 @@ def read(path: pathlib.Path) -> Splits:
                     f"save it with the names {', '.join(_NAMES)}"
                 )
             x_train, y_train, x_test, y_test = (file[name] for name in _NAMES)
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except UserError:
+        raise
+    # NumPy and zlib raise errors of a dozen types for damaged files.
+    except Exception as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
             f"{path} cannot be read ({reason}); save it again without pickle"

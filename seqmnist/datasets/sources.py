@@ -45,6 +45,7 @@ READERS = errors.Table(
 _TFDS = "tfds:"
 
 _MOST_CLASSES = 1 << 16
+_FEW = 10  # examples per class, of which a class may be missing by chance
 _SAMPLE = 500  # images that are compared
 _ALIKE = 1.0  # bytes by which images differ, on average; MNIST's differ by 44
 _PATIENCE = 300  # seconds to wait for another process; it prepares in ten
@@ -67,7 +68,12 @@ class Prepared:
     decoded: Decoded = dataclasses.field(repr=False, compare=False)
 
     def arrays(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns all of "train" or "test": images uint8 [N, *spec.shape] and labels int32 [N]."""
+        """Returns all of "train" or "test": images uint8 [N, *spec.shape] and labels int32 [N].
+
+        Raises UserError if the split is another, or a label is none of the classes.
+        """
+        if split not in ("train", "test"):
+            raise UserError(f"{split!r} is no archive; name 'train' (with validation) or 'test'")
         return self.decoded.load(f"{split}_images"), self._labels(split)
 
     def num_examples(self, split: str) -> int:
@@ -144,18 +150,26 @@ def notices(
     `splits` are example numbers, "train" and "validation" those of the archive.
     """
     known, held_out = (np.unique(labels[splits[name]]) for name in ("train", "validation"))
+    is_small = len(splits["validation"]) < _FEW * spec.num_classes
     found = []
-    for unknown, where in (
-        (np.setdiff1d(held_out, known), "that validation, the archive's end, holds; shuffle it"),
+    for missing, notice in (
+        (
+            np.setdiff1d(held_out, known),
+            "training has not seen {} that validation, the archive's end, holds; shuffle it",
+        ),
+        (
+            np.setdiff1d([] if is_small else known, held_out),
+            "validation, the archive's end, holds none of {}; shuffle it",
+        ),
         (
             np.setdiff1d(np.arange(spec.num_classes), labels),
-            "that no label names; check the labels",
+            "training has not seen {} that no label names; check the labels",
         ),
     ):
-        if len(unknown):
-            names = ", ".join(spec.class_names[label] for label in unknown[:5])
-            more = ", …" if len(unknown) > 5 else ""
-            found.append(f"training has not seen {len(unknown)} classes ({names}{more}) {where}")
+        if len(missing):
+            names = ", ".join(spec.class_names[int(label)] for label in missing[:5])
+            more = ", …" if len(missing) > 5 else ""
+            found.append(notice.format(f"{len(missing)} classes ({names}{more})"))
     some = images[:: max(1, len(images) // _SAMPLE)].astype(np.float32)
     if len(some) > 1 and some.std(axis=0).mean() < _ALIKE:
         found.append("nearly all images are alike; see whether they were converted correctly")
@@ -324,7 +338,9 @@ def _converted(splits, config) -> Splits:
         images, labels = np.asarray(images), np.asarray(labels)
         if images.ndim == 4 and images.shape[3] == 1:
             images = images[..., 0]
-        is_image = images.ndim in (3, 4) and images.shape[3:] in ((), (3,))
+        is_image = (
+            images.ndim in (3, 4) and images.shape[3:] in ((), (3,)) and all(images.shape[1:])
+        )
         if images.dtype != np.uint8 or not is_image:
             raise UserError(
                 f"{split} holds images of {images.dtype} {list(images.shape)}; bytes [N, H, W] or "

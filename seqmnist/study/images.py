@@ -67,8 +67,15 @@ def find(name: str, say: Callable[[str], None]) -> list[pathlib.Path]:
 def _walk(folder, say):
     endings = (*_ARRAYS, *pictures.extensions())
     found, others = [], collections.Counter()
-    for parent, folders, names in os.walk(folder):
+
+    def skip(error):
+        say(f"NOTICE: {error.filename} cannot be read ({error.strerror}); skipped")
+
+    for parent, folders, names in os.walk(folder, onerror=skip):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if os.path.islink(os.path.join(parent, name)):  # which could lead in a circle
+                say(f"NOTICE: {os.path.join(parent, name)} is a symbolic link; skipped")
         for path in (pathlib.Path(parent, name) for name in names if not name.startswith(".")):
             if path.name.lower().endswith(endings):
                 found.append(path)
@@ -95,8 +102,8 @@ def read(path: pathlib.Path, any_range: bool = False) -> list[np.ndarray]:
     readers = [reader for signature, reader in _READERS.items() if beginning.startswith(signature)]
     read_all = readers[0] if readers else lambda *args: [pictures.read_picture(*args)]
     images = read_all(path, any_range)
-    if not images or not images[0].size:
-        shape = " × ".join(map(str, np.shape(images)))
+    if not images or not all(image.size for image in images):
+        shape = " × ".join(map(str, next((x.shape for x in images if not x.size), (0,))))
         raise UserError(f"{path} contains no pixels ({shape}); name another image")
     return images
 

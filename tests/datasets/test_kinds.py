@@ -1,5 +1,6 @@
 """Datasets in the forms that people have them, and what is wrong with them."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -19,6 +20,7 @@ from small_archives import idx, make_splits, write_archives
 from seqmnist import run
 from seqmnist.config import Config, DataConfig, ModelConfig, TrainConfig, override
 from seqmnist.datasets import archives, sources
+from seqmnist.datasets.arrays import read as read_npz
 from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import trained
@@ -304,6 +306,7 @@ def test_a_file_that_changes_is_read_again(tmp_path):
         ({"y_train": np.eye(30)}, ["float64 [30, 30] as y_train", "argmax"]),
         ({"y_train": np.zeros(30), "y_test": np.zeros(12)}, ["float64"]),
         ({"x_train": np.full((30, 28, 28), np.nan)}, ["not finite"]),
+        ({"x_train": np.zeros((30, 28, 0), np.uint8)}, ["[30, 28, 0]"]),
         ({"x_train": np.zeros((30, 28, 28, 2), np.uint8)}, ["[30, 28, 28, 2]"]),
         ({"x_train": np.zeros((30, 784), np.uint8)}, ["[30, 784]"]),
         ({"x_train": np.array(["text"] * 30)}, ["<U4 as x_train"]),
@@ -333,6 +336,19 @@ def test_a_file_that_is_not_npz_is_refused(content, tmp_path):
     with pytest.raises(UserError) as caught:
         prepare(tmp_path, "npz", path)
     assert_one_line(caught, path, "not a .npz file", "numpy.savez")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_a_flipped_byte_is_one_line_or_harmless(save, tmp_path):
+    x, y = (array[:2] for array in SPLITS.train)
+    save(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    whole = (tmp_path / "a.npz").read_bytes()
+    for position in np.linspace(0, len(whole) - 1, 150).astype(int):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x55
+        (tmp_path / "a.npz").write_bytes(damaged)
+        with contextlib.suppress(UserError):
+            read_npz(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize("name", ["mnist", "npz", "folder", "cifar10"])
@@ -394,6 +410,10 @@ def test_notices():
     assert "owl" in line
     (line,) = sources.notices(images, np.arange(100) % 2 + 1, splits, spec)
     assert "cat" in line
+    for held_out, expected in ((29, []), (30, ["holds none of 1 classes (owl)"])):
+        own = {"train": range(100 - held_out), "validation": range(100 - held_out, 100)}
+        lines = sources.notices(images, np.where(np.arange(100) < 70, mixed, mixed % 2), own, spec)
+        assert [line[line.index("holds") :].partition(";")[0] for line in lines] == expected
     (line,) = sources.notices(np.zeros_like(images), mixed, splits, spec)
     assert "alike" in line
 
