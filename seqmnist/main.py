@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import seqmnist
 from seqmnist import config as config_lib
-from seqmnist import process
+from seqmnist import paths, process
 from seqmnist.errors import UserError
 from seqmnist.stop import StopRequest
 
@@ -206,13 +206,16 @@ def _run(arguments, stop):
         workdir.recover()
     config = config_lib.validated(_resolve_config(flags, workdir))
     from seqmnist import run  # imported here: --help and mistakes need no JAX
-    from seqmnist.training import distributed
+    from seqmnist.training import distributed, steps
 
     with distributed.joined(
         flags.distributed, flags.coordinator, flags.num_processes, flags.process_id
     ):
         process.listen(stop)  # again: distributed JAX replaces the handler of SIGTERM
         process.set_up_jax(config)
+        if flags.config and not config.plugins and steps.own_choices(config):
+            # The experiment itself adds what it names; the workdir must keep it, too.
+            config.plugins = str(paths.resolve(flags.config, "--config"))
         distributed.check_same(_facts(flags, config))
         if flags.mode == "train":
             run.train(

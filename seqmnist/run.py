@@ -27,6 +27,7 @@ from seqmnist.study import profiling
 from seqmnist.training import batches, devices, divergence, members, stopping
 from seqmnist.training.loop import Progress
 from seqmnist.training.metrics import parameter_norm
+from seqmnist.training.steps import own_choices
 from seqmnist.training.task import Program, Task, as_trained, check_memory, compose
 from seqmnist.workdir import PROFILE, Events, Workdir, versions
 
@@ -65,6 +66,11 @@ def train(
     if finished and not _changes_data(config, workdir):
         return _show_finished(display, workdir, finished)
     task = compose(config, display.say)
+    if (own := own_choices(config)) and not config.plugins:
+        display.notice(
+            f"{', '.join(own.values())}: no file of config.plugins adds it, so that other "
+            "processes cannot read this run; name the file there"
+        )
     if finished:
         _check_data(task, workdir, finished["dataset"]["fingerprint"])
         return _show_finished(display, workdir, finished)

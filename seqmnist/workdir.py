@@ -44,6 +44,14 @@ _FOLDERS = {
     REPORT: "beliefs.png",
     PLUGINS: "0/*",
 }
+# What tools write into folders that may also hold files of the user.
+_OF_TOOLS = {
+    EXPORT: (
+        "classifier.jax_export", "step.jax_export", "initial_state.npz", "images.json",
+        "parameters.safetensors", "README.md", "example.png", "draw.html",
+    ),
+    REPORT: ("*.png", "*.svg"),
+}  # fmt: skip
 
 _PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "tensorflow-datasets", "grain",
@@ -239,7 +247,7 @@ class Workdir:
         except OSError:
             self._recover()
             raise
-        shutil.rmtree(aside)
+        self._discard(aside)
 
     def add_epoch(self, record: dict[str, Any]) -> None:
         """Adds a line to the metrics."""
@@ -283,6 +291,17 @@ class Workdir:
             for path in sorted(aside.iterdir(), key=lambda path: path.name == CONFIG):
                 shutil.rmtree(self.path / path.name, ignore_errors=True)  # of the new run
                 path.rename(self.path / path.name)
+        self._discard(aside)
+
+    def _discard(self, aside):
+        """Removes what a run and tools wrote, and returns the user's own files to their place."""
+        for name, patterns in _OF_TOOLS.items():
+            folder = aside / name
+            for path in [] if folder.is_symlink() else folder.glob("*"):
+                target = self.path / name / path.name
+                if not any(map(path.match, patterns)) and not target.exists():
+                    target.parent.mkdir(exist_ok=True)
+                    path.rename(target)
         shutil.rmtree(aside)
 
 

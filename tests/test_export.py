@@ -25,6 +25,7 @@ from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import card, export, trained
 from seqmnist.training.steps import init_state, make_system
+from seqmnist.workdir import Workdir
 
 
 def export_run(workdir):
@@ -554,6 +555,18 @@ def test_the_example_on_the_card_reads_a_digit(exported_by_tool, tmp_path):
     result = run_as_a_stranger(example)
     assert result.stderr.endswith("ValueError: classifier.jax_export is damaged\n")
     assert not result.stdout
+
+
+@pytest.mark.slow
+def test_an_overwritten_run_keeps_only_what_no_tool_wrote(exported_by_tool, tmp_path):
+    shutil.copytree(exported_by_tool, tmp_path / "run")
+    (tmp_path / "run" / "report").mkdir()
+    for name in ("export/notes.md", "report/mine.txt", "report/beliefs.png", "report/loss.svg"):
+        (tmp_path / "run" / name).write_text("x")
+    workdir = Workdir(tmp_path / "run")
+    workdir.replace(workdir.read_config())
+    assert [path.name for path in (tmp_path / "run" / "export").iterdir()] == ["notes.md"]
+    assert [path.name for path in (tmp_path / "run" / "report").iterdir()] == ["mine.txt"]
 
 
 def test_no_folder_of_a_notice_is_on_the_card():

@@ -18,6 +18,7 @@ from close import assert_close, random_module
 from conftest import REPOSITORY, seqmnist
 from flax import nnx
 
+from seqmnist import run
 from seqmnist.config import Config, DataConfig, load_plugins, override
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
@@ -120,6 +121,38 @@ def test_what_a_file_adds_works_everywhere(data_dir, tmp_path):
     assert rest.returncode == 0, rest.stderr
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"report.html", "export", "results.json"} <= names
+
+
+EXPERIMENT = """
+def get_config():
+    from seqmnist import config
+    return config.override(config.get_config(), {
+        "model.cell": "leaky", "model.readout": "weighted", "data.name": "few_digits",
+        "train.num_epochs": 1,
+    })
+"""
+
+
+@pytest.mark.slow
+def test_what_an_experiment_adds_by_itself_is_kept(data_dir, tmp_path):
+    (tmp_path / "mine.py").write_text(PLUGIN + EXPERIMENT)
+    data = f"--config.data.data_dir={data_dir}"
+    first = seqmnist("--workdir=run", "--config=mine.py", data, cwd=tmp_path)
+    assert (first.returncode, first.stderr) == (0, "")
+    (tmp_path / "mine.py").unlink()
+    again = seqmnist("--workdir=run", "--mode=evaluate", cwd=tmp_path)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+@mock.patch.dict(AUGMENTATIONS)
+def test_a_choice_that_no_file_adds_is_noticed(data_dir, tmp_path, capsys):
+    AUGMENTATIONS["same"] = lambda images, keys: images
+    data = DataConfig("mnist_5k", str(data_dir))
+    config = override(Config(data=data), {"train.augment": "same", "train.num_epochs": 1})
+    run.train(config, tmp_path / "run")
+    assert "NOTICE: config.train.augment=same: no file of config.plugins" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

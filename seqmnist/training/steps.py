@@ -17,6 +17,7 @@ from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 from jax.flatten_util import ravel_pytree
 
 from seqmnist.config import LARGEST, Config, get, load_plugins, option_group, override, plugin_names
+from seqmnist.datasets.sources import LOADERS, READERS
 from seqmnist.errors import UserError, choose, one_line
 from seqmnist.networks import views
 from seqmnist.networks.cells import CELLS
@@ -74,18 +75,29 @@ def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = 
     return system
 
 
+_TABLES = {
+    "data.name": (LOADERS, READERS),
+    "model.view": (views.VIEWS,),
+    "model.cell": (CELLS,),
+    "model.readout": (READOUTS,),
+    "optimizer.name": (OPTIMIZERS,),
+    "train.augment": (AUGMENTATIONS,),
+}
+
+
+def own_choices(config: Config) -> dict[str, str]:
+    """Returns what a user added of what the configuration names: {field: "config.FIELD=NAME"}."""
+    return {
+        field: f"config.{field}={name}"
+        for field, tables in _TABLES.items()
+        if any(table.is_own(name := get(config, field)) for table in tables)
+    }
+
+
 @contextlib.contextmanager
 def _explain_plugins(config):
-    """Turns an error of what plugins added into one line; yields whether any of it is used."""
-    tables = {
-        "model.view": views.VIEWS,
-        "model.cell": CELLS,
-        "model.readout": READOUTS,
-        "optimizer.name": OPTIMIZERS,
-        "train.augment": AUGMENTATIONS,
-    }
-    names = {field: get(config, field) for field in tables}
-    own = [f"config.{field}={name}" for field, name in names.items() if tables[field].is_own(name)]
+    """Turns an error of what a user added into one line; yields whether any of it is used."""
+    own = [text for field, text in own_choices(config).items() if field != "data.name"]
     try:
         yield bool(own)
     except Exception as error:
