@@ -538,6 +538,7 @@ def _from_dict(group, values, prefix):
             continue
         if name not in hints:
             check_field_name(f"{prefix}{name}")
+            raise UserError(f"config.{prefix}{name} is written as one name; nest its groups")
         if dataclasses.is_dataclass(hints[name]):
             given[name] = _from_dict(hints[name], value, f"{prefix}{name}.")
         else:

@@ -71,6 +71,8 @@ _RESULTS_KINDS = {
     "validation": {"loss": _SCORE, "accuracy": _SCORE},
     "test": {"loss": _SCORE, "accuracy": _SCORE},
 }
+_OPTIONAL_KINDS = {"seconds": dict, "versions": dict, "devices": list, "programs": dict}
+_OPTIONAL_KINDS |= {"members": list, "settings": list, "ensemble": dict, "early_stopping": dict}
 _METRICS_KINDS = {"epoch": int, "step": int, "train/loss": _SCORE, "train/accuracy": _SCORE}
 _METRICS_KINDS |= {"validation/loss": _SCORE, "validation/accuracy": _SCORE, "seconds": _SCORE}
 _STEPS_KINDS = {"step": int, "train_seconds": float}
@@ -198,7 +200,11 @@ class Workdir:
         Raises UserError if it is not what a run writes.
         """
         path = self.path / RESULTS
-        return _checked(path, read_json(path), _RESULTS_KINDS) if path.exists() else {}
+        if not path.exists():
+            return {}
+        results = _checked(path, read_json(path), _RESULTS_KINDS)
+        kinds = {name: kind for name, kind in _OPTIONAL_KINDS.items() if name in results}
+        return _checked(path, results, kinds)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of `metrics.jsonl`; raises UserError if a run has not written any."""

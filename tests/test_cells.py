@@ -301,6 +301,31 @@ def test_slstm_reads_large_gates():
     assert np.isfinite(pullback(jnp.ones_like(y))[0]).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lru", {"r_min": 0.0, "r_max": 1e-25}),
+        ("lru", {"r_min": 0.999999999, "r_max": 0.999999999}),
+        ("lru", {"max_phase": 1e-30}),
+        ("rg_lru", {"r_min": 0.0, "r_max": 1e-25}),
+        ("rg_lru", {"r_min": 0.999999999, "r_max": 0.999999999}),
+        ("s5", {"dt_min": 1e-30, "dt_max": 1e-30}),
+        ("s5", {"dt_min": 1.0, "dt_max": 10.0}),
+        ("s6", {"dt_min": 1e-30, "dt_max": 1e-30}),
+        ("s6", {"dt_min": 1.0, "dt_max": 10.0}),
+    ],
+)
+def test_extreme_options_give_finite_parameters(name, options):
+    cell = CELLS[name](F, 64, rngs=nnx.Rngs(0), **options)
+    chex.assert_tree_all_finite(nnx.state(cell))
+    chex.assert_tree_all_finite(cell(jnp.ones((5, 2, F))))
+
+
+def test_a_matrix_of_too_many_states_is_refused():
+    with pytest.raises(UserError, match=r"4,097 states .*state_size to 4096 or less"):
+        CELLS["s5"](F, 4097, rngs=nnx.Rngs(0))
+
+
 def test_heads_must_divide_the_units():
     with pytest.raises(UserError, match="num_heads=2 does not divide hidden_size=7; choose"):
         make("delta_net", num_heads=2)

@@ -154,6 +154,7 @@ def test_equal_networks_share_a_key():
         ("profile.steps", "5", "must be START:STOP"),
         ("profile.steps", f"0:{'9' * 5000}", "must be START:STOP"),
         ("train", 3, "is a group of fields"),
+        ("train", {"x.y": 3}, "does not exist"),
     ],
 )
 def test_refuses_what_is_not_valid(name, value, message):
@@ -161,6 +162,15 @@ def test_refuses_what_is_not_valid(name, value, message):
         config_lib.from_dict(nested(name, value))
     assert f"config.{name}" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "values", [{"model.cell": "gru"}, {"model": {"cell_options.r_min": 0.5}}, {"train.": {}}]
+)
+def test_names_of_groups_are_nested(values):
+    with pytest.raises(UserError) as caught:
+        config_lib.from_dict(values)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,7 @@ def test_what_is_no_option_is_refused(values, message):
             "has 'a' for model.cell_options.keep, which must be a number",
         ),
         ("leaky", {"optimizer.options.decay": [0.9, 2]}, "decay must lie in"),
+        ("leaky", {"model.cell_options.keep": [10**400]}, "keep that float32 cannot hold"),
         ("attribute", {"model.cell_options.keep": [0, 0.1]}, "attribute `rest` .* cells.Constant"),
         ("branch", {"model.cell_options.keep": [0, 0.1]}, "must use JAX's functions only"),
     ],

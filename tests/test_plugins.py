@@ -236,14 +236,26 @@ def test_a_mistake_in_a_plugin_is_told_in_one_line(field, code, expected, tmp_pa
     assert "plugin" in message or "nnx.Param" in message
 
 
-@pytest.mark.parametrize("returned", ["1 / 0", "None", "([1], [2])", "archives.Splits(1, 2)"])
+NAMED = "archives.Splits(*[(np.zeros((4, 6, 6), np.uint8), np.arange(4) % 2)] * 2, {})"
+NAMES = ("('a', 'a')", "(0, 1)", "('a\\nb', 'c')", "('', 'c')")
+MINE = r"config\.data\.name=mine"
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        *((x, MINE) for x in ("1 / 0", "None", "([1], [2])", "archives.Splits(1, 2)")),
+        (NAMED.format(3), MINE),
+        *((NAMED.format(names), "class names must") for names in NAMES),
+    ],
+)
 @mock.patch.dict(sources.LOADERS)
-def test_a_mistake_in_a_loader_is_told_in_one_line(returned, tmp_path):
+def test_a_mistake_in_a_loader_is_told_in_one_line(returned, expected, tmp_path):
     file = tmp_path / "mine.py"
-    code = "from seqmnist.datasets import archives, sources\n"
+    code = "import numpy as np\nfrom seqmnist.datasets import archives, sources\n"
     file.write_text(code + f"sources.LOADERS['mine'] = lambda: {returned}")
     load_plugins(Config(plugins=str(file)))
-    with pytest.raises(UserError, match=r"config\.data\.name=mine") as caught:
+    with pytest.raises(UserError, match=expected) as caught:
         sources.prepare(DataConfig("mine", str(tmp_path)))
     assert "\n" not in str(caught.value)
 

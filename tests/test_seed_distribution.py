@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from PIL import Image
 
 from seqmnist import run
 from seqmnist.config import Config
-from tools import cli, seed_distribution
+from seqmnist.errors import UserError
+from seqmnist.spec import MNIST, ImageSpec
+from tools import cli, keras_parity, seed_distribution
 
 
 @pytest.mark.slow
@@ -39,6 +42,14 @@ def test_without_keras_nothing_is_trained(monkeypatch, capsys):
     output = capsys.readouterr()
     assert output.err == "error: Keras is not installed; pip install 'keras>=3.9'\n"
     assert not output.out
+
+
+@pytest.mark.parametrize("tool", [keras_parity, seed_distribution])
+def test_images_that_the_notebook_does_not_read_are_refused(tool, monkeypatch):
+    digits = types.SimpleNamespace(name="digits", spec=ImageSpec(8, 8, 1, MNIST.class_names))
+    monkeypatch.setattr(cli, "prepare_data", lambda arguments: digits)
+    with pytest.raises(UserError, match="digits does not have the size"):
+        tool._main(tool._make_parser().parse_args([]))
 
 
 def test_the_summary_of_two_samples():

@@ -107,6 +107,11 @@ def test_patches_that_do_not_fit_say_which_do(size):
         views.sequence_shape(ModelConfig(view=f"patches_{size}"), ImageSpec(12, 20, 3, ("a", "b")))
 
 
+def test_a_view_of_ones_own_may_be_called_as_patches_are(monkeypatch):
+    monkeypatch.setitem(views.VIEWS, "patches_7", "mine")
+    assert views.find("patches_7") == "mine"
+
+
 @pytest.mark.parametrize("view", ["rows", "patches_4", "permuted_pixels"])
 @pytest.mark.parametrize("spec", [MNIST, ImageSpec(12, 20, 3, ("a", "b"))], ids=["gray", "color"])
 @pytest.mark.parametrize("reverse", [False, True])

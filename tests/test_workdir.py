@@ -29,6 +29,18 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path):
         Workdir(tmp_path).check_usable()
 
 
+@pytest.mark.parametrize("name", ["seconds", "versions", "settings", "members", "ensemble"])
+def test_results_that_no_run_writes_are_refused(name, tmp_path):
+    scores = {"loss": 0.5, "accuracy": 0.9}
+    results = {"validation": scores, "test": scores, "epochs": 1, "steps": 1, "parameters": 1}
+    results["dataset"] = {"name": "x", "fingerprint": "x", "train": 1, "validation": 1, "test": 1}
+    write_json(tmp_path / "results.json", results)
+    assert Workdir(tmp_path).read_results() == results
+    write_json(tmp_path / "results.json", results | {name: 3})
+    with pytest.raises(UserError, match=f"has no valid '{name}'"):
+        Workdir(tmp_path).read_results()
+
+
 def test_the_folder_of_a_study_is_not_that_of_a_run(tmp_path):
     write_json(tmp_path / PLAN, {})
     with pytest.raises(UserError, match="holds a study"):

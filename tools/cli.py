@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from seqmnist import paths, process, workdir
 from seqmnist.config import PLACES
 from seqmnist.errors import UserError, explain_storage
+from seqmnist.spec import MNIST
 
 if TYPE_CHECKING:
     from seqmnist.datasets import sources
@@ -108,6 +109,17 @@ def prepare_data(arguments: argparse.Namespace) -> "sources.Prepared":
 
     folders = {name: getattr(arguments, name) for name in PLACES}
     return interface.load_data(arguments.data_name, **folders)
+
+
+def prepare_digits(arguments: argparse.Namespace) -> "sources.Prepared":
+    """Prepares a dataset as `prepare_data` does; raises UserError unless it is shaped as MNIST."""
+    data = prepare_data(arguments)
+    if (data.spec.shape, data.spec.num_classes) != (MNIST.shape, MNIST.num_classes):
+        raise UserError(
+            f"{data.name} does not have the size and the number of classes of MNIST, which the "
+            "notebook's network reads; name another with --data_name"
+        )
+    return data
 
 
 def positive(text: str) -> int:

@@ -207,7 +207,7 @@ def _main(arguments):
         jax.config.update("jax_enable_x64", True)
         keras.config.set_floatx("float64")
         keras.config.set_dtype_policy("float64")
-    dataset = cli.prepare_data(arguments)
+    dataset = cli.prepare_digits(arguments)
     figures = compare(dataset, config, arguments.steps, arguments.softmax, arguments.save)
     for name, value in figures.items():
         print(f"{name:24}{value}")

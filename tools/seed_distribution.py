@@ -96,7 +96,7 @@ def draw(scores: dict[str, dict[str, list[float]]], path: pathlib.Path) -> None:
 def _main(arguments):
     if arguments.keras_seeds:
         require_keras()
-    dataset = cli.prepare_data(arguments)
+    dataset = cli.prepare_digits(arguments)
     config = Config()
     config.data.name, config.data.data_dir = dataset.name, arguments.data_dir
     config.data.manual_dir, config.members.num = arguments.manual_dir, arguments.seeds

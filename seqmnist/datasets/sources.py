@@ -365,6 +365,10 @@ def _converted(splits, config) -> Splits:
         )
     labels = np.concatenate([labels, test_labels])
     names = splits.class_names or tuple(map(str, range(labels.max() + 1)))
+    if not all(isinstance(name, str) and name.strip() and name.isprintable() for name in names):
+        raise UserError(f"class names must be printable text; got {names!r:.200}")
+    if len(set(names)) < len(names):
+        raise UserError(f"class names must differ; got {names!r:.200}")
     if labels.max() >= len(names) or len(names) < 2:
         raise UserError(
             f"labels are {labels.min()} to {labels.max()}, and there are {len(names)} class names; "

@@ -139,7 +139,7 @@ class RGLRU(LinearCell):
     ):
         super().__init__(input_size, hidden_size, rngs=rngs)
         a = r_min + (r_max - r_min) * jax.random.uniform(rngs.params(), (hidden_size,))
-        root = jnp.maximum(a, 1e-7) ** (1 / 8)
+        root = jnp.clip(a, 1e-7, 1 - 1e-6) ** (1 / 8)
         self.Lambda = RecurrentParam(jnp.log(root / (1 - root)))
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -219,7 +219,7 @@ class LRU(DiagonalCell):
         state_size: Annotated[int, "[0, 65536]"] = 0,
         r_min: Annotated[float, "[0, 1)"] = 0.9,
         r_max: Annotated[float, "(0, 1)"] = 0.999,
-        max_phase: Annotated[float, "(0, 6.284)"] = 2 * np.pi,
+        max_phase: Annotated[float, "[1e-30, 6.284)"] = 2 * np.pi,
     ):
         f, h, n = input_size, hidden_size, state_size or hidden_size
 
@@ -230,6 +230,7 @@ class LRU(DiagonalCell):
             return nnx.initializers.normal(variance**0.5)(rngs.params(), shape)
 
         squares = r_min**2 + (r_max**2 - r_min**2) * uniform()
+        squares = jnp.clip(squares, 1e-14, 1 - 1e-6)
         self.nu_log = RecurrentParam(jnp.log(-0.5 * jnp.log(squares)))
         self.theta_log = RecurrentParam(jnp.log(max_phase * jnp.maximum(uniform(), 1e-7)))
         self.gamma_log = RecurrentParam(0.5 * jnp.log(1 - squares))
@@ -272,10 +273,15 @@ class S5(DiagonalCell):
         *,
         rngs: nnx.Rngs,
         state_size: Annotated[int, "[0, 4096]"] = 0,
-        dt_min: Annotated[float, "(0, 1]"] = 0.001,
-        dt_max: Annotated[float, "(0, 10]"] = 0.1,
+        dt_min: Annotated[float, "[1e-30, 1]"] = 0.001,
+        dt_max: Annotated[float, "[1e-30, 10]"] = 0.1,
     ):
         f, h, n = input_size, hidden_size, state_size or hidden_size
+        if n > 4096:
+            raise UserError(
+                f"{n:,} states need the eigenvalues of a matrix of {2 * n:,} rows; set "
+                "config.model.cell_options.state_size to 4096 or less"
+            )
         frequencies, basis = _hippo(n)
         b = jax.random.normal(rngs.params(), (f, 2 * n)) * f**-0.5
         c = jax.random.normal(rngs.params(), (2, 2 * n, h)) * n**-0.5
@@ -336,8 +342,8 @@ class S6(LinearCell):
         *,
         rngs: nnx.Rngs,
         state_size: Annotated[int, "[1, 1024]"] = 16,
-        dt_min: Annotated[float, "(0, 1]"] = 0.001,
-        dt_max: Annotated[float, "(0, 10]"] = 0.1,
+        dt_min: Annotated[float, "[1e-30, 1]"] = 0.001,
+        dt_max: Annotated[float, "[1e-30, 10]"] = 0.1,
     ):
         h, n = hidden_size, state_size
         self.kernel = _glorot(rngs, input_size, (h, h, n, n))

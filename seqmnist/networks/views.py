@@ -128,7 +128,7 @@ VIEWS = Table(
 
 def find(name: str) -> Callable[[jax.Array], jax.Array]:
     """Returns a view of `VIEWS`, or patches_k for any k; raises UserError if there is none."""
-    if size := re.fullmatch(r"patches_(\d{1,6})", name):
+    if name not in VIEWS and (size := re.fullmatch(r"patches_(\d{1,6})", name)):
         return functools.partial(patches, size=int(size[1]))
     return choose(VIEWS, name, "model.view")
 

@@ -70,6 +70,8 @@ def settings(config: Config) -> list[dict[str, float]]:
                 refuse(f"has {value!r} for {name}, which must be a number")
             if not config_lib.option_group(name):
                 config_lib.checked(name, value)
+            elif not abs(value) <= config_lib.LARGEST:
+                refuse(f"has a number for {name} that float32 cannot hold")
     if len({tuple(sorted(setting.items())) for setting in sweep}) < len(sweep):
         refuse("has a setting twice")
     return [{name: float(value) for name, value in setting.items()} for setting in sweep]
