@@ -124,3 +124,10 @@ def test_read_at_tells_when_each_pixel_is_read(view, spec, reverse):
         expected = np.sort(image[when == t].ravel() / np.float32(255))
         np.testing.assert_allclose(np.sort(step), expected, rtol=1e-6)
     assert np.isfinite(when).sum() * spec.channels == x.size
+
+
+def test_a_view_that_computes_reads_no_pixel_as_it_is(monkeypatch):
+    monkeypatch.setitem(views.VIEWS, "blurred", lambda images: images[:, 1:] + images[:, :-1])
+    config = ModelConfig(view="blurred")
+    assert views.numbers_read(config, MNIST) is None
+    assert np.isnan(views.read_at(config, MNIST)).all()

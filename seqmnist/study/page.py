@@ -43,11 +43,14 @@ def make(config: ModelConfig, spec: ImageSpec, params: Mapping[str, np.ndarray])
     Raises UserError if a part of the network has no JavaScript.
     """
     _check(config)
+    pixels = views.numbers_read(config, spec)
+    if pixels is None:
+        raise UserError(f"the view {config.view} has no JavaScript, which {PAGE} needs")
     about = {
         "cell": config.cell,
         "hidden_size": config.hidden_size,
         "readout": config.readout,
-        "pixels": _pixels(config, spec).tolist(),
+        "pixels": pixels.tolist(),
         "is_of_digits": images.is_of_digits(spec),
         "network": describe(config),
         "reads": _reads(config),
@@ -70,24 +73,6 @@ def _check(config):
     ):
         if table.is_own(name):
             raise UserError(f"the {what} {name} has no JavaScript, which {PAGE} needs")
-
-
-def _pixels(config, spec):
-    """Returns which numbers of the flat image each time step reads, int [T, F].
-
-    Raises UserError if the view does more than choose numbers.
-    """
-
-    def read(numbers):
-        numbers = numbers.reshape(1, *spec.shape)
-        return np.asarray(views.sequence(config, numbers))[0] * 255
-
-    count = int(np.prod(spec.shape))
-    pixels = np.rint(read(np.arange(count))).astype(int)
-    other = np.random.default_rng(0).integers(0, 256, count)
-    if pixels.min() < 0 or pixels.max() >= count or abs(other[pixels] - read(other)).max() > 0.01:
-        raise UserError(f"the view {config.view} has no JavaScript, which {PAGE} needs")
-    return pixels
 
 
 def _reads(config):
