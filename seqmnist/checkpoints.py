@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -229,12 +230,15 @@ class Checkpoints:
 
     def _by_loss(self, notice):
         """Returns the steps that were kept and validated, the best one first."""
-        contents = (self._try_read(step)[2] for step in self.steps()[::-1])
-        newest = next(filter(None, contents), {"history": []})
+        contents = map(self._try_read, self.steps()[::-1])
+        undamaged = (content for content in contents if not content[0])
+        _, leaves, newest = next(undamaged, ("", {}, {"history": []}))
         losses = validation_losses(newest["history"])
         if not losses:
             raise UserError(f"{self.directory} holds no validated epoch; use --checkpoint=newest")
         best, kept = best_step(newest["history"]), set(self.steps())
+        if _is_restored(leaves):
+            best, losses = newest["step"], losses | {newest["step"]: -math.inf}
         if best not in kept:
             notice(
                 f"the best state, of step {best}, was not kept; the best of the others is used; "
@@ -288,6 +292,14 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     if not is_whole or facts["step"] != int(folder.name):
         raise _DamagedError("its content has changed since it was written")
     return leaves, facts
+
+
+def _is_restored(leaves):
+    """Returns whether early stopping has restored the best parameters."""
+    best = {name.removeprefix("2."): x for name, x in leaves.items() if name.startswith("2.")}
+    return bool(best) and all(
+        np.array_equal(leaves[f"0.params.{name}"], x) for name, x in best.items()
+    )
 
 
 def _with_norms(leaves):

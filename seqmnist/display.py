@@ -187,8 +187,10 @@ class Display:
             what += f", mean prediction of {count} members" if count > 1 else ""
             test = ensemble["test"]
         scores = [f"test_{name}: {_text(test[name])}" for name in ("loss", "accuracy")]
-        if test["loss"] is None:
-            scores = ["not scored: validation has not chosen a setting"]
+        if _text(test["loss"]) == "nan":
+            is_open = len(results.get("settings", [])) > 1 and results["best"] is None
+            why = "validation has not chosen a setting" if is_open else "the test set was withheld"
+            scores = [f"not scored: {why}"]
         self._say_parts([what, *scores], style="bold")
         if self._failure:
             raise self._failure

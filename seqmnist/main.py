@@ -44,7 +44,7 @@ def make_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument(
         "--debug_nans",
         **switch,
-        help="name the operation that gives the first non-finite number; not with members",
+        help="name the operation that gives the first NaN; not with members",
     )
     several = parser.add_argument_group("several processes running one job")
     several.add_argument(

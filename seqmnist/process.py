@@ -93,8 +93,9 @@ def listen(stop: StopRequest) -> None:
 def set_up_jax(config: Config) -> None:
     """Chooses the number of CPU devices and where compiled programs are kept.
 
-    CPU cores become devices as far as there are members, or parts of a batch, for them; not if
-    XLA_FLAGS sets the number of devices, or if JAX already uses its devices.
+    CPU cores become devices as far as there are members, or parts of a batch, for them, or as
+    `config.mesh` asks; not if XLA_FLAGS sets the number of devices, or if JAX already uses its
+    devices.
     """
     import jax  # imported here: command lines answer --help without it
 
@@ -102,6 +103,8 @@ def set_up_jax(config: Config) -> None:
 
     num_members = len(members.list_members(config))
     num_devices = devices.num_useful_cores(num_members, config.train.batch_size)
+    if not jax.distributed.is_initialized():  # a mesh then spans the devices of all processes
+        num_devices = max(num_devices, max(1, config.mesh.member) * max(1, config.mesh.data))
     is_chosen = "xla_force_host_platform_device_count" in os.getenv("XLA_FLAGS", "")
     if num_devices > 1 and not is_chosen:
         with contextlib.suppress(RuntimeError):  # devices are in use

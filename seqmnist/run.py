@@ -112,6 +112,11 @@ def evaluate(
     unseen = _diverged(facts["history"])
     if len(task.members) > config.members.num:
         chosen = (results.get("ensemble") or {}).get("members")
+        if not chosen and results.get("best") is not None:
+            raise UserError(
+                f"the test set was withheld from the sweep in {workdir}; train the setting that it "
+                "chose in another --workdir"
+            )
         if not chosen:
             raise UserError(
                 f"{workdir} holds a sweep in which validation has not chosen a setting, the only "
@@ -171,7 +176,7 @@ class Session:
         with show as self._update_bar:
             progresses = task.loop.train(begin, rows, (*due, *logged))
             timed = self._timed(progresses, begin.step)
-            yield from self._profile.watch(timed, first, begin.step)
+            yield from self._profile.watch(timed, first, task.steps_per_epoch, begin.step)
 
     def advance(self, progress: Progress, debug_nans: bool) -> None:
         """Progress: shows it, ends the run if it diverged, saves what is due, stops if asked."""
@@ -433,6 +438,11 @@ def _read_finished(config, workdir) -> dict[str, Any]:
     workdir.check_plugins(config)
     results = workdir.read_results()
     is_over = results.get("epochs") == config.train.num_epochs or "early_stopping" in results
+    if results and not is_over and not Checkpoints(workdir.path).steps():
+        raise UserError(
+            f"--workdir={workdir} holds results of {results['epochs']} epochs but no checkpoint to "
+            "resume from; choose another, or replace this run with --overwrite"
+        )
     return results if is_over else {}
 
 

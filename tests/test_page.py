@@ -284,6 +284,9 @@ def test_keys_draw_undo_and_clear(tab, exported):
         tab.press(key)
     assert tab.run("strokes[0].points.at(-1)") == [148, 68]
     assert tab.run(SHOWN)["answer"] is not None
+    tab.run("const held = {key: ' ', repeat: true, bubbles: true}; "
+            "paper.dispatchEvent(new KeyboardEvent('keydown', held))")  # fmt: skip
+    assert tab.run(SHOWN)["strokes"] == 1
     tab.drag(SEVEN)
     assert tab.run(SHOWN)["strokes"] == 2
     tab.press("z", modifiers=2)

@@ -1,7 +1,12 @@
 """Settings of a whole process, in a process of their own."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
-from conftest import seqmnist
+from conftest import REPOSITORY, seqmnist
 
 from seqmnist import process
 
@@ -10,6 +15,30 @@ from seqmnist import process
 def test_help_fits_a_terminal_of_any_width(description, monkeypatch):
     monkeypatch.setenv("COLUMNS", "2")
     assert "usage" in process.Parser(prog="x", description=description).format_help()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [("", 2), ("mesh.data=4", 4), ("mesh.member=3 members.num=3", 3), ("mesh.data=9", 6)],
+)
+def test_cores_become_as_many_devices_as_are_asked_for(fields, expected):
+    code = """
+        import sys
+        from seqmnist import config, process
+        fields = dict(each.split("=") for each in sys.argv[1:])
+        fields = {name: int(value) for name, value in fields.items()}
+        process.num_cores = lambda: 6
+        process.set_up_jax(config.override(config.Config(), fields))
+        import jax
+        print(len(jax.devices()))
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(code), *fields.split()]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    result = subprocess.run(
+        arguments, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.stdout == f"{expected}\n", result.stderr
 
 
 @pytest.mark.slow

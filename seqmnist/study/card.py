@@ -170,6 +170,7 @@ def facts(
     """
     dataset, optimizer = results.get("dataset", {}), config.optimizer
     sizes = [f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if dataset]
+    num_epochs = results.get("epochs", config.train.num_epochs)  # it may have stopped early
     seconds = [f"{value} ({name})" for name, value in results.get("seconds", {}).items()]
     versions = [f"{name} {value}" for name, value in results.get("versions", {}).items()]
     own = {}
@@ -181,8 +182,8 @@ def facts(
         "parameters": f"{results['parameters']:,}" if results else _MISSING,
         "data": ", ".join([dataset.get("name", config.data.name), *sizes]),
         "fingerprint of the data": dataset.get("fingerprint", _MISSING),
-        "training": f"{config.train.num_epochs} epochs, batches of {config.train.batch_size}, "
-        f"{optimizer.name}, learning rate {rate}",
+        "training": f"{num_epochs} epochs, batches of {config.train.batch_size}, {optimizer.name}, "
+        f"learning rate {rate}",
         "seed": str(config.seed),
         **{name: str(value) for name, value in own.items()},
         **({} if step is None else {"checkpoint": f"step {step}"}),

@@ -74,21 +74,19 @@ class Profile(contextlib.AbstractContextManager):
             jax.profiler.stop_trace()
 
     def watch(
-        self, progresses: Iterator[Progress], first: int, done: int = 0
+        self, progresses: Iterator[Progress], first: int, num_steps: int, done: int = 0
     ) -> Iterator[Progress]:
-        """Passes on the progress of an epoch; starts and stops the trace.
+        """Passes on the progress of an epoch of `num_steps`; starts and stops the trace.
 
         `first` is the epoch's first step, counted from the start of the run; `done` of its steps
         are done already.
         """
         step = first + done
-        while True:
+        while step < first + num_steps:
             if step in self.breaks[:1] and jax.process_index() == 0:
                 self._start()
             with jax.profiler.StepTraceAnnotation(MARKER, step_num=step):
-                progress = next(progresses, None)
-            if progress is None:
-                return
+                progress = next(progresses)
             step = first + progress.step
             if step in self.breaks[1:] and self._is_tracing:
                 self._stop()
@@ -97,6 +95,7 @@ class Profile(contextlib.AbstractContextManager):
     def _start(self):
         with self._explain():
             self._directory.mkdir(parents=True, exist_ok=True)
+            (self._directory / SUMMARY).unlink(missing_ok=True)  # of another trace
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow down what is traced
         jax.profiler.start_trace(self._directory, profiler_options=options)

@@ -30,6 +30,7 @@ def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) ->
     where, is_single = "", len(task.members) == 1
     if debug_nans and is_single:
         where = _find_operation(task, state, task.epoch_rows(epoch)[row])
+        where = where or "because a number became infinite, "
     rates = sorted({_learning_rate(task, member, step) for member in task.members})
     rate = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
     who = "" if is_single else f"in all {len(task.members)} members "

@@ -90,7 +90,7 @@ def make_optimizer(
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.recurrent_factor != 1:
         parts.append(optax.masked(optax.scale(config.recurrent_factor), _is_recurrent))
-    if config.schedule == "plateau":
+    if config.schedule == "plateau" and num_steps is not None:
         factor, patience = config.plateau_factor, config.plateau_patience
         parts.append(
             optax.contrib.reduce_on_plateau(factor, patience, accumulation_size=steps_per_epoch)

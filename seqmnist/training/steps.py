@@ -156,7 +156,7 @@ def init_state(
     settings = settings or members.settings(config)[0]
     params = nnx.state(_make_model(config, system.spec, seed, _of("model", settings)))
     opt_state = system.optimizer.init(nnx.filter_state(params, nnx.Param))
-    if config.optimizer.schedule == "plateau":  # `guarded_step` refuses Optax's inf
+    if optax.tree.get(opt_state, "best_value") is not None:  # `guarded_step` refuses Optax's inf
         opt_state = optax.tree.set(opt_state, best_value=jnp.float32(LARGEST))
     if own := _of("optimizer", settings):
         values = {hyperparameter(name): value for name, value in own.items()}

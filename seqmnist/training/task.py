@@ -157,7 +157,7 @@ def compose(
     if examples % parts:
         raise UserError(
             f"config.train.accumulate={parts} does not divide the {examples} examples of a step on "
-            "each device; choose another"
+            "each device; choose another, or set config.mesh.data=1"
         )
     mesh = devices.make_mesh(*shape, described)
     with devices.together():
