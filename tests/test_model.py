@@ -246,3 +246,22 @@ def test_a_new_cell_needs_nothing_but_a_table_entry(monkeypatch, digits):
         state, sums = jax.jit(train_step, static_argnums=0)(system, state, batch)
         losses.append(sums.means()["loss"])
     assert losses[-1] < losses[0] / 2
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@jax.numpy_dtype_promotion("standard")
+def test_with_floats_of_64_bits_all_parameters_have_them(cell):
+    model = ModelConfig(cell=cell, hidden_size=4, num_layers=2, block="residual", view="patches_2")
+    with jax.enable_x64(True):
+        system = make_system(Config(model=model))
+        images, labels = jnp.zeros((2, 28, 28), jnp.uint8), jnp.zeros(2, jnp.int32)
+        batch = Batch(images, labels, jnp.ones(2, bool))
+
+        def step():
+            state = init_state(Config(model=model), system, 0)
+            return state, *train_step(system, state, batch)
+
+        before, after, _ = jax.eval_shape(step)
+    chex.assert_trees_all_equal_shapes_and_dtypes(before, after)
+    params = jax.tree.leaves(nnx.filter_state(after.params, nnx.Param))
+    assert {leaf.dtype.name for leaf in params} == {"float64"}

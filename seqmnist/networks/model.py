@@ -22,6 +22,15 @@ from seqmnist.spec import MNIST, ImageSpec
 _glorot = nnx.initializers.glorot_uniform()
 
 
+def _float():
+    """Returns the dtype of parameters, JAX's own for floats: float64 if it is enabled."""
+    return jnp.result_type(float)
+
+
+def _linear(size, width, rngs):
+    return nnx.Linear(size, width, kernel_init=_glorot, param_dtype=_float(), rngs=rngs)
+
+
 class Bidirectional(nnx.Module):
     """Two cells that read in opposite directions: x [T, B, F] -> [T, B, 2 H].
 
@@ -52,9 +61,9 @@ class ResidualBlock(nnx.Module):
 
     def __init__(self, layer: Cell | Bidirectional, width: int, dtype=None, *, rngs: nnx.Rngs):
         self.dtype = dtype  # as `Cell.dtype`
-        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, param_dtype=_float(), rngs=rngs)
         self.layer = layer
-        self.gate = nnx.Linear(width, 2 * width, kernel_init=_glorot, rngs=rngs)
+        self.gate = _linear(width, 2 * width, rngs)
 
     @property
     def stretch(self) -> int:
@@ -211,7 +220,7 @@ class SequenceClassifier(nnx.Module):
         width = config.hidden_size * (2 if config.bidirectional else 1)
         encoder = None
         if config.block == "residual":
-            encoder = nnx.Linear(size, width, kernel_init=_glorot, rngs=rngs)
+            encoder = _linear(size, width, rngs)
             size = width
         self.encoder = encoder
         dtype = None if config.dtype == "float32" else jnp.dtype(config.dtype)
@@ -231,7 +240,7 @@ class SequenceClassifier(nnx.Module):
                 layer = ResidualBlock(layer, width, dtype, rngs=rngs)
             self.layers.append(layer)
             size = width
-        self.readout = nnx.Linear(width, spec.num_classes, kernel_init=_glorot, rngs=rngs)
+        self.readout = _linear(width, spec.num_classes, rngs)
         self.pool = pool(width, rngs=rngs)
 
     def __call__(

@@ -215,11 +215,13 @@ def write(
       {"files": {name: size in bytes}, "largest_difference": {batch size or "step": difference of
       logits}, "logits_scale": the largest logit, at least 1}.
 
-    Raises UserError if the workdir cannot be written, and RuntimeError if the logits differ, which
-    is a fault of this program.
+    Raises UserError if parameters are not float32 or the workdir cannot be written, and
+    RuntimeError if the logits differ, which is a fault of this program.
     """
     from safetensors.numpy import save
 
+    if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
+        raise UserError("only networks of float32 are exported; train without JAX_ENABLE_X64")
     programs = make_programs(classify, spec, streaming)
     contents = {name: export(*each).serialize() + _BLANK_SEAL for name, each in programs.items()}
     if streaming:
