@@ -3,9 +3,10 @@
 Command:
   python -m seqmnist.main --workdir=runs/lru_pixels --config=experiments/lru_pixels.py
 
-Duration: 33 minutes on two CPU cores. Test accuracy of seed 0: 0.9895, with 101,130 parameters;
-validation 0.9896. No augmentation; settings not chosen among others. The eigenvalues are trained at
-a quarter of the learning rate and without weight decay, as in the paper.
+Duration: 90 minutes on two CPU cores that did other work too. Test accuracy of seed 0: 0.9939, with
+101,130 parameters; validation 0.9928. No augmentation. The radii are those of 0.99 to 0.9995 that
+validation preferred on permuted pixels; with the paper's 0.9 to 0.999, 10 epochs reach 0.9895. The
+eigenvalues are trained at a quarter of the learning rate and without weight decay, as in the paper.
 Reference: none for the LRU; S4 99.63 % (A. Gu et al., arXiv 2111.00396), S5 99.65 % (J. T. H. Smith
 et al., arXiv 2208.04933).
 """
@@ -17,9 +18,10 @@ def get_config():
     """Returns the configuration."""
     config = config_lib.get_config()
     config.data.name = "mnist"
-    config.train.num_epochs = 10
+    config.train.num_epochs = 16
     config.model.view = "pixels"
     config.model.cell = "lru"
+    config.model.cell_options = {"r_min": 0.99, "r_max": 0.9995}
     config.model.hidden_size = 64
     config.model.num_layers = 4
     config.model.block = "residual"
