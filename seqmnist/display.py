@@ -197,7 +197,8 @@ class Display:
 
     def _settings_table(self, results):
         swept = [name for name in results["members"][0] if name != "seed"]
-        rows = [self._settings_row(setting, swept) for setting in results["settings"]]
+        count = len(results["members"]) // len(results["settings"])
+        rows = [self._settings_row(setting, swept, count) for setting in results["settings"]]
 
         def table(names):
             table = Table(box=box.SIMPLE_HEAD)
@@ -221,9 +222,9 @@ class Display:
             values = ", ".join(f"{name} = {chosen[name]:g}" for name in swept)
             self.say(f"Best by validation: {values}")
 
-    def _settings_row(self, setting, swept):
+    def _settings_row(self, setting, swept, count):
         validation, test = setting["validation"], setting["test"]
-        is_scored = setting["diverged"] or test["loss"]["mean"] is not None
+        is_scored = setting["diverged"] == count or test["loss"]["mean"] is not None
         interval = test["accuracy"]["interval"]
         return {
             **{name.rpartition(".")[2]: f"{setting[name]:g}" for name in swept},

@@ -180,6 +180,19 @@ def new_config(flags: argparse.Namespace) -> config_lib.Config:
     return _override(config, flags)
 
 
+def _with_experiment(config, flags, workdir):
+    """Adds the experiment, which itself adds what it names, to the plugins, so that it is kept.
+
+    A run that is resumed keeps to its own copy.
+    """
+    own, names = str(paths.resolve(flags.config, "--config")), config_lib.plugin_names(config)
+    if flags.mode == "train" and workdir.has_config() and not flags.overwrite:
+        names = config_lib.plugin_names(workdir.read_config())
+    elif own not in names and "," not in own:  # which separates plugins
+        names.append(own)
+    return config_lib.override(config, {"plugins": ",".join(names)})
+
+
 def _override(config, flags):
     prefix = "config."
     values = {k[len(prefix) :]: v for k, v in vars(flags).items() if k.startswith(prefix)}
@@ -213,9 +226,8 @@ def _run(arguments, stop):
     ):
         process.listen(stop)  # again: distributed JAX replaces the handler of SIGTERM
         process.set_up_jax(config)
-        if flags.config and not config.plugins and steps.own_choices(config):
-            # The experiment itself adds what it names; the workdir must keep it, too.
-            config.plugins = str(paths.resolve(flags.config, "--config"))
+        if flags.config and steps.own_choices(config):
+            config = _with_experiment(config, flags, workdir)
         distributed.check_same(_facts(flags, config))
         if flags.mode == "train":
             run.train(

@@ -46,7 +46,7 @@ def train(
 
     Args:
       overwrite: replace the run in the workdir.
-      debug_nans: name the operation that gives the first non-finite number.
+      debug_nans: name the operation that gives the first NaN; not with members.
       stop: ends the run early, with its state saved.
       display: shows the run; by default, on standard output.
       withhold_test: do not score the test set; its scores are None. In a sweep, only the setting
@@ -440,8 +440,8 @@ def _read_finished(config, workdir) -> dict[str, Any]:
     is_over = results.get("epochs") == config.train.num_epochs or "early_stopping" in results
     if results and not is_over and not Checkpoints(workdir.path).steps():
         raise UserError(
-            f"--workdir={workdir} holds results of {results['epochs']} epochs but no checkpoint to "
-            "resume from; choose another, or replace this run with --overwrite"
+            f"--workdir={workdir} holds the results of a run but no checkpoint to resume from; "
+            "choose another, or replace this run with --overwrite"
         )
     return results if is_over else {}
 

@@ -50,7 +50,10 @@ _OF_TOOLS = {
         "classifier.jax_export", "step.jax_export", "initial_state.npz", "images.json",
         "parameters.safetensors", "README.md", "example.png", "draw.html",
     ),
-    REPORT: ("*.png", "*.svg"),
+    REPORT: tuple(f"{name}.{kind}" for kind in ("png", "svg") for name in (
+        "beliefs", "by_step", "calibration", "classes", "compare", "confusion", "curves",
+        "gradients", "mistakes", "sequence", "states", "throughput", "unrolled",
+    )),
 }  # fmt: skip
 
 _PACKAGES = (

@@ -157,6 +157,14 @@ def test_the_table_of_settings_shows_what_diverged(terminal, capsys):
     assert "Best by validation: optimizer.learning_rate = 0.000123456" in shown
 
 
+def test_what_was_not_scored_is_left_blank(terminal, capsys):
+    results = results_of(RATES, [0.1, 0.2, 0.3, 0.1, NAN, 0.3])
+    for setting in results["settings"]:
+        setting["test"] = {name: members.statistics([]) for name in ("loss", "accuracy")}
+    Display().results(results)
+    assert "nan" not in "\n".join(lines_of(capsys))
+
+
 def test_the_table_of_parameters_fits(terminal, capsys):
     model = ModelConfig(cell="min_gru", num_layers=2, bidirectional=True, block="residual")
     config = Config(model=model)

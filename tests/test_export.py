@@ -26,6 +26,7 @@ from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import card, export, trained
 from seqmnist.training.steps import init_state, make_system
 from seqmnist.workdir import Workdir
+from tools import report
 
 
 def export_run(workdir):
@@ -561,12 +562,14 @@ def test_the_example_on_the_card_reads_a_digit(exported_by_tool, tmp_path):
 def test_an_overwritten_run_keeps_only_what_no_tool_wrote(exported_by_tool, tmp_path):
     shutil.copytree(exported_by_tool, tmp_path / "run")
     (tmp_path / "run" / "report").mkdir()
-    for name in ("export/notes.md", "report/mine.txt", "report/beliefs.png", "report/loss.svg"):
+    names = re.findall(r'picture\("(\w+)"', (REPOSITORY / "tools" / "sections.py").read_text())
+    theirs = {f"{name}.{kind}" for name in names for kind in ("png", "svg")} | report._FORMER
+    for name in ("export/notes.md", "report/photo.png", *(f"report/{name}" for name in theirs)):
         (tmp_path / "run" / name).write_text("x")
     workdir = Workdir(tmp_path / "run")
     workdir.replace(workdir.read_config())
     assert [path.name for path in (tmp_path / "run" / "export").iterdir()] == ["notes.md"]
-    assert [path.name for path in (tmp_path / "run" / "report").iterdir()] == ["mine.txt"]
+    assert [path.name for path in (tmp_path / "run" / "report").iterdir()] == ["photo.png"]
 
 
 def test_no_folder_of_a_notice_is_on_the_card():

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import types
 from unittest import mock
 
 import jax
@@ -18,7 +19,7 @@ from close import assert_close, random_module
 from conftest import REPOSITORY, seqmnist
 from flax import nnx
 
-from seqmnist import run
+from seqmnist import main, run
 from seqmnist.config import Config, DataConfig, load_plugins, override
 from seqmnist.datasets import sources
 from seqmnist.errors import UserError
@@ -139,10 +140,25 @@ def test_what_an_experiment_adds_by_itself_is_kept(data_dir, tmp_path):
     data = f"--config.data.data_dir={data_dir}"
     first = seqmnist("--workdir=run", "--config=mine.py", data, cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
+    later = (PLUGIN + EXPERIMENT).replace('"train.num_epochs": 1', '"train.num_epochs": 2')
+    (tmp_path / "mine.py").write_text(later)
+    more = seqmnist("--workdir=run", "--config=mine.py", data, cwd=tmp_path)
+    assert (more.returncode, more.stderr) == (0, "")
     (tmp_path / "mine.py").unlink()
     again = seqmnist("--workdir=run", "--mode=evaluate", cwd=tmp_path)
     assert (again.returncode, again.stderr) == (0, "")
-    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+    assert again.stdout.splitlines()[-1] == more.stdout.splitlines()[-1]
+
+
+def test_an_experiment_is_kept_beside_other_plugins(tmp_path):
+    def plugins(path, other):
+        flags = types.SimpleNamespace(config=str(path), mode="train", overwrite=False)
+        return main._with_experiment(Config(plugins=other), flags, Workdir(tmp_path)).plugins
+
+    own = tmp_path / "mine.py"
+    assert plugins(own, "") == plugins(own, str(own)) == str(own)
+    assert plugins(own, "other.py") == f"other.py,{own}"
+    assert plugins(tmp_path / "a,b.py", "other.py") == "other.py"
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from seqmnist.networks import views
 from seqmnist.spec import ImageSpec
 from seqmnist.study import trained
 from seqmnist.training.steps import init_state, make_system
-from tools import figures, report, sections
+from tools import figures, leaderboard, report, sections
 
 
 class Page(html.parser.HTMLParser):
@@ -489,6 +489,45 @@ def test_names_of_runs_are_below_the_curves():
     assert 0 <= box.x0 < box.x1 <= size.x1
     assert 0 <= box.y0 < box.y1 < figure.axes[1].get_tightbbox().y0 + 1
     assert figure.axes[1].get_window_extent().height > 150  # of 100 pixels per inch
+
+
+def entries_of(names):
+    score = {"mean": 0.9, "sd": 0.1, "interval": [0.8, 0.95]}
+    tried = [
+        {"rate": rate, "diverged": 0, "validation": {"loss": {"mean": rate}}} for rate in (0.1, 0.2)
+    ]
+    diverged = {"diverged": 1, "validation": {"loss": {"mean": None}}}  # a run as a whole
+    entry = {"tried": [*tried, diverged], "setting": {"rate": 0.1}, "test/accuracy": score}
+    return dict.fromkeys(names, entry)
+
+
+@pytest.mark.parametrize("draw", ["scores", "sensitivity", "curves"])
+def test_networks_of_a_study_are_told_apart(draw):
+    names = ["cost $_$", "_gru", "x" * 150, *map("{} layers, bidirectional".format, range(9))]
+    entries = entries_of(names)
+    if draw == "scores":
+        scores = {name: entry["test/accuracy"] for name, entry in entries.items()}
+        figure = leaderboard.scores_against("cost", dict.fromkeys(names, 3), scores)
+    elif draw == "sensitivity":
+        figure = leaderboard.sensitivity("rate", entries)
+    else:
+        figure = figures.learning_curves(
+            {name: 30 * [line(1, (0.5, 0.5), (0.5, 0.5))] for name in names}
+        )
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+    looks = {(handle.get_color(), handle.get_marker()) for handle in legend.get_lines()}
+    assert len(looks) == len(names)
+
+
+def test_names_of_networks_break_no_table():
+    rows = [["network"], ["x^2|a~b_c & 5 %"]]
+    assert leaderboard._markdown(rows).splitlines()[-1] == r"| x^2\|a~b_c & 5 % |"
+    latex = r"x\textasciicircum{}2|a\textasciitilde{}b\_c \& 5 \% \\"
+    assert latex in leaderboard._latex(rows).splitlines()
 
 
 @pytest.mark.slow

@@ -517,7 +517,7 @@ def test_results_without_checkpoints_are_not_overwritten(make_config):
     run.train(make_config(1), "a")
     shutil.rmtree("a/checkpoints")
     before = pathlib.Path("a/results.json").read_bytes()
-    with pytest.raises(UserError, match="holds results of 1 epochs but no checkpoint"):
+    with pytest.raises(UserError, match="holds the results of a run but no checkpoint"):
         run.train(make_config(2), "a")
     assert pathlib.Path("a/results.json").read_bytes() == before
 

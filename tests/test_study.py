@@ -68,6 +68,10 @@ def test_a_budget_that_nothing_fits_is_refused():
         ({"entries": {"a/b": Config()}}, "name of a folder"),
         ({"entries": {"a": Config(seed=3)}}, "config.seed is set by the study"),
         ({"entries": {"a": config_of(**{"data.validation_fraction": 0.0})}}, "never by test"),
+        (
+            {"entries": {"a": Config(), "b": config_of(**{"data.validation_fraction": 0.1})}},
+            "differ in config.data.validation_fraction",
+        ),
         ({"budget": {"gru": 1000}}, "not in both: a, gru"),
         ({"budget": {"a": 1000, "gru": 1000}}, "not in both: gru"),
         *(({"budget": wrong}, "whole number above zero") for wrong in (0, -1, 1e3, "x", True)),

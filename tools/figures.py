@@ -23,6 +23,7 @@ WIDTH = 6.0
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 BLACK, BROWN, VIOLET, GOLD, GREY = "#000000", "#8C510A", "#5E3C99", "#B8860B", "#666666"
 COLORS = (BLUE, VERMILION, GREEN, PURPLE, BLACK, GOLD, VIOLET, BROWN)
+_MARKERS = "osv^"  # where there are more runs than colors
 _GRAY_BYTES = {"cmap": "gray", "vmin": 0, "vmax": 255}
 _GRAY = {"cmap": "gray", "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": "nearest"}
 _BAR_BELOW = {"location": "bottom", "shrink": 0.5, "aspect": 40}
@@ -58,7 +59,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     figure, axes = subplots(5.6, 2, sharex=True)
     for axis, score in zip(axes, ("loss", "accuracy"), strict=True):
         for i, lines in enumerate(runs.values()):
-            epochs, color = [line["epoch"] for line in lines], COLORS[i % len(COLORS)]
+            epochs, (color, marker) = [line["epoch"] for line in lines], look(i)
             for split, style in (("train", "--"), ("validation", "-")):
                 # [epochs, S]; null is NaN, and a run with one member has one number per epoch.
                 scores = [np.atleast_1d(line.get(f"{split}/{score}")) for line in lines]
@@ -67,8 +68,10 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
                     continue
                 mean, sd = (x.filled(np.nan) for x in (values.mean(1), values.std(1, ddof=1)))
                 label = split if len(runs) == 1 else None
-                marker = "o" if len(lines) * len(runs) <= 20 or len(lines) == 1 else None
-                axis.plot(epochs, mean, style, color=color, label=label, marker=marker, ms=4)
+                is_long = len(lines) * len(runs) > 20 and len(lines) > 1
+                marked = {"marker": marker, "ms": 4, "markevery": max(1, len(lines) // 6)}
+                marked = {} if is_long and len(runs) <= len(COLORS) else marked
+                axis.plot(epochs, mean, style, color=color, label=label, **marked)
                 if values.shape[1] > 1:
                     axis.fill_between(epochs, mean - sd, mean + sd, color=color, alpha=0.2, lw=0)
         axis.set_ylabel(f"{score}, nats" if score == "loss" else score)
@@ -76,7 +79,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     axes[1].set_xlabel("epoch" if len(runs) == 1 else "epoch (solid: validation, dashed: train)")
     axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(runs) > 1:
-        _name_runs(figure, runs)
+        name_runs(figure, runs)
         drawn = np.concatenate([line.get_ydata() for line in axes[0].lines] or [[]])
         if np.nanmax(drawn, initial=0) > 10 * np.nanmin(drawn, initial=np.inf):
             axes[0].set_yscale("log", subs=[])  # some settings of a sweep fail
@@ -87,12 +90,19 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure:
     return figure
 
 
-def _name_runs(figure, names):
+def look(i: int) -> tuple[str, str]:
+    """Returns the color and the marker of the i-th of several runs, from 0."""
+    again, color = divmod(i, len(COLORS))
+    return COLORS[color], _MARKERS[again % len(_MARKERS)]
+
+
+def name_runs(figure: Figure, names: Sequence[str]) -> None:
     """Adds a legend below the axes, and makes the figure taller by its height."""
     # The space is for names that begin with "_", which matplotlib 3.9 leaves out.
     labels = [" " * name.startswith("_") + _plain(textwrap.fill(name, 64)) for name in names]
-    colors = (COLORS[i % len(COLORS)] for i in range(len(labels)))
-    handles = [Line2D([], [], color=color) for color in colors]
+    are_marked = len(labels) > len(COLORS)
+    looks = map(look, range(len(labels)))
+    handles = [Line2D([], [], color=c, marker=m if are_marked else None) for c, m in looks]
     figure.legend(handles, labels, frameon=False, loc="outside lower left")
     figure.set_figheight(
         figure.get_figheight() + 0.21 * (len(labels) + sum(label.count("\n") for label in labels))

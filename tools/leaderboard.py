@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +14,6 @@ from seqmnist.workdir import Workdir
 from tools import cli, figures, report
 from tools.sections import Section, picture
 
-_MARKERS = "osv^"  # where there are more entries than colors
-_ABREAST, _LINE = 3, 0.22  # names of a legend, and the height of its lines in inches
 _COLUMNS = {
     "network": "",
     "parameters": "",
@@ -196,15 +193,14 @@ def scores_against(
     label: str, values: Mapping[str, float], scores: Mapping[str, Mapping[str, Any]]
 ) -> Any:
     """Draws test accuracy with its 95 % interval against a cost, a point for each entry."""
-    figure, axis = figures.subplots(3.6 + _LINE * math.ceil(len(values) / _ABREAST))
+    figure, axis = figures.subplots(3.6)
     for i, (name, value) in enumerate(values.items()):
         mean, interval = scores[name]["mean"], scores[name]["interval"]
         if mean is None:
             continue
         low, high = interval or (mean, mean)
-        again, color = divmod(i, len(figures.COLORS))
-        errors, look = [[mean - low], [high - mean]], {"color": figures.COLORS[color], "capsize": 4}
-        axis.errorbar([value], [mean], yerr=errors, fmt=_MARKERS[again % 4], label=name, **look)
+        errors, (color, marker) = [[mean - low], [high - mean]], figures.look(i)
+        axis.errorbar([value], [mean], yerr=errors, fmt=marker, color=color, capsize=4)
     axis.set(xlabel=label, ylabel="test accuracy")
     axis.margins(0.15)
     if min(values.values()) > 0 and max(values.values()) > 20 * min(values.values()):
@@ -216,32 +212,32 @@ def scores_against(
         axis.xaxis.set_major_formatter("{x:,g}")
         axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=_ABREAST)
+    figures.name_runs(figure, list(values))
     figures.tidy(axis)
     return figure
 
 
 def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
     """Draws the mean validation loss of each entry against a field that was selected."""
-    figure, axis = figures.subplots(3.4 + _LINE * math.ceil(len(entries) / _ABREAST))
-    for i, (name, entry) in enumerate(entries.items()):
+    figure, axis = figures.subplots(3.4)
+    for i, entry in enumerate(entries.values()):
         best: dict[float, float] = {}
         for each in entry["tried"]:
             loss = each["validation"]["loss"]["mean"]  # None of a run that diverged as a whole
             if loss is not None and not each["diverged"]:
                 best[each[field]] = min(loss, best.get(each[field], np.inf))
         values = sorted(best)
-        color = figures.COLORS[i % len(figures.COLORS)]
-        axis.plot(values, [best[value] for value in values], "o-", color=color, label=name)
+        color, marker = figures.look(i)
+        axis.plot(values, [best[value] for value in values], f"{marker}-", color=color)
         if entry["setting"].get(field) in best:
             chosen = entry["setting"][field]
-            axis.plot([chosen], [best[chosen]], "o", ms=11, mfc="none", color=color)
+            axis.plot([chosen], [best[chosen]], marker, ms=11, mfc="none", color=color)
     tried = [each for entry in entries.values() for each in entry["tried"]]
     numbers = [each[field] for each in tried if field in each]
     if min(numbers) > 0 and max(numbers) > 10 * min(numbers):
         axis.set_xscale("log")
     axis.set(xlabel=field, ylabel="validation loss", yscale="log")
-    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=_ABREAST)
+    figures.name_runs(figure, list(entries))
     figures.tidy(axis)
     return figure
 
@@ -249,7 +245,8 @@ def sensitivity(field: str, entries: Mapping[str, Any]) -> Any:
 def _markdown(rows: Sequence[Sequence[Any]]) -> str:
     heads, *rows = rows
     lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(map(_text, line))} |\n" for line in lines)
+    cells = [[_text(cell).replace("|", r"\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
 def _latex(rows: Sequence[Sequence[Any]]) -> str:
@@ -273,4 +270,5 @@ def _text(value):
 def _escaped(text):
     for character in "\\&%$#_{}":
         text = text.replace(character, "\\" + character)
+    text = text.replace("^", r"\textasciicircum{}").replace("~", r"\textasciitilde{}")
     return text.replace("±", r"$\pm$").replace("–", "--")

@@ -96,6 +96,7 @@ def draw_two(rng: np.random.Generator, one: np.ndarray, other: np.ndarray) -> np
 
 
 KINDS = {
+    "as they are": lambda rng, image: image,
     "light or dark, 20 to 600 pixels": draw_light_or_dark,
     "the same, faded and as JPEG of quality 60": draw_faded,
     "on ruled paper": draw_ruled,

@@ -169,7 +169,8 @@ def notices(
         if len(missing):
             names = ", ".join(spec.class_names[int(label)] for label in missing[:5])
             more = ", …" if len(missing) > 5 else ""
-            found.append(notice.format(f"{len(missing)} classes ({names}{more})"))
+            classes = "class" if len(missing) == 1 else "classes"
+            found.append(notice.format(f"{len(missing)} {classes} ({names}{more})"))
     some = images[:: max(1, len(images) // _SAMPLE)].astype(np.float32)
     if len(some) > 1 and some.std(axis=0).mean() < _ALIKE:
         found.append("nearly all images are alike; see whether they were converted correctly")

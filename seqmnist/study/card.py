@@ -171,6 +171,7 @@ def facts(
     dataset, optimizer = results.get("dataset", {}), config.optimizer
     sizes = [f"{dataset[s]:,} {s}" for s in ("train", "validation", "test") if dataset]
     num_epochs = results.get("epochs", config.train.num_epochs)  # it may have stopped early
+    epochs = f"{num_epochs} epoch{'s' * (num_epochs != 1)}"
     seconds = [f"{value} ({name})" for name, value in results.get("seconds", {}).items()]
     versions = [f"{name} {value}" for name, value in results.get("versions", {}).items()]
     own = {}
@@ -182,8 +183,8 @@ def facts(
         "parameters": f"{results['parameters']:,}" if results else _MISSING,
         "data": ", ".join([dataset.get("name", config.data.name), *sizes]),
         "fingerprint of the data": dataset.get("fingerprint", _MISSING),
-        "training": f"{num_epochs} epochs, batches of {config.train.batch_size}, {optimizer.name}, "
-        f"learning rate {rate}",
+        "training": f"{epochs}, batches of {config.train.batch_size}, {optimizer.name}, learning "
+        f"rate {rate}",
         "seed": str(config.seed),
         **{name: str(value) for name, value in own.items()},
         **({} if step is None else {"checkpoint": f"step {step}"}),

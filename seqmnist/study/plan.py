@@ -76,6 +76,12 @@ class Study:
                     f"{name}: settings are chosen by validation, never by test; set "
                     "config.data.validation_fraction above 0"
                 )
+        fractions = {config.data.validation_fraction for config in self.entries.values()}
+        if len(fractions) > 1:
+            raise UserError(
+                "entries differ in config.data.validation_fraction; give all the same, so that "
+                "they are trained on the same examples"
+            )
         budgets = self.budget if isinstance(self.budget, Mapping) else {"": self.budget}
         if isinstance(self.budget, Mapping) and self.budget.keys() != self.entries.keys():
             names = ", ".join(sorted(map(str, self.entries.keys() ^ self.budget.keys())))
