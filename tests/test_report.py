@@ -501,9 +501,12 @@ def entries_of(names):
     return dict.fromkeys(names, entry)
 
 
+ODD = ["cost $_$", "_gru", "x" * 150, *map("{} layers, bidirectional".format, range(9))]
+
+
 @pytest.mark.parametrize("draw", ["scores", "sensitivity", "curves"])
-def test_networks_of_a_study_are_told_apart(draw):
-    names = ["cost $_$", "_gru", "x" * 150, *map("{} layers, bidirectional".format, range(9))]
+@pytest.mark.parametrize("names", [ODD, ODD[:2] + ODD[3:], [f"W{'W' * 13}{i}" for i in range(9)]])
+def test_networks_of_a_study_are_told_apart(names, draw):
     entries = entries_of(names)
     if draw == "scores":
         scores = {name: entry["test/accuracy"] for name, entry in entries.items()}

@@ -103,10 +103,10 @@ def name_runs(figure: Figure, names: Sequence[str]) -> None:
     are_marked = len(labels) > len(COLORS)
     looks = map(look, range(len(labels)))
     handles = [Line2D([], [], color=c, marker=m if are_marked else None) for c, m in looks]
-    figure.legend(handles, labels, frameon=False, loc="outside lower left")
-    figure.set_figheight(
-        figure.get_figheight() + 0.21 * (len(labels) + sum(label.count("\n") for label in labels))
-    )
+    num_columns = max(1, min(3, 66 // (max(map(len, names)) + 8)))  # of letters across the figure
+    figure.legend(handles, labels, frameon=False, loc="outside lower left", ncols=num_columns)
+    num_lines = math.ceil(len(labels) / num_columns) + sum(x.count("\n") for x in labels)
+    figure.set_figheight(figure.get_figheight() + 0.21 * num_lines)
 
 
 def confusion(counts: np.ndarray, names: Sequence[str]) -> Figure:
