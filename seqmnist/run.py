@@ -438,7 +438,7 @@ def _read_finished(config, workdir) -> dict[str, Any]:
     workdir.check_plugins(config)
     results = workdir.read_results()
     is_over = results.get("epochs") == config.train.num_epochs or "early_stopping" in results
-    if results and not is_over and not Checkpoints(workdir.path).steps():
+    if results and not is_over and not Checkpoints(workdir.path).directory.exists():
         raise UserError(
             f"--workdir={workdir} holds the results of a run but no checkpoint to resume from; "
             "choose another, or replace this run with --overwrite"

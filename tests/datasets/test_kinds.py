@@ -406,11 +406,11 @@ def test_notices():
     mixed = np.arange(100) % 3
     assert sources.notices(images, mixed, splits, spec) == []
     (line,) = sources.notices(images, np.repeat([0, 1, 2], [40, 40, 20]), splits, spec)
-    assert "1 classes" in line
+    assert "1 class (owl)" in line
     assert "owl" in line
     (line,) = sources.notices(images, np.arange(100) % 2 + 1, splits, spec)
     assert "cat" in line
-    for held_out, expected in ((29, []), (30, ["holds none of 1 classes (owl)"])):
+    for held_out, expected in ((29, []), (30, ["holds none of 1 class (owl)"])):
         own = {"train": range(100 - held_out), "validation": range(100 - held_out, 100)}
         lines = sources.notices(images, np.where(np.arange(100) < 70, mixed, mixed % 2), own, spec)
         assert [line[line.index("holds") :].partition(";")[0] for line in lines] == expected
