@@ -187,7 +187,7 @@ class Display:
             what += f", mean prediction of {count} members" if count > 1 else ""
             test = ensemble["test"]
         scores = [f"test_{name}: {_text(test[name])}" for name in ("loss", "accuracy")]
-        if _text(test["loss"]) == "nan":
+        if "epochs" in results and _text(test["accuracy"]) == "nan":  # not of an evaluation
             is_open = len(results.get("settings", [])) > 1 and results["best"] is None
             why = "validation has not chosen a setting" if is_open else "the test set was withheld"
             scores = [f"not scored: {why}"]

@@ -186,7 +186,7 @@ def _with_experiment(config, flags, workdir):
     A run that is resumed keeps to its own copy.
     """
     own, names = str(paths.resolve(flags.config, "--config")), config_lib.plugin_names(config)
-    if flags.mode == "train" and workdir.has_config() and not flags.overwrite:
+    if workdir.has_config() and not flags.overwrite:
         names = config_lib.plugin_names(workdir.read_config())
     elif own not in names and "," not in own:  # which separates plugins
         names.append(own)

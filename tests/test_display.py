@@ -165,6 +165,13 @@ def test_what_was_not_scored_is_left_blank(terminal, capsys):
     assert "nan" not in "\n".join(lines_of(capsys))
 
 
+@pytest.mark.parametrize(("loss", "accuracy"), [(float("inf"), 0.1), ([NAN, NAN], [NAN, NAN])])
+def test_an_evaluation_is_never_called_withheld(loss, accuracy, capsys):
+    dataset = {"name": "mnist", "test": 10}
+    Display().results({"dataset": dataset, "test": {"loss": loss, "accuracy": accuracy}})
+    assert "test_loss: nan" in capsys.readouterr().out
+
+
 def test_the_table_of_parameters_fits(terminal, capsys):
     model = ModelConfig(cell="min_gru", num_layers=2, bidirectional=True, block="residual")
     config = Config(model=model)

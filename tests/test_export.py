@@ -558,6 +558,12 @@ def test_the_example_on_the_card_reads_a_digit(exported_by_tool, tmp_path):
     assert not result.stdout
 
 
+def test_networks_of_64_bits_are_refused(tmp_path):
+    with pytest.raises(UserError, match="without JAX_ENABLE_X64"):
+        export.write(tmp_path, None, {"kernel": np.zeros(2)}, "", MNIST)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_an_overwritten_run_keeps_only_what_no_tool_wrote(exported_by_tool, tmp_path):
     shutil.copytree(exported_by_tool, tmp_path / "run")

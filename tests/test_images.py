@@ -359,6 +359,12 @@ def test_numbers_that_are_not_finite_are_refused_in_any_range(tmp_path):
         images.read(tmp_path / "x.npy", any_range=True)
 
 
+def test_an_empty_image_beside_others_is_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", a=GREY, b=np.zeros((0, 5), np.uint8))
+    with pytest.raises(UserError, match="contains no pixels"):
+        images.read(tmp_path / "x.npz")
+
+
 @pytest.mark.parametrize("top", [100, 257, 258, 4095, 65535])
 def test_16_bits_become_8_by_one_rule(top, tmp_path):
     (tmp_path / "a.png").write_bytes(png(Image.fromarray(np.array([[0, top]], np.uint16))))

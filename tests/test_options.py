@@ -1,5 +1,6 @@
 """Options of cells and optimizers: typed, checked, swept."""
 
+import argparse
 import json
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from close import assert_close
 from flax import nnx
 
 from seqmnist import config as config_lib
+from seqmnist import main
 from seqmnist.config import Config
 from seqmnist.errors import UserError
 from seqmnist.networks import cells
@@ -179,3 +181,9 @@ def test_a_constant_is_not_trained():
     trained = jax.tree.structure(nnx.filter_state(state.params, nnx.Param))
     assert trained.num_leaves == jax.tree.structure(state.params).num_leaves - 1
     assert jax.tree.structure(state.opt_state[0].nu) == trained
+
+
+def test_brackets_without_end_are_no_value():
+    assert main._scalar("[" * 100_000) == "[" * 100_000
+    with pytest.raises(argparse.ArgumentTypeError, match="is not JSON"):
+        main._json("[" * 100_000)

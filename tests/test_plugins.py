@@ -152,7 +152,7 @@ def test_what_an_experiment_adds_by_itself_is_kept(data_dir, tmp_path):
 
 def test_an_experiment_is_kept_beside_other_plugins(tmp_path):
     def plugins(path, other):
-        flags = types.SimpleNamespace(config=str(path), mode="train", overwrite=False)
+        flags = types.SimpleNamespace(config=str(path), overwrite=False)
         return main._with_experiment(Config(plugins=other), flags, Workdir(tmp_path)).plugins
 
     own = tmp_path / "mine.py"

@@ -138,6 +138,16 @@ def test_data_may_move_but_not_change(tmp_path):
     study_tool._check(moved | {"fingerprints": {"a": "1"}}, tmp_path)
 
 
+@pytest.mark.parametrize("content", [[], None, {}])
+def test_an_entry_that_no_study_writes_is_refused(content, tmp_path):
+    job, file = types.SimpleNamespace(name="a"), tmp_path / "select" / "a" / "entry.json"
+    runs = types.SimpleNamespace(_workdir=tmp_path)
+    file.parent.mkdir(parents=True)
+    write_json(file, content)
+    with pytest.raises(UserError, match=r"entry\.json is not what a study writes; remove it"):
+        study_tool._Runs.entry(runs, job)
+
+
 def test_the_folder_of_a_run_is_not_that_of_a_study(tmp_path):
     Workdir(tmp_path).begin(Config(), [])
     with pytest.raises(UserError, match="holds a run"):

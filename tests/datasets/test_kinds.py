@@ -338,6 +338,29 @@ def test_a_file_that_is_not_npz_is_refused(content, tmp_path):
     assert_one_line(caught, path, "not a .npz file", "numpy.savez")
 
 
+def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
+    for name in ("a", "lost+found"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"in {name}").write_text("x")
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "lost+found")
+    assert set(archives._files(tmp_path)) == {"in a"}
+
+
+def test_a_wrong_address_of_a_proxy_is_a_failed_download(monkeypatch):
+    def refuse(url):
+        raise ValueError("proxy URL with no authority")
+
+    monkeypatch.setattr(archives, "_open", refuse)
+    with pytest.raises(archives.DownloadError, match="no authority"):
+        archives.download("mnist")
+
+
+def test_only_archives_have_arrays(tmp_path):
+    prepared = prepare(tmp_path, "npz", save_npz(tmp_path / "mine.npz"))
+    with pytest.raises(UserError, match="'validation' is no archive"):
+        prepared.arrays("validation")
+
+
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_a_flipped_byte_is_one_line_or_harmless(save, tmp_path):
     x, y = (array[:2] for array in SPLITS.train)
