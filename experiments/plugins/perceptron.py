@@ -7,7 +7,7 @@ from seqmnist.networks import model
 
 
 class Perceptron(model.Last):
-    """Two layers of W rectified units on the last output; W (W + 3) parameters.
+    """Two layers of U rectified units on the last output; U (U + 3) parameters.
 
     u = relu(norm(y_T)), relu(u V + b)
 
