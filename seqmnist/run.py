@@ -367,6 +367,7 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
         # One program after the other: compiling one keeps several cores busy, and takes 60 MB.
         pool = futures.ThreadPoolExecutor(max_workers=1)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        pool.submit(batches.epoch_order, 0, 0, len(task.splits["train"]))  # compiles the shuffle
         ahead = task.compile_ahead(pool, state, sums)
         saved = None
         if not overwrite:
@@ -384,7 +385,6 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
             saved = Saved(start.state, start.sums, 0, [], dataset.fingerprint, 0.0, images)
             if task.config.train.early_stopping:
                 saved = saved._replace(best=jax.tree.map(jnp.copy, saved.state.params))
-        batches.epoch_order(0, 0, len(task.splits["train"]))  # compiles the shuffle
         programs |= {name: program.result() for name, program in ahead.items()}
         check_memory(task.mesh, max(map(_num_bytes, programs.values())))
         session = Session(task, workdir, display, stop, checkpoints, profile, saved, programs)

@@ -75,7 +75,9 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return order
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(
+    jax.jit, static_argnums=2, compiler_options={"xla_backend_optimization_level": 0}
+)
 def _numbers_to_sort_by(seed, epoch, size):
     """Draws two rounds of sort keys, uint32 [2, size]: a single round may contain ties."""
     key, first = jax.random.split(keys.key(seed, "epoch_order", epoch))
