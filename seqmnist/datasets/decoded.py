@@ -3,10 +3,8 @@
 With it, a run neither parses record by record nor imports TFDS to start.
 """
 
-import errno
 import hashlib
 import io
-import os
 import pathlib
 import tempfile
 import zlib
@@ -15,7 +13,7 @@ import numpy as np
 
 from seqmnist import errors
 from seqmnist.datasets.archives import Splits
-from seqmnist.errors import UserError
+from seqmnist.datasets.from_tfds import explain_damage
 
 _CHECKSUMS = "decoded.crc32"  # a line per file
 
@@ -77,11 +75,10 @@ def _save(directory, arrays):
 
 
 def _read_records(directory):
-    import tensorflow_datasets as tfds
-    from google.protobuf.json_format import ParseError
+    import tensorflow_datasets as tfds  # imported here: a good copy needs none
 
     splits = []
-    try:
+    with explain_damage(directory, "run again, which prepares it anew"):
         builder = tfds.builder_from_directory(directory)
         class_names = builder.info.features["label"].names
         for split in ("train", "test"):
@@ -91,14 +88,6 @@ def _read_records(directory):
             splits.append((images, np.array([example["label"] for example in examples], np.int32)))
         if not class_names or max(labels.max() for _, labels in splits) >= len(class_names):
             raise ValueError(f"{len(class_names or ())} class names are too few for the labels")
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ParseError) as error:
-        reason = errors.storage_reason(error)
-        if reason in (None, os.strerror(errno.ENOENT)):
-            problem = f"holds damaged records ({errors.one_line(error)})"
-            remedy = "move it to another place and run again, which prepares it anew"
-        else:
-            problem, remedy = f"cannot be read ({reason})", "check its permissions and its disk"
-        raise UserError(f"{directory} {problem}; {remedy}") from error
     return _arrays(*splits, class_names)
 
 

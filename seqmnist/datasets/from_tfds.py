@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shlex
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -69,7 +70,7 @@ def read(name: str, data_dir: pathlib.Path) -> archives.Splits:
         raise UserError(_not_found(name, data_dir))
     import tensorflow_datasets as tfds  # imported here: it takes a second
 
-    with _explain_damage(folder):
+    with explain_damage(folder, "prepare it anew"):
         builder = tfds.builder_from_directory(folder)
         formats = {one.value for one in builder.info.available_file_formats()}
     if _FORMAT not in formats:
@@ -84,7 +85,7 @@ def read(name: str, data_dir: pathlib.Path) -> archives.Splits:
     del skip[image], skip[label]
     splits = []
     for split in ("train", "test"):
-        with _explain_damage(folder):
+        with explain_damage(folder, "prepare it anew"):
             source = builder.as_data_source(split, decoders=skip or None, file_format=_FORMAT)
             splits.append(_read_split(folder, source, image, label))
     names = tuple(builder.info.features[label].names)
@@ -177,8 +178,11 @@ def _read_split(folder, source, image, label):
 
 
 @contextlib.contextmanager
-def _explain_damage(folder):
-    """Turns the errors that TFDS and its readers raise for damaged files into one line."""
+def explain_damage(folder: pathlib.Path, remedy: str) -> Iterator[None]:
+    """Turns the errors that TFDS and its readers raise for damaged files into one line.
+
+    `remedy` is what to do once the folder has been moved. Raises UserError.
+    """
     from google.protobuf.json_format import ParseError
 
     try:
@@ -186,7 +190,7 @@ def _explain_damage(folder):
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, ParseError) as error:
         reason = errors.storage_reason(error)
         if reason in (None, os.strerror(errno.ENOENT)):
-            reason, remedy = errors.one_line(error), "move it to another place and prepare it anew"
+            reason, remedy = errors.one_line(error), f"move it to another place and {remedy}"
         else:
             remedy = "check its permissions and its disk"
         raise UserError(f"{folder} cannot be read ({reason}); {remedy}") from error
