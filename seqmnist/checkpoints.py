@@ -73,13 +73,14 @@ def validation_losses(history: list[dict[str, Any]]) -> dict[int, float]:
     """Returns the validation loss by step, of the epochs that have one.
 
     The best state of a run is that with the lowest loss. With members, the loss is the mean over
-    those that have not diverged.
+    those that have not diverged by the end of the history.
     """
     losses = {}
     for record in history:
         values = np.array(record["validation/loss"], float)
-        if len(finite := values[np.isfinite(values)].ravel()):
-            losses[record["step"]] = float(finite.mean())
+        is_good = np.isfinite(values) & ~np.isnan(np.array(history[-1]["train/loss"], float))
+        if is_good.any():
+            losses[record["step"]] = float(values[is_good].mean())
     return losses
 
 
@@ -295,10 +296,12 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
 
 def _is_restored(leaves):
-    """Returns whether early stopping has restored the best parameters."""
+    """Returns whether early stopping has restored the best parameters of all that are finite."""
     best = {name.removeprefix("2."): x for name, x in leaves.items() if name.startswith("2.")}
     return bool(best) and all(
-        np.array_equal(leaves[f"0.params.{name}"], x) for name, x in best.items()
+        np.array_equal(leaves[f"0.params.{name}"][is_good], x[is_good])
+        for is_good in [~np.isnan(leaves["1.loss"])]
+        for name, x in best.items()
     )
 
 

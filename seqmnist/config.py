@@ -144,7 +144,7 @@ class OptimizerConfig(_Group):
     momentum: float = _field(0.9, "momentum of sgd", within="[0, 1)")
     weight_decay: float = _field(
         1e-4,
-        "decoupled weight decay of adamw, not for biases and RecurrentParams",
+        "decoupled weight decay of adamw, for matrices that are no RecurrentParams",
         within=f"[0, {LARGEST}]",
     )
     clip_norm: float | None = _field(

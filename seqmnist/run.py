@@ -187,7 +187,7 @@ class Session:
             step=len(history) * steps_per_epoch + progress.step,
             seconds=_seconds(history) + time.monotonic() - self._epoch_began,
         )
-        means = _means(progress.sums)
+        means = _train_means(progress.sums)
         self._update_bar(progress.step, means)
         if np.isnan(means["loss"]).all():
             self._close()
@@ -204,7 +204,7 @@ class Session:
     def end_epoch(self, epoch: int) -> None:
         """Epoch ended: validates, records, saves if due, stops if asked."""
         task, saved, settings = self._task, self._saved, self._task.config.checkpoint
-        train_means = _means(saved.sums)
+        train_means = _train_means(saved.sums)
         diverged = np.isnan(train_means["loss"])
         validation = task.evaluate(saved.state.params, "validation", diverged)
         seconds = time.monotonic() - self._epoch_began
@@ -500,9 +500,8 @@ def _score(task, saved, withhold_test):
     ensemble = {"loss": None, "accuracy": None}
     if chosen.any():
         weights = chosen / np.float32(chosen.sum())
-        ensemble = _means(
-            task.loop.evaluate_ensemble(saved.state.params, task.rows["test"], weights)
-        )
+        sums = task.loop.evaluate_ensemble(saved.state.params, task.rows["test"], weights)
+        ensemble = devices.gather(sums).means()
     return {
         **scores,
         "members": task.members,
@@ -526,8 +525,12 @@ def _diverged(history):
     return np.isnan(np.array(history[-1]["train/loss"], float)) if history else False
 
 
-def _means(sums):
-    return devices.gather(sums).means()
+def _train_means(sums):
+    """Returns the means of an epoch so far; NaN for those that diverged or have stopped early."""
+    sums = devices.gather(sums)
+    means = sums.means()
+    accuracy = np.where(np.isfinite(sums.loss), means["accuracy"], np.nan).tolist()
+    return means | {"accuracy": accuracy}
 
 
 def _norms(saved, num_steps):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from seqmnist.config import Config, ModelConfig
+from seqmnist.config import Config, MembersConfig, ModelConfig
 from seqmnist.study import profiling
 from seqmnist.training import batches
 from seqmnist.training.loop import Loop, Resident, Streamed
@@ -91,5 +91,7 @@ def test_a_step_costs_its_matrix_products(cell, num_gates):
     products = 2 * steps * batch * width * (2 * features + 3 * hidden)
     products += 3 * 2 * batch * hidden * classes
     assert cost["flops"] == products
+    two = Config(model=ModelConfig(cell=cell), members=MembersConfig(2))
+    assert profiling.step_cost(two) == {name: 2 * value for name, value in cost.items()}
     # What the backward pass needs, and its cotangents: a few [T, B, K·H].
     assert cost["temporary_bytes"] < 8 * 4 * steps * batch * width

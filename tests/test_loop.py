@@ -93,6 +93,17 @@ def test_a_whole_run_is_traced_once(mode, system, initial, digits, monkeypatch):
         one_loop.evaluate(progress.state.params, HELD_OUT)
 
 
+def test_an_ensemble_may_have_64_bits(digits):
+    with jax.enable_x64(True):
+        wide = make_system(Config(model=ModelConfig(hidden_size=4)))
+        states = [init_state(Config(model=ModelConfig(hidden_size=4)), wide, i) for i in (0, 1)]
+        params = jax.tree.map(lambda *x: np.stack(x), *(state.params for state in states))
+        one_loop = Loop(wide, make_feed("resident", digits), has_members=True)
+        sums = one_loop.evaluate_ensemble(params, HELD_OUT, np.array([0.5, 0.5], np.float32))
+        assert sums.loss.dtype == jnp.float64
+        assert int(sums.count) == 30
+
+
 @pytest.mark.parametrize(
     ("seconds_per_step", "sizes"),
     [(0.001, [8, 42]), (0.12, [8, *[4] * 10, 2]), (2.0, [8, *[1] * 42])],

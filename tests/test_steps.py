@@ -10,7 +10,7 @@ import pytest
 from close import assert_close
 from jax.flatten_util import ravel_pytree
 
-from seqmnist.config import Config, ModelConfig, OptimizerConfig, TrainConfig
+from seqmnist.config import Config, MembersConfig, ModelConfig, OptimizerConfig, TrainConfig
 from seqmnist.training import batches
 from seqmnist.training.metrics import Sums
 from seqmnist.training.steps import eval_step, guarded_step, init_state, make_system, train_step
@@ -193,3 +193,10 @@ def test_gradients_equal_finite_differences(digits):
         above, below = (loss(flat + sign * size * direction)[0] for sign in (1, -1))
         slope = loss(flat)[1] @ direction
         np.testing.assert_allclose((above - below) / (2 * size), slope, rtol=1e-6)
+
+
+def test_a_lone_setting_of_a_sweep_has_the_types_of_the_program():
+    sweep = {"sweep": '{"optimizer.learning_rate": [0.01]}'}
+    config = Config(members=MembersConfig(**sweep))
+    state = init_state(config, make_system(config), 0)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
+from seqmnist import checkpoints, run
 from seqmnist import config as config_lib
-from seqmnist import run
 from seqmnist.config import OptimizerConfig
 from seqmnist.errors import UserError
 from seqmnist.study import card, trained
-from seqmnist.training import stopping
+from seqmnist.training import divergence, stopping
 from seqmnist.training.optim import make_optimizer
 from seqmnist.training.steps import init_state, make_system
 
@@ -116,6 +116,19 @@ def test_they_are_restored_at_the_end_too(make_config, losses_from):
     jax.tree.map(np.testing.assert_array_equal, trained.load("a").params, best.params)
 
 
+def test_a_member_that_diverged_has_no_part_in_what_is_best():
+    """Before it diverged, its losses were the highest."""
+    history = [
+        {"step": 1, "train/loss": [1.0, 2.0], "validation/loss": [2.0, 1e30]},
+        {"step": 2, "train/loss": [1.0, 2.0], "validation/loss": [3.0, 5.0]},
+        {"step": 3, "train/loss": [np.inf, np.nan], "validation/loss": [2.0, np.nan]},
+    ]
+    assert checkpoints.best_step(history) == 1
+    leaves = {"0.params.w": np.array([[1.0], [2.0]]), "2.w": np.array([[1.0], [3.0]])}
+    assert checkpoints._is_restored(leaves | {"1.loss": np.array([np.inf, np.nan])})
+    assert not checkpoints._is_restored(leaves | {"1.loss": np.array([np.inf, np.inf])})
+
+
 @pytest.mark.slow
 def test_members_stop_one_by_one(make_config, losses_from):
     together = [[0.5, 0.1, 0.9], [0.4, 0.3, 0.8], [0.3, 0.3, 0.7], [0.2, 0.1, 0.6], [0.1, 0.1, 0.5]]
@@ -214,3 +227,12 @@ def test_a_run_with_a_plateau_trains(make_config):
     assert results["test"]["loss"] < 2.28
     system = make_system(config)  # whose run has no length, and so no plateau
     assert optax.tree.get(init_state(config, system, 0).opt_state, "best_value") is None
+
+
+def test_a_divergence_names_the_rate_that_the_plateau_has_left(make_config):
+    config = make_config(1, optimizer={"schedule": "plateau", "learning_rate": 0.002})
+    task = run.compose(config, print)
+    state = task.start().state
+    halved = optax.tree.set(state.opt_state, scale=jnp.float32(0.5))
+    line = divergence.explain(task, state._replace(opt_state=halved), "none", False)
+    assert "learning rate 0.001)" in line

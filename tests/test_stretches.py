@@ -206,6 +206,22 @@ def test_truncated_gradients_stop_at_the_cuts():
     assert got[1][1][8:].all()
 
 
+@pytest.mark.parametrize("readout", READOUTS)
+def test_truncation_leaves_the_gradients_of_what_the_readout_gathered(readout):
+    graphdef, params = make(cell="gru", readout=readout)
+    x, lengths = jnp.array(X, jnp.float32), jnp.array([T, 7, 3])
+
+    def by_outputs(network, x):
+        return network.classify_outputs(network.run(x, lengths, truncate=4), lengths)
+
+    def truncated(network, x):
+        return network.classify(x, lengths, truncate=4)
+
+    got, expected = (loss_and_gradients(graphdef, f)(params, x) for f in (truncated, by_outputs))
+    assert_close(got, expected)
+    assert got[1][1][2, 2].any()  # the last step of the third sequence
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", ["plain", "residual"])
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -256,9 +256,9 @@ class S5(DiagonalCell):
     h_t = λ̄ h_{t-1} + x_t B̄, as `DiagonalCell` says
 
     Initially, λ are those eigenvalues of the normal part of the HiPPO-LegS matrix [2·N, 2·N] with a
-    positive imaginary part, each of which stands for a conjugate pair; B and C are real random
-    matrices in the basis of its eigenvectors, LeCun normal, C twice that for the other half of each
-    pair; Δ, one for each state, is log-uniform on `dt_min` to `dt_max`; D is N(0, 1). N is
+    positive imaginary part, each of which stands for a conjugate pair; B is a real and C a complex
+    random matrix in the basis of its eigenvectors, LeCun normal, C twice that for the other half of
+    each pair; Δ, one for each state, is log-uniform on `dt_min` to `dt_max`; D is N(0, 1). N is
     `state_size`, or H if that is 0. We keep Re λ negative by training the logarithm of -Re λ, and
     have one of the paper's J blocks.
 

@@ -278,8 +278,11 @@ class SequenceClassifier(nnx.Module):
         def read(state, at_t):
             return self.read(state, *at_t, keep), None
 
+        def stop(state):  # not what the readout has gathered: all outputs have gradients
+            return state._replace(layers=jax.lax.stop_gradient(state.layers))
+
         state, at_t = self.initial_state(x.shape[1]), (x, scans.mask(x, lengths))
-        state, _ = scans.in_stretches(read, state, at_t, self.layers[0].stretch, truncate)
+        state, _ = scans.in_stretches(read, state, at_t, self.layers[0].stretch, truncate, stop)
         return self.answer(state, keep)
 
     def initial_state(self, batch_size: int) -> State:

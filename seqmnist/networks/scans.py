@@ -64,7 +64,12 @@ def backwards(x: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
 
 
 def in_stretches(
-    read: Callable, state: Any, x: Any, length: int, truncate: int = 0
+    read: Callable,
+    state: Any,
+    x: Any,
+    length: int,
+    truncate: int = 0,
+    stop: Callable[[Any], Any] = lax.stop_gradient,
 ) -> tuple[Any, Any]:
     """Reads a sequence, in stretches if that is better; equal to `read(state, x)`.
 
@@ -78,6 +83,7 @@ def in_stretches(
       x: a pytree of [T, B, …].
       length: of a stretch, in time steps.
       truncate: if not 0, gradients stop after every `truncate` time steps.
+      stop: returns a state through which they stop.
 
     Returns the last state and y, a pytree of [T, …].
     """
@@ -86,7 +92,7 @@ def in_stretches(
 
     def cut(state, x, length=length):
         def stretch(state, x):
-            return read(lax.stop_gradient(state) if truncate else state, x)
+            return read(stop(state) if truncate else state, x)
 
         whole = num_steps - num_steps % length
         stretches = jax.tree.map(lambda a: a[:whole].reshape(-1, length, *a.shape[1:]), x)

@@ -20,7 +20,7 @@ from jax.extend import core
 from seqmnist.config import Config
 from seqmnist.errors import UserError, explain_storage
 from seqmnist.spec import MNIST, ImageSpec
-from seqmnist.training import batches
+from seqmnist.training import batches, devices, members
 from seqmnist.training.loop import Progress
 from seqmnist.training.steps import init_state, make_system, train_step
 from seqmnist.workdir import write_json
@@ -104,14 +104,26 @@ class Profile(contextlib.AbstractContextManager):
     def _stop(self):
         with self._explain():
             self.__exit__()
-            cost = step_cost(self._config, self._spec)
-            summary = {"steps": list(self.breaks), **cost, **rates(self._config.model.dtype)}
+            summary = {"steps": list(self.breaks), **step_cost(self._config, self._spec)}
+            num_devices = _num_devices(self._config)
+            speed = rates(self._config.model.dtype).items()
+            summary |= {name: num_devices * rate for name, rate in speed}
             summary["scopes"] = scopes(self._modules())
             write_json(self._directory / SUMMARY, summary)
 
     def _explain(self):
         remedy = "correct that and run the same command again: it resumes from the last checkpoint"
         return explain_storage(f"the profile in {self._directory}", remedy)
+
+
+def _num_devices(config):
+    """Returns how many devices work at once; on CPUs 1, as each already uses all cores."""
+    if jax.default_backend() == "cpu":
+        return 1
+    num_members = len(members.list_members(config))
+    return math.prod(
+        devices.mesh_shape(config.mesh, num_members, config.train.batch_size, jax.devices())
+    )
 
 
 def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
@@ -133,7 +145,7 @@ def scopes(modules: list[str]) -> dict[str, dict[str, str]]:
 
 
 def step_cost(config: Config, spec: ImageSpec = MNIST) -> dict[str, float]:
-    """Counts what one training step of one batch does, from shapes alone.
+    """Counts what one training step of all members does, from shapes alone.
 
     XLA's own count of bytes mistakes some updates of slices for updates of whole arrays, so bytes
     are estimated from its memory plan.
@@ -150,11 +162,12 @@ def step_cost(config: Config, spec: ImageSpec = MNIST) -> dict[str, float]:
     traced = jax.jit(functools.partial(train_step, system)).trace(state, batch)
     memory = program_cost(traced.lower().compile())
     temporary = memory["temporary_bytes"]
-    return {
-        "flops": product_flops(traced.jaxpr.jaxpr),
+    cost = {
+        "flops": product_flops(traced.jaxpr.jaxpr, jax.default_backend()),
         "bytes": memory["argument_bytes"] + memory["output_bytes"] + 2 * temporary,
         "temporary_bytes": temporary,
     }
+    return {name: value * len(members.list_members(config)) for name, value in cost.items()}
 
 
 def product_flops(jaxpr: core.Jaxpr, platform: str | None = None) -> int:

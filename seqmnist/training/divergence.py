@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from seqmnist.config import override
 from seqmnist.errors import UserError
@@ -31,15 +32,21 @@ def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) ->
     if debug_nans and is_single:
         where = _find_operation(task, state, task.epoch_rows(epoch)[row])
         where = where or "because a number became infinite, "
-    rates = sorted({_learning_rate(task, member, step) for member in task.members})
+    scale = 1.0  # to which the schedule plateau has reduced the rate, of each member
+    if task.config.optimizer.schedule == "plateau":
+        scale = devices.gather(optax.tree.get(state.opt_state, "scale"))
+    rates = np.array([_learning_rate(task, member, step) for member in task.members]) * scale
+    rates = np.unique(rates)
     rate = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
     who = "" if is_single else f"in all {len(task.members)} members "
+    smaller = "a smaller config.optimizer.learning_rate"
+    if "optimizer.learning_rate" in task.members[0]:
+        smaller = "smaller learning rates in config.members.sweep"
     hint = "; --debug_nans finds the operation" if is_single and not debug_nans else ""
     return (
         f"the loss or the training state is not finite {who}{where}after step {step + 1} (epoch "
-        f"{epoch + 1}, learning rate {rate}); last good checkpoint: {last_saved}; train with a "
-        "smaller config.optimizer.learning_rate or with config.optimizer.clip_norm in another "
-        f"--workdir{hint}"
+        f"{epoch + 1}, learning rate {rate}); last good checkpoint: {last_saved}; train with "
+        f"{smaller} or with config.optimizer.clip_norm in another --workdir{hint}"
     )
 
 

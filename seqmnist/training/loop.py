@@ -183,6 +183,7 @@ class Loop:
         influence, even if it is not finite. The feed must be `Resident`.
         """
         ((_, _, window),) = self._feed.windows(rows, 0, self._evaluation_place)
+        weights = np.asarray(weights, _dtype(params))
         return self._evaluate_ensemble(params, self._arrays, window, weights)
 
     def programs(

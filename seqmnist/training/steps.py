@@ -51,10 +51,14 @@ class System(NamedTuple):
     accumulate: int  # parts of a batch whose gradients are added up one after the other
 
     def apply(
-        self, params: Any, images: jax.Array, dropout_keys: jax.Array | None = None
+        self,
+        params: Any,
+        images: jax.Array,
+        dropout_keys: jax.Array | None = None,
+        truncate: int = 0,
     ) -> jax.Array:
-        """Returns logits [B, C] for images uint8 [B, *spec.shape]; without keys [B], no dropout."""
-        return nnx.merge(self.graphdef, params)(images, dropout_keys, self.truncate)
+        """Applies the network; see `SequenceClassifier.__call__`."""
+        return nnx.merge(self.graphdef, params)(images, dropout_keys, truncate)
 
 
 def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = MNIST) -> System:
@@ -159,7 +163,8 @@ def init_state(
     if optax.tree.get(opt_state, "best_value") is not None:  # `guarded_step` refuses Optax's inf
         opt_state = optax.tree.set(opt_state, best_value=jnp.float32(LARGEST))
     if own := _of("optimizer", settings):
-        values = {hyperparameter(name): value for name, value in own.items()}
+        # As arrays: numbers have weak types, for which the training program compiles anew.
+        values = {hyperparameter(name): jnp.float32(value) for name, value in own.items()}
         opt_state = opt_state._replace(hyperparams={**opt_state.hyperparams, **values})
     return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.uint32))
 
@@ -187,7 +192,8 @@ def train_step(
         images = batch.image
         if system.augment:
             images = system.augment(images, augment_keys)
-        logits = system.apply(nnx.merge_state(trained, constants), images, dropout_keys)
+        params = nnx.merge_state(trained, constants)
+        logits = system.apply(params, images, dropout_keys, system.truncate)
         with jax.named_scope("loss"):
             sums = classification_sums(logits, batch.label, batch.mask)
         return sums.loss, sums

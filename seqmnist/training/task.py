@@ -155,9 +155,10 @@ def compose(
         shape = devices.mesh_shape(config.mesh, len(each), batch_size, described or jax.devices())
     examples, parts = batch_size // shape[1], config.train.accumulate
     if examples % parts:
+        alternative = "" if batch_size % parts else ", or set config.mesh.data=1"
         raise UserError(
             f"config.train.accumulate={parts} does not divide the {examples} examples of a step on "
-            "each device; choose another, or set config.mesh.data=1"
+            f"each device; choose another{alternative}"
         )
     mesh = devices.make_mesh(*shape, described)
     with devices.together():
