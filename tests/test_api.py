@@ -1,6 +1,7 @@
 """`import seqmnist`: few names, imported lazily, that change no setting of a program."""
 
 import ast
+import codeop
 import contextlib
 import re
 import subprocess
@@ -31,7 +32,7 @@ def blocks(title):
     return re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
 
 
-LINES, LOOP, SETTINGS = blocks("Use it from Python")
+SETTINGS, LINES, LOOP = blocks("Use it from Python")
 (DEBUG,) = blocks("Read the code")
 (PARTS,) = blocks("Networks")
 
@@ -101,13 +102,23 @@ def test_the_readme_is_as_brief_as_it_says():
     assert len(list(filter(None, LOOP.splitlines()))) == 1 + 8
 
 
+@pytest.mark.parametrize("block", [SETTINGS, LINES, LOOP, PARTS, DEBUG])
+def test_the_readme_can_be_pasted_into_a_prompt(block):
+    """Where a line that is not indented, without an empty one before it, does not end a loop."""
+    pasted = []
+    for line in [*block.splitlines(), ""]:
+        pasted.append(line)
+        if codeop.compile_command("\n".join(pasted)):
+            pasted.clear()
+    assert not pasted
+
+
 @pytest.mark.slow
 def test_the_readme_in_an_interpreter(tmp_path, data_dir):
+    """All at once, in README's order."""
     loop = LOOP + "assert (logits.argmax(1) == data.arrays('test')[1]).mean() > 0.5\n"
-    check = "assert abs(jax.nn.softmax(logits) - probabilities[:5]).max() < 1e-5"
-    code = "\n".join(
-        (BEFORE, LINES, PARTS, check, loop, DEBUG, "assert state.step % 5 == 1", AFTER)
-    )
+    parts = PARTS + "assert abs(jax.nn.softmax(logits) - probabilities[:5]).max() < 1e-5\n"
+    code = "\n".join((BEFORE, LINES, loop, parts, DEBUG, "assert state.step % 5 == 1", AFTER))
     result = python(code, tmp_path, environment(data_dir))
     assert not result.returncode, result.stderr
     assert not result.stderr
@@ -118,7 +129,7 @@ def test_the_readme_in_an_interpreter(tmp_path, data_dir):
 @pytest.mark.slow
 def test_the_readme_in_a_kernel(tmp_path, data_dir):
     mistake = "config.model.cell = 'gruu'\nseqmnist.train(config, 'runs/other')"
-    code = (f"import jax\n{SETTINGS}{BEFORE}", LINES, AFTER, mistake)
+    code = (f"{SETTINGS}{BEFORE}", LINES, AFTER, mistake)
     notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, code)))
     kernel = execute(notebook, tmp_path, environment(data_dir), allow_errors=True)
     before, lines, after, mistaken = (cell.outputs for cell in notebook.cells)
@@ -127,7 +138,7 @@ def test_the_readme_in_a_kernel(tmp_path, data_dir):
     (output,) = lines
     text = output.data["text/plain"]
     assert "2 for each batch" in text
-    assert (tmp_path / "programs").is_dir()
+    assert (tmp_path / "runs" / "programs").is_dir()
     assert text.splitlines()[-2].startswith("Epoch 5/5 - ")
     assert text.splitlines()[-1].startswith("Test on mnist_5k")
     assert kernel.num_updates >= 5 + 5 + 5  # lines before and of epochs; bars of epochs
