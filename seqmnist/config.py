@@ -7,10 +7,12 @@ overrides single fields; `validated` checks the whole. From there on it is only 
 
 import copy
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
 import os
+import pathlib
 import re
 import runpy
 import types
@@ -396,7 +398,11 @@ def from_file(path, name, use):
     """Runs a Python file and returns what `use` makes of its content, a dict."""
     file = paths.resolve(path, name)
     if not file.is_file():
-        raise UserError(f"{name}={path} is not a file; name a Python file")
+        folders = pathlib.Path(path).parent, pathlib.Path("experiments")
+        there = {each.stem: each for folder in folders for each in folder.glob("*.py")}
+        similar = difflib.get_close_matches(file.stem, there, n=1)
+        remedy = f"did you mean {there[similar[0]]}?" if similar else "name a Python file"
+        raise UserError(f"{name}={path} is not a file; {remedy}")
     try:
         return use(runpy.run_path(str(file)))
     except UserError as error:

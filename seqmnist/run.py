@@ -454,10 +454,13 @@ def _changes_data(config, workdir):
 def _check_data(task, workdir, fingerprint):
     """Raises UserError unless the task's data are those that the workdir's run was trained on."""
     if fingerprint != task.dataset.fingerprint:
+        name = "config.data.name"
+        if task.config.data.name == "auto":  # which then found the other one
+            name += "=mnist_5k" if task.dataset.name == "mnist" else "=mnist"
         raise UserError(
             f"--workdir={workdir} was trained on other data than {task.dataset.name} in "
-            f"{task.dataset.directory}; set config.data.name, manual_dir, size and grayscale as "
-            "in that run, or choose another --workdir"
+            f"{task.dataset.directory}; set {name}, manual_dir, size and grayscale as in that run, "
+            "or choose another --workdir"
         )
 
 

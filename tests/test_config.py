@@ -3,6 +3,7 @@ import json
 import pathlib
 
 import pytest
+from conftest import REPOSITORY
 
 from seqmnist import config as config_lib
 from seqmnist import main
@@ -239,3 +240,12 @@ def test_another_network_cannot_be_evaluated():
     for name, value in (("model.hidden_size", 9), ("members.num", 2), ("optimizer.name", "sgd")):
         with pytest.raises(UserError, match=f"config.{name}: "):
             config_lib.check_same_network(Config(), config_lib.override(Config(), {name: value}))
+
+
+@pytest.mark.parametrize("path", ["notebook", "notebook.py", "experiments/notebok.py"])
+def test_an_experiment_that_is_no_file_is_looked_for(path, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(UserError, match=r"not a file; did you mean experiments/notebook\.py\?"):
+        config_lib.load_experiment(path)
+    with pytest.raises(UserError, match="not a file; name a Python file"):
+        config_lib.load_experiment("@")

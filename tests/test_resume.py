@@ -666,3 +666,11 @@ def test_results_are_numbers_that_json_can_hold(make_config):
     assert json.loads(pathlib.Path("a/results.json").read_text()) == json.loads(json.dumps(results))
     assert all(math.isfinite(value) for value in results["test"].values())
     assert seqmnist("--workdir=a", "--mode=evaluate", cwd=".").returncode == 0
+
+
+@pytest.mark.parametrize(("now", "then"), [("mnist", "mnist_5k"), ("mnist_5k", "mnist")])
+def test_a_run_on_what_was_there_names_what_it_was(now, then):
+    dataset = types.SimpleNamespace(name=now, directory="data", fingerprint="b")
+    task = types.SimpleNamespace(config=config_lib.Config(), dataset=dataset)
+    with pytest.raises(UserError, match=f"set config.data.name={then}, manual_dir"):
+        run._check_data(task, "a", "a")

@@ -117,6 +117,8 @@ def _main(arguments):
             print(_LINE.format(name, who, value, **summary[name][who]))
         if "p_value" in summary[name]:
             print(f"test {name}, same distribution: p = {summary[name]['p_value']:.3f}")
+    if dataset.name != "mnist":
+        print(f"NOTICE: these are scores on {dataset.name}, the notebook's are on all of MNIST")
     if arguments.figure:
         draw(scores, arguments.figure)
     return {"dataset": dataset.name, "scores": scores, "summary": summary, "seconds": seconds}
