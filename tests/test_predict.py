@@ -445,3 +445,15 @@ def test_numbers_that_cannot_be_written_are_one_line(tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "argv", ["tool", f"--json={tmp_path / 'numbers'}"])
     assert cli.call(cli.make_parser("doc"), main) == 2
     assert "numbers cannot be written (Is a directory)" in capsys.readouterr().err
+
+
+def test_an_image_that_is_only_resized_is_said_to_be(tmp_path, capsys):
+    for size in (8, 9):
+        np.save(tmp_path / f"{size}.npy", np.zeros((size, size), np.uint8))
+    spec = ImageSpec(8, 8, 1, tuple("0123456789"))
+    predict.gather([tmp_path / "8.npy"], spec)
+    assert not capsys.readouterr().err
+    (entry,), (array,) = predict.gather([tmp_path / "9.npy"], spec)
+    assert "error" not in entry
+    assert array.shape == (8, 8)
+    assert "NOTICE: images are only resized; light and dark must be" in capsys.readouterr().err

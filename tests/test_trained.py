@@ -94,9 +94,14 @@ def test_a_member_is_taken_out_of_many(three_members):
 
 def test_the_best_member_is_that_of_validation_and_has_not_diverged(three_members):
     workdir, _, _ = three_members
-    assert trained.load(workdir).member == 1
+    said = []
+    assert trained.load(workdir, say=said.append).member == 1
     (workdir / "results.json").unlink()  # the run has not finished
-    assert trained.load(workdir).member == 0
+    assert trained.load(workdir, say=said.append).member == 0
+    assert said == [
+        "Member 1 of members 0 to 2, the one with the lowest validation loss",
+        "Member 0 of members 0 to 2, the first",
+    ]
 
 
 def test_the_best_member_of_a_sweep_is_one_of_the_chosen_setting(three_members):

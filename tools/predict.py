@@ -41,13 +41,15 @@ def gather(
     each with `several`, else one for the largest, with a "warning".
     """
     entries, arrays = [], []
+    finds_digits, is_resized = images.is_of_digits(spec), False
     for path in files:
         with _noting_errors(entries, str(path)):
-            found = images.read(path, any_range=prepared and images.is_of_digits(spec))
+            found = images.read(path, any_range=prepared and finds_digits)
             for i, image in enumerate(found):
                 title = str(path) if len(found) == 1 else f"{path}[{i}]"
                 with _noting_errors(entries, title):
                     if prepared:
+                        is_resized |= not finds_digits and image.shape[:2] != spec.shape[:2]
                         digits, largest = images.prepare_all(image, title, spec)
                     else:
                         digits, largest = [images.as_it_is(image, title, spec)], 0
@@ -61,6 +63,8 @@ def gather(
                             _say(f"warning: {entry['warning']}")
                         entries.append(entry)
                         arrays.append(digits[k])
+    if is_resized:
+        _say("NOTICE: images are only resized; light and dark must be as in the training set")
     return entries, arrays
 
 

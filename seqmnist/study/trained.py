@@ -169,10 +169,13 @@ def load(
     if count == 1 and member is not None:
         raise UserError(f"{workdir} holds one network; omit --member")
     if count > 1 and member is None:
-        losses = np.array((results.get("validation") or {}).get("loss") or 0.0, np.float64)
+        losses = (results.get("validation") or {}).get("loss")
+        reason = "the one with the lowest validation loss" if losses else "the first"
+        losses = np.array(losses or 0.0, np.float64)
         first = config.members.num * (results.get("best") or 0)
         own = np.atleast_1d(losses)[first : first + config.members.num]
         member = first + int(np.argmin(np.where(np.isfinite(own), own, np.inf)))
+        say(f"Member {member} of members 0 to {count - 1}, {reason}")
     if count > 1 and member not in range(count):
         raise UserError(f"{workdir} holds members 0 to {count - 1}, not {member}")
     system = None
