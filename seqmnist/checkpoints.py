@@ -300,7 +300,7 @@ def _is_restored(leaves):
     best = {name.removeprefix("2."): x for name, x in leaves.items() if name.startswith("2.")}
     return bool(best) and all(
         np.array_equal(leaves[f"0.params.{name}"][is_good], x[is_good])
-        for is_good in [~np.isnan(leaves["1.loss"])]
+        for is_good in [~np.isnan(leaves.get("1.loss", 0.0))]
         for name, x in best.items()
     )
 
