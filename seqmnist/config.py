@@ -398,7 +398,7 @@ def from_file(path, name, use):
     """Runs a Python file and returns what `use` makes of its content, a dict."""
     file = paths.resolve(path, name)
     if not file.is_file():
-        folders = pathlib.Path(path).parent, pathlib.Path("experiments")
+        folders = pathlib.Path("experiments"), pathlib.Path(path).parent
         there = {each.stem: each for folder in folders for each in folder.glob("*.py")}
         similar = difflib.get_close_matches(file.stem, there, n=1)
         remedy = f"did you mean {there[similar[0]]}?" if similar else "name a Python file"

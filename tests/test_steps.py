@@ -11,6 +11,7 @@ from close import assert_close
 from jax.flatten_util import ravel_pytree
 
 from seqmnist.config import Config, MembersConfig, ModelConfig, OptimizerConfig, TrainConfig
+from seqmnist.networks.cells import CELLS
 from seqmnist.training import batches
 from seqmnist.training.metrics import Sums
 from seqmnist.training.steps import eval_step, guarded_step, init_state, make_system, train_step
@@ -195,8 +196,10 @@ def test_gradients_equal_finite_differences(digits):
         np.testing.assert_allclose((above - below) / (2 * size), slope, rtol=1e-6)
 
 
-def test_a_lone_setting_of_a_sweep_has_the_types_of_the_program():
-    sweep = {"sweep": '{"optimizer.learning_rate": [0.01]}'}
-    config = Config(members=MembersConfig(**sweep))
-    state = init_state(config, make_system(config), 0)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_state_has_the_types_of_the_program(cell):
+    """Else the program that is compiled ahead would not be the one that runs."""
+    lone = MembersConfig(sweep='{"optimizer.learning_rate": [0.01]}')
+    config = Config(model=ModelConfig(cell=cell, hidden_size=4), members=lone)
+    state = jax.eval_shape(lambda: init_state(config, make_system(config), 0))
     assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))

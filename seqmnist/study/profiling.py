@@ -117,7 +117,7 @@ class Profile(contextlib.AbstractContextManager):
 
 
 def _num_devices(config):
-    """Returns how many devices work at once; on CPUs 1, as each already uses all cores."""
+    """Returns how many devices work at once; on CPUs 1, as a large product uses all cores."""
     if jax.default_backend() == "cpu":
         return 1
     num_members = len(members.list_members(config))

@@ -39,14 +39,16 @@ def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) ->
     rates = np.unique(rates)
     rate = f"{rates[0]:g}" if len(rates) == 1 else f"{rates[0]:g} to {rates[-1]:g}"
     who = "" if is_single else f"in all {len(task.members)} members "
-    smaller = "a smaller config.optimizer.learning_rate"
-    if "optimizer.learning_rate" in task.members[0]:
-        smaller = "smaller learning rates in config.members.sweep"
+    swept = task.members[0]
+    rate_field, clip_field = (
+        f"{name} in config.members.sweep" if name in swept else f"config.{name}"
+        for name in ("optimizer.learning_rate", "optimizer.clip_norm")
+    )
     hint = "; --debug_nans finds the operation" if is_single and not debug_nans else ""
     return (
         f"the loss or the training state is not finite {who}{where}after step {step + 1} (epoch "
-        f"{epoch + 1}, learning rate {rate}); last good checkpoint: {last_saved}; train with "
-        f"{smaller} or with config.optimizer.clip_norm in another --workdir{hint}"
+        f"{epoch + 1}, learning rate {rate}); last good checkpoint: {last_saved}; train with a "
+        f"smaller {rate_field} or with {clip_field} in another --workdir{hint}"
     )
 
 

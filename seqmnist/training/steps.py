@@ -57,7 +57,11 @@ class System(NamedTuple):
         dropout_keys: jax.Array | None = None,
         truncate: int = 0,
     ) -> jax.Array:
-        """Applies the network; see `SequenceClassifier.__call__`."""
+        """Returns logits [B, C] for images uint8 [B, *spec.shape].
+
+        Without `dropout_keys` [B], no dropout. Gradients stop after every `truncate` time steps,
+        not if it is 0.
+        """
         return nnx.merge(self.graphdef, params)(images, dropout_keys, truncate)
 
 
@@ -163,10 +167,11 @@ def init_state(
     if optax.tree.get(opt_state, "best_value") is not None:  # `guarded_step` refuses Optax's inf
         opt_state = optax.tree.set(opt_state, best_value=jnp.float32(LARGEST))
     if own := _of("optimizer", settings):
-        # As arrays: numbers have weak types, for which the training program compiles anew.
-        values = {hyperparameter(name): jnp.float32(value) for name, value in own.items()}
+        values = {hyperparameter(name): value for name, value in own.items()}
         opt_state = opt_state._replace(hyperparams={**opt_state.hyperparams, **values})
-    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.uint32))
+    state = TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.asarray(seed, jnp.uint32))
+    # Numbers of Python leave weak types, for which the training program would compile once more.
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), state)
 
 
 def train_step(
