@@ -461,7 +461,10 @@ def _read_text(path):
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; train with this workdir first") from None
+        # The folder of a study, or one of several runs, has runs below it.
+        below = [*path.parent.glob(f"*/{METRICS}"), *path.parent.glob(f"*/*/{METRICS}")]
+        remedy = f"name a run, e.g. {min(below).parent}" if below else "train a run there first"
+        raise UserError(f"{path} does not exist; {remedy}") from None
     except NotADirectoryError:
         raise UserError(f"{path.parent} is not a folder; name the folder of a run") from None
     except (OSError, UnicodeDecodeError) as error:

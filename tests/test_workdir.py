@@ -45,3 +45,11 @@ def test_the_folder_of_a_study_is_not_that_of_a_run(tmp_path):
     write_json(tmp_path / PLAN, {})
     with pytest.raises(UserError, match="holds a study"):
         Workdir(tmp_path).check_usable()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_folder_of_runs_names_one_of_them(depth, tmp_path):
+    (run := tmp_path / "/".join(["gru"] * depth)).mkdir(parents=True)
+    (run / "metrics.jsonl").touch()
+    with pytest.raises(UserError, match=rf"config\.json does not exist; name a run, e\.g\. {run}$"):
+        Workdir(tmp_path).read_config()

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -137,7 +138,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Iterable], title: str | N
     for row in rows:
         grid.add_row(*(x if isinstance(x, str) else f"{x:.3g}" for x in row))
     if grid.row_count:
-        console.Console(highlight=False, width=100).print(grid)
+        width = shutil.get_terminal_size((100, 0)).columns
+        console.Console(highlight=False, width=width).print(grid)
 
 
 def call(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], Any]) -> int:
