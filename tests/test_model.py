@@ -191,9 +191,12 @@ COLORED = ImageSpec(32, 32, 3, tuple(f"class {i}" for i in range(47)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", [SMALL, COLORED], ids=["small", "colored"])
 @pytest.mark.parametrize(
-    ("cell", "view"), [*((cell, "rows") for cell in CELLS), *(("gru", view) for view in VIEWS)]
+    ("cell", "view", "spec"),
+    [
+        *((cell, "rows", SMALL) for cell in CELLS),
+        *(("gru", view, spec) for view in VIEWS for spec in (SMALL, COLORED)),
+    ],
 )
 def test_every_parameter_of_every_cell_learns_from_every_view(cell, view, spec):
     rng = np.random.default_rng(0)

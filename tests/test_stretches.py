@@ -113,7 +113,7 @@ def test_stretches_equal_one_go(length, monkeypatch):
 
 
 DIRECTIONS = {"forwards": {}, "both": {"bidirectional": True}}
-LONGEST = 4
+LONGEST = 3
 MASKS = hnp.arrays(bool, (LONGEST, B)).filter(lambda mask: mask.any(0).all())
 
 
@@ -125,7 +125,7 @@ def place(x, mask):
 def read_with_a_mask(network, x, mask):
     """Reads in parts of fixed shape; the mask says where in them each sequence lies."""
     state = network.initial_state(B)
-    for part in zip(*(jnp.split(a, [1, 3]) for a in (place(x, mask), mask)), strict=True):
+    for part in zip(*(jnp.split(a, [1]) for a in (place(x, mask), mask)), strict=True):
         state = network.read(state, *part)
     return network.answer(state)
 
@@ -149,9 +149,10 @@ def read_with_a_mask(network, x, mask):
 )
 def test_a_padded_sequence_is_read_as_it_is_alone(cell, readout, block, direction):
     dtype = jnp.float32 if block == "residual" else jnp.float64
-    fields = {"cell": cell, "readout": readout, "block": block, **DIRECTIONS[direction]}
+    num_layers = 2 if cell == "lstm" else 1  # compiling takes nearly all of the time
+    fields = {"cell": cell, "readout": readout, "block": block, "num_layers": num_layers}
     with jax.enable_x64(dtype == jnp.float64):
-        graphdef, params = make(dtype, num_layers=2, **fields)
+        graphdef, params = make(dtype, **fields, **DIRECTIONS[direction])
         x = jnp.array(X[:LONGEST], dtype)
 
     def padded(network, x, mask):
