@@ -260,6 +260,7 @@ def test_mnist_itself_stays_as_it_is(mnist):
         assert likeness(moved, image) > 0.9
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=30, deadline=None)
 def test_size_place_and_polarity_do_not_matter(mnist, data):

@@ -255,6 +255,7 @@ class Exact:
         return np.corrcoef(images, known)[: len(images), len(images) :]
 
 
+@pytest.mark.slow
 def test_redrawn_digits_are_known_again(tmp_path, monkeypatch, capsys):
     network = Exact()
     monkeypatch.setattr(trained, "load", lambda *_, **__: network)

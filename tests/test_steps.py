@@ -62,6 +62,7 @@ ALL_KINDS = Config(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 5])
 def test_parts_of_a_batch_add_up_to_it(parts, digits):
     batch = batch_of(digits, 17, rows=20)  # one with padding only

@@ -207,6 +207,7 @@ def test_truncated_gradients_stop_at_the_cuts():
     assert got[1][1][8:].all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("readout", READOUTS)
 def test_truncation_leaves_the_gradients_of_what_the_readout_gathered(readout):
     graphdef, params = make(cell="gru", readout=readout)
@@ -244,6 +245,7 @@ def test_every_parameter_has_a_gradient(cell, direction, block):
         assert np.asarray(grad).any(), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["gru", "lru"])
 def test_memory_is_that_of_the_states_at_the_cuts(cell):
     """XLA's count of temporary bytes at T = 784, against four times as long sequences."""

@@ -36,6 +36,7 @@ def config_of(**fields):
     return config_lib.override(Config(), fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", ["simple_rnn", "gru", "lru"])
 @pytest.mark.parametrize("budget", [6602, 50_000])
 @pytest.mark.parametrize("spec", [MNIST, ImageSpec(32, 32, 3, tuple("abc"))], ids=["28", "32"])
@@ -252,6 +253,7 @@ def test_what_diverged_is_in_no_pair():
     assert (row["mean"], row["p"]) == (0, None)
 
 
+@pytest.mark.slow
 def test_false_discoveries_are_as_rare_as_stated():
     """1,000 studies of four equal networks: at most one in 20 finds any difference."""
     rng, found = np.random.default_rng(0), 0
