@@ -463,7 +463,9 @@ def _read_text(path):
     except FileNotFoundError:
         # The folder of a study, or one of several runs, has runs below it.
         below = [*path.parent.glob(f"*/{METRICS}"), *path.parent.glob(f"*/*/{METRICS}")]
-        remedy = f"name a run, e.g. {min(below).parent}" if below else "train a run there first"
+        remedy = "train with this workdir first"
+        if below:
+            remedy = f"name a run, e.g. {min(below).parent}"
         raise UserError(f"{path} does not exist; {remedy}") from None
     except NotADirectoryError:
         raise UserError(f"{path.parent} is not a folder; name the folder of a run") from None
