@@ -18,6 +18,7 @@ from seqmnist.display import Display, describe
 from seqmnist.spec import MNIST
 from seqmnist.training import members
 from seqmnist.training.steps import init_state, make_system
+from tools import cli
 
 NAN = float("nan")
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -299,3 +300,10 @@ def test_a_run_goes_on_when_nobody_reads(closed_pipe, data_dir, tmp_path):
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert (tmp_path / "run" / "results.json").exists()
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_tables_are_as_wide_as_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    cli.print_table(("network", "test"), [["long name " * 20, "0.9"]])
+    assert max(map(len, capsys.readouterr().out.splitlines())) == columns
