@@ -71,6 +71,11 @@ class Cell(nnx.Module):
     #   four residual LRU          2104  1927  1878  2165
     stretch = 7
 
+    @property
+    def stretch_to_last(self) -> int:
+        """As `stretch`, for a network of one layer of which only the last output is needed."""
+        return self.stretch
+
     def initial_state(self, batch_size: int) -> Any:
         """Returns the state before the first step, a pytree of [B, …] whose first array is h_0."""
         return jnp.zeros((batch_size, self.bias.shape[0] // self.num_gates), self.bias.dtype)

@@ -69,6 +69,8 @@ class ResidualBlock(nnx.Module):
     def stretch(self) -> int:
         return self.layer.stretch
 
+    stretch_to_last = stretch
+
     def initial_state(self, batch_size: int) -> Any:
         return self.layer.initial_state(batch_size)
 
@@ -282,7 +284,10 @@ class SequenceClassifier(nnx.Module):
             return state._replace(layers=jax.lax.stop_gradient(state.layers))
 
         state, at_t = self.initial_state(x.shape[1]), (x, scans.mask(x, lengths))
-        state, _ = scans.in_stretches(read, state, at_t, self.layers[0].stretch, truncate, stop)
+        length = self.layers[0].stretch
+        if len(self.layers) == 1 and lengths is None and not self.pool.reads_all:
+            length = self.layers[0].stretch_to_last
+        state, _ = scans.in_stretches(read, state, at_t, length, truncate, stop)
         return self.answer(state, keep)
 
     def initial_state(self, batch_size: int) -> State:

@@ -105,7 +105,7 @@ def in_stretches(
 
     if truncate:
         return cut(state, x, truncate)
-    if num_steps < SHORTEST_CUT:
+    if num_steps < SHORTEST_CUT or num_steps <= length:
         return read(state, x)
     return lax.platform_dependent(state, x, cpu=cut, default=read)
 
@@ -304,7 +304,7 @@ def linear_sequential(a: Any, b: Any, state: Any, reverse: bool = False) -> tupl
         h, memory = carry
         t = num_steps - 1 - i if reverse else i
         a_t = _at(a, 0 if _length(a) == 1 else t)
-        h = _sum(_times(a_t, h), _at(memory, t))
+        h = _sum(times(a_t, h), _at(memory, t))
         return h, jax.tree.map(lambda m, h: lax.dynamic_update_index_in_dim(m, h, t, 0), memory, h)
 
     return lax.fori_loop(0, num_steps, step, (state, b))
@@ -317,12 +317,12 @@ def linear_parallel(a: Any, b: Any, state: Any, reverse: bool = False) -> tuple[
     """
     if reverse:
         a, b = jax.tree.map(jnp.flipud, (a, b))
-    first = _sum(_at(b, 0), _times(_at(a, 0), state))
+    first = _sum(_at(b, 0), times(_at(a, 0), state))
     a = jax.tree.map(lambda x, like: jnp.broadcast_to(x, (len(like), *x.shape[1:])), a, b)
     b = jax.tree.map(lambda one, x: jnp.concatenate([one[None], x[1:]]), first, b)
 
     def compose(left, right):
-        return _times(left[0], right[0]), _sum(_times(right[0], left[1]), right[1])
+        return times(left[0], right[0]), _sum(times(right[0], left[1]), right[1])
 
     h = lax.associative_scan(compose, (a, b))[1]
     return _at(h, -1), jax.tree.map(jnp.flipud, h) if reverse else h
@@ -376,14 +376,15 @@ def _linear_backward(form, residuals, cotangents):
         axes = tuple(i for i, size in enumerate(a.shape) if size != da.shape[i])
         return jnp.sum(da, axes, keepdims=True)
 
-    da = jax.tree.map(reduce, _times(_conjugate(before), g), a)
-    return da, g, _times(_at(_conjugate(a), 0), first)
+    da = jax.tree.map(reduce, times(_conjugate(before), g), a)
+    return da, g, times(_at(_conjugate(a), 0), first)
 
 
 linear.defvjp(_linear_forward, _linear_backward)
 
 
-def _times(a, b):
+def times(a: Any, b: Any) -> Any:
+    """Returns a b, elementwise; each is an array or a pair, as in `linear`."""
     if not isinstance(a, tuple):
         return a * b
     return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
