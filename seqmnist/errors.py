@@ -128,6 +128,26 @@ def explain_storage(what: str, remedy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def explain_any(what: str, remedy: str) -> Iterator[None]:
+    """Turns any error within a block into one line: readers of files raise a dozen types.
+
+    Args:
+      what: what failed, e.g. "a.png cannot be read".
+      remedy: what the user can do.
+
+    Raises:
+      UserError: in place of any `Exception` but one of memory.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"{what} ({reason}); {remedy}") from error
+
+
+@contextlib.contextmanager
 def no_warnings_of(name: str) -> Iterator[None]:
     """Keeps warnings out of the log `name` within a block; errors pass."""
     logger = logging.getLogger(name)

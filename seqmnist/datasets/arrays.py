@@ -7,7 +7,7 @@ import numpy as np
 
 from seqmnist.datasets import pictures
 from seqmnist.datasets.archives import Splits
-from seqmnist.errors import UserError, one_line
+from seqmnist.errors import UserError, explain_any
 
 _NAMES = ("x_train", "y_train", "x_test", "y_test")
 
@@ -29,34 +29,29 @@ def read(path: pathlib.Path) -> Splits:
     if not path.is_file():
         fault = "is not a regular file" if path.exists() else "does not exist"
         raise UserError(f"config.data.manual_dir={path} {fault}; name a .npz file")
-    try:
-        if not zipfile.is_zipfile(path):
+    remedy = "make it readable, or save it again without pickle"
+    with explain_any(f"{path} cannot be read", remedy), path.open("rb") as raw:
+        if not zipfile.is_zipfile(raw):  # of a path, it takes an error of the disk for False
             raise UserError(
                 f"{path} is damaged, or not a .npz file; save the arrays {', '.join(_NAMES)} with "
                 "numpy.savez"
             )
-        with np.load(path, allow_pickle=False) as file:
+        raw.seek(0)
+        with np.load(raw, allow_pickle=False) as file:
             if missing := [name for name in _NAMES if name not in file]:
                 raise UserError(
                     f"{path} holds no {', '.join(missing)}; found {', '.join(file) or 'nothing'}; "
                     f"save it with the names {', '.join(_NAMES)}"
                 )
-            x_train, y_train, x_test, y_test = (file[name] for name in _NAMES)
-    except UserError:
-        raise
-    # NumPy and zlib raise errors of a dozen types for damaged files.
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(
-            f"{path} cannot be read ({reason}); save it again without pickle"
-        ) from error
+            arrays = {name: file[name] for name in _NAMES}
 
-    def images(array, name):
-        if array.dtype.kind not in "buif":
+    def images(name):
+        if (array := arrays[name]).dtype.kind not in "buif":
             raise UserError(f"{path} holds {array.dtype} as {name}; numbers are needed")
         return pictures.to_bytes(array, path)
 
-    def labels(array, name):
+    def labels(name):
+        array = arrays[name]
         if array.dtype.kind not in "iu" or array.ndim > 2 or array.shape[1:] not in ((), (1,)):
             raise UserError(
                 f"{path} holds {array.dtype} {list(array.shape)} as {name}; one whole number for "
@@ -65,7 +60,4 @@ def read(path: pathlib.Path) -> Splits:
             )
         return array.reshape(-1)
 
-    return Splits(
-        (images(x_train, "x_train"), labels(y_train, "y_train")),
-        (images(x_test, "x_test"), labels(y_test, "y_test")),
-    )
+    return Splits((images("x_train"), labels("y_train")), (images("x_test"), labels("y_test")))

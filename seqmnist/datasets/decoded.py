@@ -13,7 +13,7 @@ import numpy as np
 
 from seqmnist import errors
 from seqmnist.datasets.archives import Splits
-from seqmnist.datasets.from_tfds import explain_damage
+from seqmnist.datasets.from_tfds import explain_damage, read_split
 
 _CHECKSUMS = "decoded.crc32"  # a line per file
 
@@ -28,9 +28,7 @@ class Decoded:
     def __init__(self, directory: pathlib.Path, splits: Splits | None = None):
         """Takes a directory of TFDS records, or `splits` to keep in memory instead."""
         self._directory = directory
-        self._in_memory = {}
-        if splits is not None:
-            self._in_memory = _arrays(*splits, splits.class_names)
+        self._in_memory = {} if splits is None else _arrays(*splits, splits.class_names)
 
     def load(self, name: str, mmap_mode: str | None = None) -> np.ndarray:
         """Loads an array from the copy, which is written anew if it is missing or damaged.
@@ -77,18 +75,11 @@ def _save(directory, arrays):
 def _read_records(directory):
     import tensorflow_datasets as tfds  # imported here: a good copy needs none
 
-    splits = []
     with explain_damage(directory, "run again, which prepares it anew"):
         builder = tfds.builder_from_directory(directory)
-        class_names = builder.info.features["label"].names
-        for split in ("train", "test"):
-            source = builder.as_data_source(split)
-            examples = source.__getitems__(range(len(source)))
-            images = np.stack([example["image"] for example in examples])
-            splits.append((images, np.array([example["label"] for example in examples], np.int32)))
-        if not class_names or max(labels.max() for _, labels in splits) >= len(class_names):
-            raise ValueError(f"{len(class_names or ())} class names are too few for the labels")
-    return _arrays(*splits, class_names)
+        sources = map(builder.as_data_source, ("train", "test"))
+        splits = [read_split(directory, source, "image", "label") for source in sources]
+        return _arrays(*splits, builder.info.features["label"].names)
 
 
 def _arrays(train, test, class_names):

@@ -5,7 +5,7 @@ import hashlib
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 
@@ -57,25 +57,19 @@ def read(
     return archives.Splits((images[:n], labels[:n]), (images[n:], labels[n:]), class_names)
 
 
-def fingerprint_of_files(paths: Iterable[str | os.PathLike]) -> str:
+def fingerprint_of_files(path: pathlib.Path) -> str:
     """Returns a SHA-256 that changes if a file does: of names, sizes and times, not of contents.
 
-    Args:
-      paths: files, or folders, of which all files below count except hidden ones.
-
-    Raises:
-      UserError: a path is missing or cannot be read.
+    Of a folder, all files below count except hidden ones. Raises UserError if the path is missing
+    or cannot be read.
     """
-    digest = hashlib.sha256()
-    for path in map(pathlib.Path, paths):
-        try:
-            root = path.resolve()
-            lines = sorted(_stamps(root, "", set()))
-        except (OSError, RuntimeError) as error:  # the latter of links that form a circle
-            reason = getattr(error, "strerror", None) or "its links form a circle"
-            raise UserError(f"{path} cannot be read ({reason}); check the path") from None
-        digest.update(b"\0".join([os.fsencode(root), *lines, b""]))
-    return digest.hexdigest()
+    try:
+        root = path.resolve()
+        lines = sorted(_stamps(root, "", set()))
+    except (OSError, RuntimeError) as error:  # the latter of links that form a circle
+        reason = getattr(error, "strerror", None) or "its links form a circle"
+        raise UserError(f"{path} cannot be read ({reason}); check the path") from None
+    return hashlib.sha256(b"\0".join([os.fsencode(root), *lines, b""])).hexdigest()
 
 
 def _stamps(root, relative, seen):

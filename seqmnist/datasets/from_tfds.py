@@ -23,6 +23,8 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 _INFO = "dataset_info.json"  # which TFDS writes when a version is complete
 _FORMAT = "array_record"  # the only one that TFDS reads without TensorFlow or pyarrow
 _CHUNK = 1000  # examples that are decoded at once
+# What TFDS and its readers raise for damaged files; images that it cannot decode are None.
+_ERRORS = (OSError, RuntimeError, ValueError, TypeError, KeyError, AttributeError)
 _OTHER_SOURCE = (
     "choose another dataset, or save its pictures in a folder as train/CLASS/* and test/CLASS/* "
     "and name that"
@@ -87,7 +89,7 @@ def read(name: str, data_dir: pathlib.Path) -> archives.Splits:
     for split in ("train", "test"):
         with explain_damage(folder, "prepare it anew"):
             source = builder.as_data_source(split, decoders=skip or None, file_format=_FORMAT)
-            splits.append(_read_split(folder, source, image, label))
+            splits.append(read_split(folder, source, image, label))
     names = tuple(builder.info.features[label].names)
     for _, labels in splits:
         if len(others := labels[(labels < 0) | (labels >= len(names))]):
@@ -142,10 +144,8 @@ def _supervised_keys(folder, info):
             f"{folder} is not a classification dataset: its labels are {features[keys[1]]}; "
             f"{_OTHER_SOURCE}"
         )
-    is_image = len(image.shape) == 3 and image.shape[2] in (1, 3)
-    if not (is_image or (len(image.shape) == 2 and not isinstance(image, kinds.Image))) or (
-        image.np_dtype != np.uint8
-    ):
+    is_image = len(image.shape) > 1 and image.shape[2:] in ((), (1,), (3,))
+    if not is_image or image.np_dtype != np.uint8:
         raise UserError(
             f"{folder} does not contain gray or colored images of 8 bits: {features[keys[0]]} has "
             f"shape {image.shape} and type {np.dtype(image.np_dtype).name}; {_OTHER_SOURCE}"
@@ -159,8 +159,11 @@ def _supervised_keys(folder, info):
     return keys
 
 
-def _read_split(folder, source, image, label):
-    """Returns images uint8 [N, H, W] or [N, H, W, 3] and labels int32 [N]."""
+def read_split(folder, source, image: str, label: str) -> tuple[np.ndarray, np.ndarray]:
+    """Reads a data source of TFDS: images uint8 [N, H, W] or [N, H, W, 3] and labels int32 [N].
+
+    `image` and `label` are names of its features. Raises UserError if images differ in shape.
+    """
     images, labels = None, np.empty(len(source), np.int32)
     for start in range(0, len(source), _CHUNK):
         chunk = range(start, min(start + _CHUNK, len(source)))
@@ -187,7 +190,7 @@ def explain_damage(folder: pathlib.Path, remedy: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ParseError) as error:
+    except (*_ERRORS, ParseError) as error:
         reason = errors.storage_reason(error)
         if reason in (None, os.strerror(errno.ENOENT)):
             reason, remedy = errors.one_line(error), f"move it to another place and {remedy}"

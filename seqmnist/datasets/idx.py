@@ -46,16 +46,6 @@ def read_labels(
     return labels
 
 
-def decompressed(content: bytes) -> bytes:
-    """Returns what a gzip file holds; of any other or damaged file, its content as it is."""
-    if not content.startswith(b"\x1f\x8b"):
-        return content
-    try:
-        return gzip.decompress(content)
-    except (OSError, EOFError, zlib.error):
-        return content
-
-
 def _read(path, content, magic, kind, item_shape):
     num_words = 1 + (magic & 0xFF)  # the magic number's last byte is the number of axes
     try:

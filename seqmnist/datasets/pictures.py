@@ -8,14 +8,12 @@ import warnings
 
 import numpy as np
 
-from seqmnist.errors import UserError, one_line
+from seqmnist.errors import UserError, explain_any
 
 MAX_PIXELS = 50_000_000  # per picture
 _ROUNDING = 1e-3  # by which floats may exceed 1
 # Pillow passes EPS files to another program, Ghostscript. The others it only recognizes.
 _NOT_READ = {"EPS", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
-# Pillow's formula for gray, ITU-R 601-2, in units of 1 / 65536.
-_LUMA = np.array([19595, 38470, 7471])
 
 
 def read_picture(path: str | os.PathLike, any_range: bool = False) -> np.ndarray:
@@ -34,30 +32,24 @@ def read_picture(path: str | os.PathLike, any_range: bool = False) -> np.ndarray
 
     path = pathlib.Path(path)
     read_beginning(path)
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),
-            Image.open(path, formats=_formats()) as picture,
-        ):
-            check_size(path, picture.height, picture.width)
-            array, alpha = _decode(picture)
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        raise UserError(f"{path} is not an image, or is damaged; name a picture file") from None
-    # Pillow's readers raise errors of a dozen types for damaged files.
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as an image ({one_line(error)}); save it again"
-        ) from error
+    with explain_any(f"{path} cannot be read as an image", "save it again"):
+        try:
+            with (
+                warnings.catch_warnings(action="ignore"),
+                Image.open(path, formats=_formats()) as picture,
+            ):
+                check_size(path, picture.height, picture.width)
+                array, alpha = _decode(picture)
+        except UnidentifiedImageError:
+            raise UserError(f"{path} is not an image, or is damaged; name a picture file") from None
     if array.dtype == np.int64 and not any_range:
         array = np.rint(array / 257).astype(np.int64)  # whole numbers, also where all are below 2
     array = to_bytes(array, path, any_range)
     return array if alpha is None else _opaque(array, alpha)
 
 
-def read_beginning(path: pathlib.Path, num_bytes: int = 8) -> bytes:
-    """Returns a file's first bytes; raises UserError if it is missing, unreadable or empty.
+def read_beginning(path: pathlib.Path) -> bytes:
+    """Returns a file's first eight bytes; raises UserError if it is missing, unreadable or empty.
 
     Anything but a regular file, such as a FIFO, is refused, not waited for.
     """
@@ -66,7 +58,7 @@ def read_beginning(path: pathlib.Path, num_bytes: int = 8) -> bytes:
             fault = "is not a file" if path.exists() else "does not exist"
             raise UserError(f"{path} {fault}; name an image")
         with path.open("rb") as file:
-            beginning = file.read(num_bytes)
+            beginning = file.read(8)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); name an image") from None
     if not beginning:
@@ -106,13 +98,12 @@ def to_bytes(array: np.ndarray, path: pathlib.Path, any_range: bool = False) -> 
 def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """Makes a picture gray or colored: uint8 [H, W] or [H, W, 3] -> [H, W] (1) or [H, W, 3] (3).
 
-    Colors become gray as Pillow's mode "L"; gray becomes three equal channels.
+    Colors become gray as in Pillow; gray becomes three equal channels.
     """
-    if channels == 1 and image.ndim == 3:
-        return ((image @ _LUMA + (1 << 15)) >> 16).astype(np.uint8)
-    if channels == 3 and image.ndim == 2:
-        return np.repeat(image[..., None], 3, axis=-1)
-    return image
+    from PIL import Image
+
+    mode, num_axes = ("L", 2) if channels == 1 else ("RGB", 3)
+    return image if image.ndim == num_axes else np.asarray(Image.fromarray(image).convert(mode))
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:

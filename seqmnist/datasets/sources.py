@@ -72,9 +72,7 @@ class Prepared:
 
         Raises UserError if the split is another, or a label is none of the classes.
         """
-        if split not in ("train", "test"):
-            raise UserError(f"{split!r} is no archive; name 'train' (with validation) or 'test'")
-        return self.decoded.load(f"{split}_images"), self._labels(split)
+        return self._read(split, None)
 
     def num_examples(self, split: str) -> int:
         """Returns N of "train" or "test"."""
@@ -82,10 +80,16 @@ class Prepared:
 
     def mapped(self, split: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns what `arrays` does, but leaves the images on disk until they are read."""
-        return self.decoded.load(f"{split}_images", "r"), self._labels(split)
+        return self._read(split, "r")
+
+    def _read(self, split, mmap_mode):
+        labels = self._labels(split)
+        return self.decoded.load(f"{split}_images", mmap_mode), labels
 
     def _labels(self, split):
         """Returns labels, of which all are classes: JAX's loss for any other is NaN."""
+        if split not in ("train", "test"):
+            raise UserError(f"{split!r} is no archive; name 'train' (with validation) or 'test'")
         labels, count = self.decoded.load(f"{split}_labels"), self.spec.num_classes
         if len(others := labels[(labels < 0) | (labels >= count)]):
             raise UserError(
@@ -128,18 +132,16 @@ def prepare(config: DataConfig, say: Callable[[str], None] = lambda _: None) -> 
     advice = "--config.data.manual_dir=FOLDER takes its archives from a folder"
     first = "mnist" if name == "auto" else name
     try:
-        prepared = _prepare(first, config, root, say)
+        return _prepare(first, config, root, say)
     except archives.DownloadError as error:
         beside = _beside(first, root)
         if name != "auto":
             raise UserError(
                 f"{error}; {advice}, and --config.data.name=mnist_5k needs no download{beside}"
             ) from error
-        prepared = _prepare("mnist_5k", config, root, say)
         notice = "the data is mnist_5k, 5,000 digits of MNIST, because full MNIST was not in "
         notice += f"{root} and {error}; {advice}{beside}; {_FURTHER}"
-        prepared = dataclasses.replace(prepared, notice=notice)
-    return dataclasses.replace(prepared, requested=name)
+        return dataclasses.replace(_prepare("mnist_5k", config, root, say), notice=notice)
 
 
 def notices(
@@ -206,7 +208,7 @@ def _prepare(name, config, root, say) -> Prepared:
     if spec == MNIST and not source.class_names:  # clothes in a file may be called 0 to 9, too
         spec = dataclasses.replace(spec, has_margins=_have_margins(decoded))
     fingerprint = str(decoded.load("fingerprint"))
-    return Prepared(source.name, name, source.notice, directory, fingerprint, spec, decoded)
+    return Prepared(source.name, config.name, source.notice, directory, fingerprint, spec, decoded)
 
 
 def _have_margins(decoded):
@@ -224,14 +226,14 @@ def _find(name, config, root, say) -> _Source:
     suffix += f"_{config.size}" if config.size else ""
     manual = config.manual_dir
     manual = None if manual is None else paths.resolve(manual, "config.data.manual_dir")
+    if manual is not None and (name in LOADERS or name.startswith(_TFDS)):
+        raise UserError(f"{name} needs no files; leave out config.data.manual_dir={manual}")
     if name in LOADERS:
-        if manual is not None:
-            raise UserError(f"{name} needs no files; leave out config.data.manual_dir={manual}")
         return _Source(name + suffix, LOADERS[name], version=_version(LOADERS, name))
     if name.startswith(_TFDS):
         own = name.removeprefix(_TFDS)
         key = from_tfds.found(root, own)
-        digest = folder.fingerprint_of_files([key])[:8] if key else "missing"
+        digest = folder.fingerprint_of_files(key)[:8] if key else "missing"
         safe = "".join(c if c.isalnum() else "_" for c in own)
         return _Source(f"tfds_{safe}_{digest}{suffix}", lambda: from_tfds.read(own, root))
     if name in READERS:
@@ -239,7 +241,7 @@ def _find(name, config, root, say) -> _Source:
             raise UserError(
                 f"config.data.name={name} needs config.data.manual_dir, where its images are"
             )
-        digest = folder.fingerprint_of_files([manual])[:8]
+        digest = folder.fingerprint_of_files(manual)[:8]
         read = functools.partial(READERS[name], manual, config, say)
         return _Source(f"{name}_{digest}{suffix}", read, version=_version(READERS, name))
     return _find_published(name, config, manual, suffix, say)
@@ -339,9 +341,7 @@ def _converted(splits, config) -> Splits:
         images, labels = np.asarray(images), np.asarray(labels)
         if images.ndim == 4 and images.shape[3] == 1:
             images = images[..., 0]
-        is_image = (
-            images.ndim in (3, 4) and images.shape[3:] in ((), (3,)) and all(images.shape[1:])
-        )
+        is_image = images.ndim > 2 and images.shape[3:] in ((), (3,)) and all(images.shape[1:])
         if images.dtype != np.uint8 or not is_image:
             raise UserError(
                 f"{split} holds images of {images.dtype} {list(images.shape)}; bytes [N, H, W] or "

@@ -211,7 +211,7 @@ def test_nothing_blocks(tmp_path, monkeypatch):
     assert "is not a file" in lines[0]
     os.mkfifo(tmp_path / "fifo")
     assert "is not a folder" in refusal(tmp_path / "fifo")
-    assert folder.fingerprint_of_files([tmp_path])
+    assert folder.fingerprint_of_files(tmp_path)
 
 
 def test_other_layouts_are_refused(tmp_path):
@@ -289,13 +289,13 @@ def test_fingerprint_tells_changes(tmp_path):
     one = tmp_path / "data" / "a" / "x0.png"
 
     def both():
-        return folder.fingerprint_of_files([tmp_path / "data"]), folder.fingerprint_of_files([one])
+        return folder.fingerprint_of_files(tmp_path / "data"), folder.fingerprint_of_files(one)
 
     first = both()
     assert first[0] != first[1]
     assert both() == first
     (tmp_path / "link").symlink_to(tmp_path / "data")
-    assert folder.fingerprint_of_files([tmp_path / "link"]) == first[0]
+    assert folder.fingerprint_of_files(tmp_path / "link") == first[0]
     (tmp_path / "data" / ".DS_Store").touch()
     assert both() == first
     os.utime(one, ns=(1, 1))
@@ -314,4 +314,4 @@ def test_fingerprint_tells_changes(tmp_path):
     (tmp_path / "data" / "b" / "gone").symlink_to("nothing")
     assert both()[0] != third[0]
     with pytest.raises(UserError, match="cannot be read"):
-        folder.fingerprint_of_files([tmp_path / "nothing"])
+        folder.fingerprint_of_files(tmp_path / "nothing")

@@ -300,7 +300,7 @@ def test_damaged_records_are_one_line(registered, tmp_path, manual_dir):
                 path.write_bytes(damaged)
             with pytest.raises(UserError) as caught:
                 prepare("mnist", tmp_path)
-            assert_one_line(caught, prepared.directory, "damaged", "move it")
+            assert_one_line(caught, prepared.directory, "cannot be read", "move it")
             path.write_bytes(whole)
     assert_holds(prepare("mnist", tmp_path), SPLITS)
 
