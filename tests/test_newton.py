@@ -17,12 +17,6 @@ def make(cell):
     return random_module(lambda rngs: cell(F, H, rngs=rngs))
 
 
-def gates_of(cell):
-    if hasattr(cell, "activation"):
-        return lambda _, total: cell.activation(total)
-    return type(cell).gates
-
-
 @pytest.fixture(params=["simple_rnn", "gru", "lstm", "slstm"])
 def recurrence(request):
     """Gates, U, c, a state and z, in float64."""
@@ -30,7 +24,7 @@ def recurrence(request):
     z = cell.project(INPUTS.astype(np.float32))
     with jax.enable_x64(True):
         rest = (*cell.recurrence(), cell.initial_state(B), z)
-        yield gates_of(cell), *jax.tree.map(lambda x: x.astype(jnp.float64), rest)
+        yield type(cell).gates, *jax.tree.map(lambda x: x.astype(jnp.float64), rest)
 
 
 def test_values_and_gradients_are_those_step_by_step(recurrence):

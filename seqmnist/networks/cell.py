@@ -83,7 +83,7 @@ class Cell(nnx.Module):
     def project(self, x: jax.Array) -> jax.Array:
         """[..., F] -> z [..., K·H]: what the inputs contribute; by default x W + b."""
         y = scans.product(x, self.kernel[...], self.dtype)
-        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + self.bias.shape)
+        return y + jax.lax.broadcast_to_rank(self.bias[...], y.ndim)
 
     def step(self, state: Any, z: jax.Array) -> Any:
         """(state, z_t [B, K·H]) -> the next state, whose first array is h_t."""
@@ -92,8 +92,7 @@ class Cell(nnx.Module):
     def recur(self, state: Any, z: jax.Array) -> tuple[Any, jax.Array]:
         """(state, z [L, B, K·H]) -> (state, h [L, B, H]): `step` over time, or a faster equivalent.
 
-        Where this is not `scans.plain`, `jax.jvp` works only with a mask, for which `read` uses it,
-        and without `dtype`.
+        `jax.jvp` needs `scans.plain`, which `read` uses where it has a mask, and no `dtype`.
         """
         return scans.plain(self.step, state, z)
 

@@ -58,15 +58,12 @@ class SimpleRNN(GatedCell):
     Source: J. L. Elman, Finding structure in time, Cognitive Science 14 (1990).
     """
 
-    activation = staticmethod(jnp.tanh)
+    gates = staticmethod(lambda state, z: jnp.tanh(z))
     slope = staticmethod(lambda h: 1 - h * h)
-
-    def step(self, state: jax.Array, z: jax.Array) -> jax.Array:
-        return self.activation(*scans.gate_inputs(*self.recurrence(), state, z, self.dtype))
 
     def recur(self, state: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         kernel = self.recurrent_kernel[...]
-        return scans.ungated(self.activation, self.slope, kernel, state, z, self.dtype)
+        return scans.ungated(self.gates, self.slope, kernel, state, z, self.dtype)
 
 
 class IRNN(SimpleRNN):
@@ -82,7 +79,7 @@ class IRNN(SimpleRNN):
     recurrent_init = staticmethod(lambda key, shape: jnp.eye(*shape))
 
     # XLA for CPUs merges a maximum into the product before it, which then takes twice as long.
-    activation = staticmethod(lambda x: jnp.where(x < 0, jnp.zeros_like(x), x))
+    gates = staticmethod(lambda state, z: jnp.where(z < 0, jnp.zeros_like(z), z))
     slope = staticmethod(lambda h: (h > 0).astype(h.dtype))
 
 

@@ -144,8 +144,8 @@ class RGLRU(LinearCell):
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         r, i, u = jnp.split(z, 3, axis=-1)
-        shape = (1,) * (z.ndim - 1) + self.Lambda.shape
-        log_a = 8 * jax.nn.sigmoid(r) * jax.nn.log_sigmoid(self.Lambda[...]).reshape(shape)
+        log_a = jax.nn.log_sigmoid(lax.broadcast_to_rank(self.Lambda[...], z.ndim))
+        log_a = 8 * jax.nn.sigmoid(r) * log_a
         return jnp.exp(log_a), jnp.sqrt(-jnp.expm1(2 * log_a)) * jax.nn.sigmoid(i) * u
 
 
@@ -387,13 +387,13 @@ class S6(LinearCell):
         h, n = self.A_log.shape
         z = scans.product(x, self.kernel[:, : 2 * h + n], self.dtype)
         bias = jnp.pad(self.bias[...], (h, n))
-        return z + bias.reshape((1,) * (z.ndim - 1) + bias.shape)
+        return z + lax.broadcast_to_rank(bias, z.ndim)
 
     def coefficients(self, z: jax.Array) -> tuple[jax.Array, jax.Array]:
         h, n = self.A_log.shape
         u, dt, b = jnp.split(z, [h, 2 * h], axis=-1)
         dt = jax.nn.softplus(dt)
-        rates = -jnp.exp(self.A_log[...]).reshape((1,) * (z.ndim - 1) + (h, n))
+        rates = -jnp.exp(lax.broadcast_to_rank(self.A_log[...], z.ndim + 1))
         a = jnp.exp(dt[..., None] * rates)
         b = (dt * u)[..., None] * b[..., None, :]
         return tuple(each.reshape(*z.shape[:-1], h * n) for each in (a, b))

@@ -115,10 +115,9 @@ class Last(nnx.Module):
         """Takes in the next outputs y [L, B, U], where the mask, bool [L, B], is True."""
         if mask is None:
             return y[-1]
-        number = jnp.arange(1, len(y) + 1).reshape(-1, 1)
-        last = jnp.where(mask, number, 0).max(0)  # 0 if nothing is read
-        chosen = jnp.take_along_axis(y, jnp.maximum(last - 1, 0).reshape(1, -1, 1), axis=0)[0]
-        return scans.where(last > 0, chosen, state)
+        last = len(y) - 1 - jnp.argmax(mask[::-1], axis=0)
+        chosen = jnp.take_along_axis(y, last.reshape(1, -1, 1), axis=0)[0]
+        return scans.where(mask.any(0), chosen, state)
 
     def __call__(self, state: Any) -> jax.Array:
         """Returns the features that are classified, [B, U]."""
@@ -220,11 +219,9 @@ class SequenceClassifier(nnx.Module):
                 "choose a smaller subsample or another view"
             )
         width = config.hidden_size * (2 if config.bidirectional else 1)
-        encoder = None
-        if config.block == "residual":
-            encoder = _linear(size, width, rngs)
-            size = width
-        self.encoder = encoder
+        is_residual = config.block == "residual"
+        self.encoder = _linear(size, width, rngs) if is_residual else None
+        size = width if is_residual else size
         dtype = None if config.dtype == "float32" else jnp.dtype(config.dtype)
 
         def make_layer():
@@ -238,7 +235,7 @@ class SequenceClassifier(nnx.Module):
             layer = make_layer()
             if config.bidirectional:
                 layer = Bidirectional(layer, make_layer())
-            if config.block == "residual":
+            if is_residual:
                 layer = ResidualBlock(layer, width, dtype, rngs=rngs)
             self.layers.append(layer)
             size = width
@@ -375,4 +372,4 @@ class SequenceClassifier(nnx.Module):
 
 def _drop(x, keep, layer):
     with jax.named_scope("dropout"):
-        return x if keep is None else x * keep[layer].reshape((1,) * (x.ndim - 2) + keep.shape[1:])
+        return x if keep is None else x * jax.lax.broadcast_to_rank(keep[layer], x.ndim)

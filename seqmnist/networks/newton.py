@@ -64,8 +64,7 @@ def gated(
     gates: Callable, kernel: jax.Array, bias: jax.Array | None, state: Any, z: jax.Array
 ) -> tuple[Any, jax.Array]:
     """Computes `scans.gated`, and its gradient, by iterations over all time steps."""
-    states, _ = solve(gates, kernel, bias, state, z)
-    return jax.tree.map(lambda h: h[-1], states), jax.tree.leaves(states)[0]
+    return _gated_forward(gates, kernel, bias, state, z)[0]
 
 
 def _gated_forward(gates, kernel, bias, state, z):
@@ -80,11 +79,8 @@ def _gated_backward(gates, residuals, cotangents):
     _, pullback = jax.vjp(functools.partial(_after, gates), z, kernel, bias, before)
     a = _slopes(gates, kernel, bias, before, z)
     zeros = jax.tree.map(jnp.zeros_like, state)
-
-    def add(first, *rest):
-        return jax.tree.unflatten(jax.tree.structure(state), [first, *rest])
-
-    own = add(dh, *[jnp.zeros_like(h) for h in jax.tree.leaves(states)[1:]])
+    _, *rest = jax.tree.leaves(states)
+    own = jax.tree.unflatten(jax.tree.structure(states), [dh, *map(jnp.zeros_like, rest)])
     own = jax.tree.map(lambda d, last: d.at[-1].add(last), own, dlast)
 
     def improve(g):
@@ -92,11 +88,9 @@ def _gated_backward(gates, residuals, cotangents):
         rest = jax.tree.map(lambda e, a, g: e - a * g, pullback(g)[3], a, g)
         b = jax.tree.map(lambda own, rest: own.at[:-1].add(rest[1:]), own, rest)
         later = jax.tree.map(lambda a: jnp.concatenate([a[1:], jnp.zeros_like(a[:1])]), a)
-
-        def read(a, b, h):
-            return scans.linear_by_platform(a, b, h, reverse=True)[1]
-
-        return jax.tree.map(read, later, b, zeros)
+        return jax.tree.map(
+            lambda *each: scans.linear_by_platform(*each, reverse=True)[1], later, b, zeros
+        )
 
     g, _ = _until_fixed(improve, own, len(z))
     dz, dkernel, dbias, dbefore = pullback(g)
