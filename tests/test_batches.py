@@ -47,7 +47,8 @@ def test_devices_share_what_is_joined(dtype):
     joined = batches.join(parts)
     np.testing.assert_array_equal(joined, np.concatenate(parts))
     assert joined.dtype == dtype
-    placed = devices.place(devices.make_mesh(1, 2), joined)
+    everywhere = jax.NamedSharding(devices.make_mesh(1, 2), jax.P())
+    placed = devices.place(joined, everywhere)
     addresses = {shard.data.unsafe_buffer_pointer() for shard in placed.addressable_shards}
     assert addresses == {joined.ctypes.data}
 

@@ -133,6 +133,13 @@ def test_a_mesh_of_any_shape_is_made_of_chips(topology, shape):
     assert len({device.id for device in found.flat}) == found.size
 
 
+def test_a_process_reads_the_examples_of_its_own_chips():
+    """They are not neighbours along the batch."""
+    mesh = devices.make_mesh(1, 16, compile_for.describe("v5e:4x4"))
+    owners = np.repeat([chip.process_index for chip in mesh.devices.flat], 2)
+    assert list(devices.local_columns(mesh, 32)) == list(np.flatnonzero(owners == 0))
+
+
 HLO = """\
 HloModule jit_train
 

@@ -83,11 +83,7 @@ def test_parts_of_a_batch_take_less_memory():
         train = TrainConfig(accumulate=parts, batch_size=512)
         config = Config(model=ModelConfig(hidden_size=64), train=train)
         system = make_system(config)
-        batch = batches.Batch(
-            jax.ShapeDtypeStruct((512, 28, 28), jnp.uint8),
-            jax.ShapeDtypeStruct((512,), jnp.int32),
-            jax.ShapeDtypeStruct((512,), jnp.bool_),
-        )
+        batch = batches.shapes((512,), (28, 28))
         state = jax.eval_shape(functools.partial(init_state, config, system), np.uint32(0))
         step = jax.jit(train_step, static_argnums=0).lower(system, state, batch).compile()
         return step.memory_analysis().temp_size_in_bytes

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core
 
 from seqmnist.config import Config
@@ -31,8 +30,6 @@ SCOPES = (
     "view", "norm", "project", "recurrence", "emit", "gate", "dropout", "readout", "loss",
     "optimizer",
 )  # fmt: skip
-
-_JAXPRS = (core.Jaxpr, core.ClosedJaxpr)
 
 
 class Profile(contextlib.AbstractContextManager):
@@ -155,10 +152,7 @@ def step_cost(config: Config, spec: ImageSpec = MNIST) -> dict[str, float]:
     """
     system = make_system(config, 1, spec)
     state = jax.eval_shape(lambda: init_state(config, system, config.seed))
-    size, array = config.train.batch_size, jax.ShapeDtypeStruct
-    batch = batches.Batch(
-        array((size, *spec.shape), np.uint8), array((size,), np.int32), array((size,), np.bool_)
-    )
+    batch = batches.shapes((config.train.batch_size,), spec.shape)
     traced = jax.jit(functools.partial(train_step, system)).trace(state, batch)
     memory = program_cost(traced.lower().compile())
     temporary = memory["temporary_bytes"]
@@ -186,11 +180,11 @@ def product_flops(jaxpr: core.Jaxpr, platform: str | None = None) -> int:
             (contracted, _), _ = eqn.params["dimension_numbers"]
             depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * depth * math.prod(eqn.outvars[0].aval.shape)
-        inner = [x for x in jax.tree.leaves(eqn.params) if isinstance(x, _JAXPRS)]
+        inner = list(core.jaxprs_in_params(eqn.params))
         if platform and (platforms := eqn.params.get("branches_platforms")):
             fits = [names is None or platform in names for names in platforms]
             inner = inner[fits.index(True) :][:1]
-        flops = [product_flops(getattr(x, "jaxpr", x), platform) for x in inner] or [0]
+        flops = [product_flops(x, platform) for x in inner] or [0]
         total += eqn.params.get("length", 1) * (max if "branches" in eqn.params else sum)(flops)
     return total
 
@@ -221,5 +215,5 @@ def rates(dtype: str) -> dict[str, float]:
 
     return {
         "flops_per_second": 2 * size**3 / seconds(lambda: product(square, square)),
-        "bytes_per_second": 8 * large.size / seconds(lambda: copy(large)),
+        "bytes_per_second": 2 * large.nbytes / seconds(lambda: copy(large)),
     }

@@ -31,6 +31,14 @@ class Batch(NamedTuple):
     mask: jax.Array  # bool [B]; False marks padding
 
 
+def shapes(
+    rows: tuple[int, ...], image: tuple[int, ...], sharding: jax.sharding.Sharding | None = None
+) -> Batch:
+    """Returns the shapes and dtypes of batches, of rows […, B] and images of a shape."""
+    of = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    return Batch(of((*rows, *image), np.uint8), of(rows, np.int32), of(rows, np.bool_))
+
+
 def join(parts: Sequence[np.ndarray]) -> np.ndarray:
     """Joins arrays of one dtype along their first axis.
 
@@ -160,7 +168,7 @@ def stream(records: Records, rows: np.ndarray, mesh: jax.sharding.Mesh) -> Itera
     rows = rows[:, devices.local_columns(mesh, rows.shape[1])]
     rows = np.pad(rows, ((0, -len(rows) % WINDOW), (0, 0)), constant_values=PADDING)
     rows = rows.reshape(-1, WINDOW, rows.shape[1])
-    windows = grain.MapDataset.range(len(rows)).map(lambda i: records.read(rows[i]))
+    windows = grain.MapDataset.source(rows).map(records.read)
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=2)
     place = jax.NamedSharding(mesh, jax.P(None, "data"))
     for window in windows.to_iter_dataset(options):

@@ -101,12 +101,8 @@ def make_mesh(num_members: int, num_data: int, devices: Sequence[jax.Device] | N
     return Mesh(grid, ("member", "data"))
 
 
-def place(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
-    """Places arrays on a mesh, their leading axes split over the named axes of it.
-
-    Every process gives the whole arrays, and keeps its part of them.
-    """
-    sharding = NamedSharding(mesh, P(*axes))
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Places arrays on a mesh. Every process gives the whole arrays, and keeps its part of them."""
 
     def put(x):
         if isinstance(x, jax.Array) and x.sharding == sharding:
@@ -117,17 +113,15 @@ def place(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
     return jax.tree.map(put, tree)
 
 
-def placed_shapes(mesh: Mesh, tree: Any, *axes: str | None) -> Any:
+def placed_shapes(tree: Any, sharding: NamedSharding) -> Any:
     """Returns the shapes, dtypes and shardings that `place` gives arrays, and places nothing."""
-    sharding = NamedSharding(mesh, P(*axes))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def local_columns(mesh: Mesh, batch_size: int) -> slice:
-    """Returns which part of each batch [B] the devices of this process hold."""
+def local_columns(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Returns which examples of each batch [B] the devices of this process hold, in order."""
     parts = NamedSharding(mesh, P("data")).addressable_devices_indices_map((batch_size,))
-    bounds = [part[0].indices(batch_size)[:2] for part in parts.values()]
-    return slice(min(start for start, _ in bounds), max(stop for _, stop in bounds))
+    return np.unique([np.arange(batch_size)[part] for part in parts.values()])
 
 
 def gather(tree: Any) -> Any:

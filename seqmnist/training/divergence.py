@@ -58,13 +58,12 @@ def _learning_rate(task: Task, member: dict[str, Any], step: int) -> float:
 
 
 def _find_operation(task, state, row):
-    arrays = zip(*map(task.dataset.arrays, ("train", "test")), strict=True)
-    batch = batches.take(*map(np.concatenate, arrays), row)
+    batch = batches.Records(*map(task.dataset.mapped, ("train", "test"))).read(row)
     with jax.debug_nans(True), jax.disable_jit():
         try:
             train_step(task.system, state, batch)
         except FloatingPointError as error:
-            return f"in {_blame(error)} "
+            return f"({_blame(error)}) "
     return ""
 
 

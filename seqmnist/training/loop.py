@@ -1,4 +1,4 @@
-"""Epochs: compiled calls over many steps, and evaluation. The one place that jits and donates.
+"""Epochs: compiled calls over many steps, and evaluation. The one place that donates.
 
 A `Loop` takes its batches from a feed: `Resident` keeps the dataset in device memory, `Streamed`
 brings batches from a reader. Both visit the same batches and give the same parameters and scores,
@@ -55,7 +55,7 @@ class Resident(NamedTuple):
         self, rows: np.ndarray, first: int, place: NamedSharding
     ) -> Iterator[tuple[int, int, Any]]:
         """Yields (begin, end, window) for the steps from `first` on."""
-        yield 0, rows.shape[-2], devices.place(place.mesh, rows, *place.spec)
+        yield 0, rows.shape[-2], devices.place(rows, place)
 
     def window_shapes(self, rows: tuple[int, ...], place: NamedSharding) -> Any:
         """Returns shapes, dtypes and shardings of the windows of rows of this shape."""
@@ -81,10 +81,8 @@ class Streamed(NamedTuple):
             first += batches.WINDOW
 
     def window_shapes(self, rows, place):
-        shape = (batches.WINDOW, rows[-1])
         image = self.records.train[0].shape[1:]
-        fields = [((*shape, *image), np.uint8), (shape, np.int32), (shape, np.bool_)]
-        return batches.Batch(*(jax.ShapeDtypeStruct(*field, sharding=place) for field in fields))
+        return batches.shapes((batches.WINDOW, rows[-1]), image, place)
 
     def batch(self, element, arrays):
         return element
@@ -111,6 +109,8 @@ class Loop:
         self.placement = NamedSharding(self._mesh, P(*self._axes))
         self._train_place = NamedSharding(self._mesh, P(*self._axes, None, "data"))
         self._evaluation_place = NamedSharding(self._mesh, P(None, "data"))
+        self._partial_place = NamedSharding(self._mesh, P(*self._axes, "data"))
+        self._everywhere = NamedSharding(self._mesh, P())
         over_mesh = functools.partial(devices.over_mesh, mesh=self._mesh, has_members=has_members)
         compiler_options = _COMPILER_OPTIONS.get(self._mesh.devices.flat[0].platform)
         jit = functools.partial(jax.jit, compiler_options=compiler_options)
@@ -148,7 +148,7 @@ class Loop:
         """Returns the beginning of an epoch, with the members of `sums` that diverged marked."""
         no_sums = Sums.zeros(_dtype(state.params), state.step.shape)
         sums = no_sums if sums is None else devices.gather(sums).restart()
-        return Progress(*devices.place(self._mesh, (state, sums), *self._axes), 0)
+        return Progress(*devices.place((state, sums), self.placement), 0)
 
     def train(
         self, progress: Progress, rows: np.ndarray, breaks: Collection[int] = ()
@@ -171,7 +171,7 @@ class Loop:
 
     def evaluate(self, params: Any, rows: np.ndarray) -> Sums:
         """Returns the sums over all examples of rows int32 [steps, B], in NumPy."""
-        sums = devices.place(self._mesh, self._partial_sums(params), *self._axes, "data")
+        sums = devices.place(self._partial_sums(params), self._partial_place)
         for _, _, window in self._feed.windows(rows, 0, self._evaluation_place):
             sums = self._evaluate(params, sums, window, self._arrays)
         return jax.tree.map(lambda x: x.sum(-1, dtype=x.dtype), devices.gather(sums))
@@ -194,9 +194,8 @@ class Loop:
         `state` and `sums` are shapes, dtypes and shardings, as `start` places them; `rows` and
         `held_out` the shapes of an epoch's rows and an evaluation's.
         """
-        arrays = devices.placed_shapes(self._mesh, self._feed.arrays)
-        partial = self._partial_sums(state.params)
-        partial = devices.placed_shapes(self._mesh, partial, *self._axes, "data")
+        arrays = devices.placed_shapes(self._feed.arrays, self._everywhere)
+        partial = devices.placed_shapes(self._partial_sums(state.params), self._partial_place)
         training = self._feed.window_shapes(rows, self._train_place)
         evaluation = self._feed.window_shapes(held_out, self._evaluation_place)
         return {
@@ -206,7 +205,7 @@ class Loop:
 
     @functools.cached_property
     def _arrays(self):
-        return devices.place(self._mesh, self._feed.arrays)
+        return devices.place(self._feed.arrays, self._everywhere)
 
     def _partial_sums(self, params):
         """No sums, for each member and device along "data", in NumPy."""

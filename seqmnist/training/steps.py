@@ -25,7 +25,7 @@ from seqmnist.networks.model import READOUTS, SequenceClassifier, make_cell
 from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.training import devices, keys, members
 from seqmnist.training.augment import AUGMENTATIONS
-from seqmnist.training.batches import Batch
+from seqmnist.training.batches import Batch, shapes
 from seqmnist.training.metrics import Sums, classification_sums
 from seqmnist.training.optim import OPTIMIZERS, hyperparameter, make_optimizer
 
@@ -76,9 +76,7 @@ def make_system(config: Config, num_steps: int | None = None, spec: ImageSpec = 
     with _explain_plugins(config) as is_needed:
         system = _make_system(config, num_steps, spec)
         if is_needed:  # what the library's parts do is tested; this traces a step of training
-            size, of = config.train.accumulate, jax.ShapeDtypeStruct
-            images, labels = of((size, *spec.shape), jnp.uint8), of((size,), jnp.int32)
-            batch = Batch(images, labels, of((size,), bool))
+            batch = shapes((config.train.accumulate,), spec.shape)
             jax.eval_shape(lambda x: train_step(system, init_state(config, system, 0), x), batch)
     return system
 

@@ -49,15 +49,9 @@ class Task(NamedTuple):
 
     def template(self) -> tuple[TrainState, Sums]:
         """Returns the shapes, dtypes and shardings of the state and of an epoch's sums."""
-
-        def init():
-            state = self._init()
-            return state, Sums.zeros(jax.tree.leaves(state.params)[0].dtype, state.step.shape)
-
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.loop.placement),
-            jax.eval_shape(init),
-        )
+        state = jax.eval_shape(self._init)
+        sums = Sums.zeros(jax.tree.leaves(state.params)[0].dtype, state.step.shape)
+        return devices.placed_shapes((state, sums), self.loop.placement)
 
     def start(self) -> Progress:
         """Returns the beginning of the run."""
