@@ -64,11 +64,6 @@ class Saved(NamedTuple):
     best: Any = None
 
 
-# What `facts` hold. Earlier versions, which read only images like MNIST's, saved no `images`.
-_FACTS = {"step", "history", "fingerprint", "seconds"}
-_DEFAULTS = {"images": MNIST.to_dict()}
-
-
 def validation_losses(history: list[dict[str, Any]]) -> dict[int, float]:
     """Returns the validation loss by step, of the epochs that have one.
 
@@ -100,23 +95,14 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
         """Takes the workdir's path and, for saving, what to keep; reads and writes nothing yet."""
         self._workdir, self._config = workdir, config
+        self.directory = workdir / DIRECTORY
         self._best: int | None = None
-
-    @property
-    def directory(self) -> pathlib.Path:
-        """The folder of all checkpoints."""
-        return self._workdir / DIRECTORY
 
     def steps(self) -> list[int]:
         """Returns the steps of all checkpoints, the newest last."""
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
-
-    def check(self) -> None:
-        """Raises UserError if the checkpoints' folder exists but is not a folder."""
-        if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"{self.directory} is not a folder; move it, or choose another workdir")
 
     @functools.cached_property
     def _manager(self):
@@ -171,8 +157,7 @@ class Checkpoints:
         Returns None if nothing has been saved yet. Raises UserError if one cannot be read or is of
         another network, or if all are damaged.
         """
-        # Agreed on: while one process removes an old run, others may still see it.
-        steps = self.steps() if devices.agree(bool(self.steps())) else []
+        steps = self.steps()
         for step in reversed(steps):
             reason, leaves, facts = self._try_read(step)
             if not reason:
@@ -260,13 +245,12 @@ class Checkpoints:
                 content = _read(self.directory / str(step))
             except _DamagedError as error:
                 reason = one_line(error)[:200]
-        if devices.agree(bool(reason)):
-            if not all(devices.collect(bool(reason))):
-                raise UserError(
-                    f"{self.directory / str(step)} can be read by some processes only; put the "
-                    "workdir on a disk that all hosts share"
-                )
-            reason = reason or "see the first process"
+        is_damaged = devices.collect(bool(reason))
+        if any(is_damaged) and not all(is_damaged):
+            raise UserError(
+                f"{self.directory / str(step)} can be read by some processes only; put the workdir "
+                "on a disk that all hosts share"
+            )
         return reason, *content
 
 
@@ -280,9 +264,8 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             content = checkpointer.restore(folder, args=restore)
         leaves, facts = _by_name(content.arrays), dict(content.facts)
         is_whole = facts.pop("sha256") == _digest(leaves, facts)
-        facts = {name: facts[name] for name in _FACTS} | {
-            name: facts.get(name, default) for name, default in _DEFAULTS.items()
-        }
+        # Earlier versions, which read only images like MNIST's, saved no `images`.
+        facts = {"images": MNIST.to_dict()} | facts
     except _UNDECODABLE as error:
         _check_readable(folder)
         if str(error).startswith(_NOT_DAMAGE):
@@ -300,15 +283,13 @@ def _is_restored(leaves):
     best = {name.removeprefix("2."): x for name, x in leaves.items() if name.startswith("2.")}
     return bool(best) and all(
         np.array_equal(leaves[f"0.params.{name}"][is_good], x[is_good])
-        for is_good in [~np.isnan(leaves.get("1.loss", 0.0))]
+        for is_good in [~np.isnan(leaves["1.loss"])]
         for name, x in best.items()
     )
 
 
 def _with_norms(leaves):
     """Adds sums of norms, which earlier versions did not save: NaN in the middle of an epoch."""
-    if "1.loss" not in leaves:
-        return leaves
     loss = leaves["1.loss"]
     unknown = np.where(loss == 0, 0, np.nan).astype(loss.dtype)
     return {"1.gradient_norm": unknown, "1.update_norm": unknown} | leaves

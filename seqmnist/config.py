@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 import runpy
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -344,20 +343,25 @@ def check_acts(config: Config, name: str) -> None:
         )
 
 
-def load_experiment(path: str) -> Config:
+def load_experiment(path: str | os.PathLike) -> Config:
     """Returns what `get_config()` of a Python file returns; raises UserError unless a `Config`."""
+    return made_by(path, "--config", "get_config", Config)
 
-    def get_config(content):
-        function = content.get("get_config")
-        config = function() if callable(function) else None
-        if not isinstance(config, Config):
+
+def made_by(path: str | os.PathLike, name: str, function: str, kind: type[T]) -> T:
+    """Returns what a function in a Python file returns; raises UserError unless of this kind."""
+
+    def make(content):
+        found = content.get(function)
+        made = found() if callable(found) else None
+        if not isinstance(made, kind):
             raise UserError(
-                "it needs a get_config() that returns seqmnist.config.Config"
-                + (f"; got {type(config).__name__}" if callable(function) else "")
+                f"it needs a {function}() that returns {kind.__module__}.{kind.__name__}"
+                + (f"; got {type(made).__name__}" if callable(found) else "")
             )
-        return config
+        return made
 
-    return from_file(path, "--config", get_config)
+    return from_file(path, name, make)
 
 
 def plugin_names(config: Config) -> list[str]:
@@ -379,19 +383,19 @@ def read_plugins(config: Config) -> list[bytes]:
     return contents
 
 
-_RUN_LAST: list[list] = []  # the plugins that were run last: their names, and their contents
-
-
 def load_plugins(config: Config) -> None:
     """Runs the files of `plugins`, which add to tables such as `CELLS`.
 
     They are run again if they have changed, or others since, which may have replaced an entry.
     """
-    names, contents = plugin_names(config), read_plugins(config)
-    if names and [names, contents] != _RUN_LAST:
-        for name in names:
-            from_file(name, "config.plugins", lambda content: None)
-        _RUN_LAST[:] = names, contents
+    if names := plugin_names(config):
+        _run_plugins(tuple(names), tuple(read_plugins(config)))
+
+
+@functools.lru_cache(maxsize=1)  # what was run last is not run again
+def _run_plugins(names, contents):  # with other contents, they have to be run again
+    for name in names:
+        from_file(name, "config.plugins", lambda content: None)
 
 
 def from_file(path, name, use):
@@ -526,13 +530,10 @@ def _fields(group, prefix) -> Iterator[Field]:
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             yield from _fields(hint, f"{prefix}{field.name}.")
-        elif hint is dict:
-            yield Field(prefix + field.name, dict, False, {}, field.metadata)
         else:
-            options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-            kind = next(option for option in options if option is not types.NoneType)
-            name = prefix + field.name
-            yield Field(name, kind, len(options) > 1, field.default, field.metadata)
+            kind, *none = typing.get_args(hint) or (hint,)
+            default = {} if kind is dict else field.default
+            yield Field(prefix + field.name, kind, bool(none), default, field.metadata)
 
 
 def _from_dict(group, values, prefix):
@@ -564,10 +565,11 @@ def _checked(field, value):
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if kind is dict and isinstance(value, Mapping):
+        value = {k: v.item() if hasattr(v, "item") else v for k, v in value.items()}  # of NumPy
         for key, each in value.items():
             if not isinstance(each, str | bool | int | float):
                 raise UserError(f"config.{name}.{key} must be a number, text or bool; got {each!r}")
-        return dict(value)
+        return value
     if type(value) is not kind:  # not isinstance: a bool is an int to Python, not to a reader
         raise UserError(f"config.{name} must be of type {kind.__name__}; got {shown}")
     if within and not _lies_within(value, within):

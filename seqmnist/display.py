@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -111,19 +110,19 @@ class Display:
             params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params)
         table = Table(box=box.SIMPLE_HEAD, show_footer=True)
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        total = sum(math.prod(leaf.shape) for _, leaf in leaves)
+        total = sum(leaf.size for _, leaf in leaves)
         table.add_column("parameter", footer="total")
         table.add_column("shape")
         table.add_column("count", justify="right", footer=f"{total:,}")
         for path, leaf in leaves:
             name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
             shape = " × ".join(map(str, leaf.shape))
-            table.add_row(name, shape, f"{math.prod(leaf.shape):,}")
+            table.add_row(name, shape, f"{leaf.size:,}")
         self._print(table)
 
     @contextlib.contextmanager
     def epoch(self, epoch: int, num_epochs: int, num_steps: int) -> Iterator[Any]:
-        """Shows the progress of an epoch, from 1; yields update(step, {"loss", "accuracy"})."""
+        """Shows the progress of an epoch, from 1 on; yields update(step, {"loss", "accuracy"})."""
         title = _title(epoch, num_epochs)
         columns = (
             TextColumn("{task.description}"),
@@ -297,18 +296,18 @@ def _title(epoch, num_epochs):
 
 def _text(value):
     """Returns one score, or mean ± standard deviation over members that did not diverge."""
-    values = np.array([value] if not isinstance(value, list) else value, float)
+    values = np.ravel(np.array(value, float))
     finite = values[np.isfinite(values)]
     if not len(finite):
         return "nan"
-    has_spread = isinstance(value, list) and len(finite) > 1
-    return _mean_and_sd(finite.mean(), finite.std(ddof=1) if has_spread else None)
+    return mean_and_sd(finite.mean(), finite.std(ddof=1) if len(finite) > 1 else None)
 
 
 def _summary(spread):
-    return "nan" if spread["mean"] is None else _mean_and_sd(spread["mean"], spread["sd"])
+    return "nan" if spread["mean"] is None else mean_and_sd(spread["mean"], spread["sd"])
 
 
-def _mean_and_sd(*numbers):
+def mean_and_sd(*numbers: float | None) -> str:
+    """Returns a mean, with ± and a standard deviation if it is not None."""
     shown = [f"{x:.4f}" if abs(x) < 1e5 else f"{x:.4g}" for x in numbers if x is not None]
     return " ± ".join(shown)

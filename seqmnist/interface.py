@@ -23,9 +23,9 @@ def load_data(name: str = "auto", **settings: Any) -> sources.Prepared:
     Raises:
       UserError: the dataset is not available, or a field does not exist.
     """
-    config = config_lib.override(Config(), {f"data.{key}": x for key, x in settings.items()})
-    config.data.name = name
-    data = sources.prepare(config_lib.validated(config).data, print)
+    values = {f"data.{key}": x for key, x in {"name": name, **settings}.items()}
+    config = config_lib.validated(config_lib.override(Config(), values))
+    data = sources.prepare(config.data, print)
     if data.notice:
         print(f"NOTICE: {data.notice}")
     return data

@@ -167,8 +167,8 @@ def _check_distributed(flags):
 
 def _resolve_config(flags, workdir) -> config_lib.Config:
     """Returns the configuration of --config or of the workdir, with the given fields overridden."""
-    resumes = flags.mode == "evaluate" or (flags.config is None and not flags.overwrite)
-    if resumes and (flags.mode == "evaluate" or workdir.has_config()):
+    resumes = flags.config is None and not flags.overwrite and workdir.has_config()
+    if flags.mode == "evaluate" or resumes:
         return _override(workdir.read_config(), flags)
     return new_config(flags)
 

@@ -1,5 +1,6 @@
 """Paths that a user writes: expanded, absolute and checked, or refused in one line."""
 
+import contextlib
 import os
 import pathlib
 import re
@@ -35,13 +36,11 @@ def resolve(path: str | os.PathLike, name: str) -> pathlib.Path:
         refuse("is an address; only folders and files of this machine's disks are supported")
     try:
         absolute = pathlib.Path(text).expanduser().absolute()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            absolute.stat()
     except RuntimeError as error:
         refuse(f"has no home folder ({error})")
-    except OSError as error:  # a relative path, and the current folder has been removed
-        refuse(f"cannot be used ({error.strerror})")
-    try:
-        absolute.exists()
-    except OSError as error:
+    except OSError as error:  # also of a relative path, if the current folder has been removed
         refuse(f"cannot be used ({error.strerror})")
     return absolute
 

@@ -83,11 +83,9 @@ def prepare_output() -> None:
 
 def listen(stop: StopRequest) -> None:
     """Passes SIGINT, SIGTERM and SIGHUP to `stop`."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is None or (name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN):
-            continue  # nohup ignores SIGHUP
-        signal.signal(number, stop.receive)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            signal.signal(number, stop.receive)
 
 
 def set_up_jax(config: Config) -> None:
@@ -160,8 +158,6 @@ def exit_code(command: Callable[[], int | None]) -> int:
 def leave(code: int) -> None:
     """Ends the process at once: threads of storage libraries could keep it alive forever."""
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # it is closed
             stream.flush()
-        except (OSError, ValueError):  # it is closed
-            continue
     os._exit(code)

@@ -29,7 +29,18 @@ from seqmnist.training.loop import Progress
 from seqmnist.training.metrics import parameter_norm
 from seqmnist.training.steps import own_choices
 from seqmnist.training.task import Program, Task, as_trained, check_memory, compose
-from seqmnist.workdir import PROFILE, Events, Workdir, versions
+from seqmnist.workdir import (
+    METRICS,
+    PROFILE,
+    RESULTS,
+    STEPS,
+    Events,
+    Workdir,
+    append_line,
+    as_json,
+    versions,
+    write_json,
+)
 
 
 def train(
@@ -153,8 +164,7 @@ class Session:
         self._is_writer = jax.process_index() == 0
         logged = workdir.read_steps(saved.step)
         self._events = Events(workdir, task.config, saved.history, logged, saved.seconds)
-        # When the current epoch would have begun if it had not been interrupted.
-        self._epoch_began = time.monotonic() - (saved.seconds - _seconds(saved.history))
+        self._began = time.monotonic() - saved.seconds  # as if there had been no interruption
         self._update_bar = None
         self._pace = 0, 0.0  # steps of the current epoch that this process took, and their seconds
 
@@ -166,15 +176,16 @@ class Session:
     def train_epoch(self, epoch: int) -> Iterator[Progress]:
         """Epoch begun: trains what is left of it, and yields its progress."""
         task, first = self._task, epoch * self._task.steps_per_epoch
-        config, traced = task.config, (step - first for step in self._profile.breaks)
-        due = (*traced, *self._due(first, config.checkpoint.every_steps))
-        logged = self._due(first, config.train.log_every_steps)
+        config, steps = task.config, range(first, first + task.steps_per_epoch)
+        every = config.checkpoint.every_steps, config.train.log_every_steps
+        due = {step for step in steps if any(_divides(n, step) for n in every)}
+        breaks = [step - first for step in due.union(self._profile.breaks)]
         begin = Progress(self._saved.state, self._saved.sums, self._saved.step - first)
         rows = task.epoch_rows(epoch)
         self._stop_if_asked()
         show = self._display.epoch(epoch + 1, config.train.num_epochs, task.steps_per_epoch)
         with show as self._update_bar:
-            progresses = task.loop.train(begin, rows, (*due, *logged))
+            progresses = task.loop.train(begin, rows, breaks)
             timed = self._timed(progresses, begin.step)
             yield from self._profile.watch(timed, first, task.steps_per_epoch, begin.step)
 
@@ -185,7 +196,7 @@ class Session:
             state=progress.state,
             sums=progress.sums,
             step=len(history) * steps_per_epoch + progress.step,
-            seconds=_seconds(history) + time.monotonic() - self._epoch_began,
+            seconds=time.monotonic() - self._began,
         )
         means = _train_means(progress.sums)
         self._update_bar(progress.step, means)
@@ -207,7 +218,7 @@ class Session:
         train_means = _train_means(saved.sums)
         diverged = np.isnan(train_means["loss"])
         validation = task.evaluate(saved.state.params, "validation", diverged)
-        seconds = time.monotonic() - self._epoch_began
+        seconds = time.monotonic() - self._began - _seconds(saved.history)
         record = {
             "epoch": epoch + 1,
             "step": saved.step,
@@ -219,13 +230,9 @@ class Session:
         history = [*saved.history, record]
         sums = task.loop.start(saved.state, saved.sums).sums
         self._saved = saved._replace(sums=sums, history=history, seconds=_seconds(history))
-        self._epoch_began = time.monotonic()
         num_epochs = task.config.train.num_epochs
         self._display.epoch_line(num_epochs, task.steps_per_epoch, record, *self._pace)
-        if self._is_writer:
-            with _explain_writing(self._workdir):
-                self._workdir.add_epoch(record)
-                self._events.add_epoch(record)
+        self._write(METRICS, record)
         if task.config.train.early_stopping:
             self._take_back_best()
         is_best = settings.keep_best and best_step(history) == saved.step
@@ -240,7 +247,7 @@ class Session:
         task, saved = self._task, self._saved
         self._close()
         self._stop_if_asked()
-        results = {
+        results = as_json({
             "dataset": task.describe_data(),
             "sequence": task.describe_sequence(),
             "parameters": _num_parameters(saved.state.params) // len(task.members),
@@ -257,12 +264,12 @@ class Session:
             },
             "devices": [f"{device.platform}:{device.id}" for device in task.mesh.devices.flat],
             "versions": versions(),
-        }  # fmt: skip
+        })  # fmt: skip
         self._stop_if_asked()
         if self._is_writer:
             with _explain_writing(self._workdir):
                 self._events.close()
-                self._workdir.finish(results)
+                write_json(self._workdir.path / RESULTS, results)
         return results
 
     def _is_over(self):
@@ -278,10 +285,11 @@ class Session:
         best_epochs = stopping.best_epochs(saved.history)
         is_best = best_epochs == len(saved.history) - 1
         stopped = stopping.has_stopped(saved.history, patience)
-        if stopped.all():
-            epochs = ", ".join(sorted({str(epoch + 1) for epoch in best_epochs.ravel()}, key=int))
-            self._display.say(f"Stopped early; restored the parameters of epoch {epochs}")
         stops = (stopped | self._is_over()) & ~_diverged(saved.history)
+        if self._is_over() and stops.any():
+            epochs = ", ".join(map(str, np.unique(best_epochs[stops] + 1)))
+            what = "Stopped early; restored" if stopped.all() else "Restored"
+            self._display.say(f"{what} the parameters of epoch {epochs}")
         best = stopping.choose(is_best, saved.state.params, saved.best)
         params = stopping.choose(stops, best, saved.state.params)
         sums = devices.gather(saved.sums)
@@ -299,10 +307,6 @@ class Session:
             yield progress
             began = time.monotonic()
 
-    def _due(self, first, every):
-        """Returns which steps of the epoch after step `first` are every n-th step of the run."""
-        return range(every - first % every, self._task.steps_per_epoch, every) if every else ()
-
     def _log_step(self, progress):
         """Writes loss and norms of the newest step, if that step is to be logged."""
         if not _divides(self._task.config.train.log_every_steps, self._saved.step):
@@ -314,10 +318,14 @@ class Session:
             **last.norms(),
             "train_seconds": round(self._saved.seconds, 3),
         }
+        self._write(STEPS, record)
+
+    def _write(self, name, record):
+        """Adds a record to a file of lines, and to TensorBoard's."""
         if self._is_writer:
             with _explain_writing(self._workdir):
-                self._workdir.add_step(record)
-                self._events.add_step(record)
+                append_line(self._workdir.path / name, record)
+                self._events.add(record)
 
     def _save(self):
         if self._saved.step != self._saved_step:
@@ -330,7 +338,7 @@ class Session:
             self._checkpoints.close()
 
     def _stop_if_asked(self):
-        """Stop asked, of any process: saves, and ends the run."""
+        """If a stop was asked of any process, saves the state and ends the run."""
         number = devices.agree(self._stop.number)
         if not number:
             return
@@ -363,7 +371,6 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
             if not overwrite:  # another process may have trained here since
                 _read_finished(task.config, workdir)
         checkpoints = Checkpoints(workdir.path, task.config.checkpoint)
-        checkpoints.check()
         # One program after the other: compiling one keeps several cores busy, and takes 60 MB.
         pool = futures.ThreadPoolExecutor(max_workers=1)
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
@@ -374,8 +381,10 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
             best = state.params if task.config.train.early_stopping else None
             expect = _expect(task, workdir, (state, sums, best))
             saved = checkpoints.restore(expect, display.notice)
-        display.setup(task, state.params)
-        if saved:
+        display.setup(task, nnx.filter_state(state.params, nnx.Param))
+        if saved and saved.step == task.num_steps:
+            display.say("Resuming after the last epoch")
+        elif saved:
             epoch, step = divmod(saved.step, task.steps_per_epoch)
             display.say(f"Resuming in epoch {epoch + 1}, after {step} of its steps")
         else:
@@ -486,18 +495,24 @@ def _score(task, saved, withhold_test):
     last = saved.history[-1]
     validation = {key: last[f"validation/{key}"] for key in ("loss", "accuracy")}
     if patience:  # of the parameters that were restored
-        best = stopping.best_epochs(saved.history)
+        epochs = stopping.best_epochs(saved.history)
         for key in validation:
             values = np.array([record[f"validation/{key}"] for record in saved.history], float)
-            values = np.take_along_axis(values, best[None], axis=0)[0]
+            values = np.take_along_axis(values, epochs[None], axis=0)[0]
             validation[key] = np.where(diverged, np.nan, values).tolist()
     held_out = validation if task.splits["validation"] else None
-    chosen = _chosen(task, held_out and held_out["loss"], diverged, withhold_test)
+    best = members.best_setting(task.config, held_out and held_out["loss"], diverged)
+    num, chosen = task.config.members.num, ~np.asarray(diverged) & (not withhold_test)
+    if len(task.members) > num:  # a sweep: only the chosen setting's scores may be seen
+        chosen &= np.arange(len(task.members)) // num == (-1 if best is None else best)
     test = task.evaluate(saved.state.params, "test", ~chosen)
     scores = {"validation": validation, "test": test}
     if patience:
         stopped = stopping.has_stopped(saved.history, patience)
-        scores["early_stopping"] = {"best_epochs": (best + 1).tolist(), "stopped": stopped.tolist()}
+        scores["early_stopping"] = {
+            "best_epochs": (epochs + 1).tolist(),
+            "stopped": stopped.tolist(),
+        }
     if len(task.members) == 1:
         return scores
     ensemble = {"loss": None, "accuracy": None}
@@ -509,18 +524,9 @@ def _score(task, saved, withhold_test):
         **scores,
         "members": task.members,
         "settings": members.summarize(task.config, diverged, held_out, test),
-        "best": members.best_setting(task.config, held_out and held_out["loss"], diverged),
+        "best": best,
         "ensemble": {"members": np.flatnonzero(chosen).tolist(), "test": ensemble},
     }
-
-
-def _chosen(task, losses, diverged, withhold_test):
-    """Returns whose test scores may be seen, bool [S]: in a sweep, only the chosen setting's."""
-    num, chosen = task.config.members.num, ~np.asarray(diverged)
-    if len(task.members) > num:
-        best = members.best_setting(task.config, losses, diverged)
-        chosen &= np.arange(len(task.members)) // num == (-1 if best is None else best)
-    return chosen & (not withhold_test)
 
 
 def _diverged(history):
@@ -559,7 +565,5 @@ def _num_parameters(params):
 
 
 def _num_bytes(program):
-    memory = program.compiled.memory_analysis()
-    if memory is None:
-        return 0
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    cost = profiling.program_cost(program.compiled)
+    return cost.get("argument_bytes", 0) + cost.get("temporary_bytes", 0)

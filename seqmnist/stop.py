@@ -19,17 +19,16 @@ class StopRequest:
         """From now on, only notes a signal: the run checks for it and saves its state."""
         self._is_deferred = True
 
-    def receive(self, number: int, frame: object = None) -> None:
+    def receive(self, number: int, _frame: object = None) -> None:
         """Handles a signal: notes it, or ends the process if there is nothing to save.
 
         A second signal ends the process at once. No exception is raised: libraries swallow those
         raised in the middle of an import or a callback.
         """
-        del frame
         if self.number:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.number = number
         if not self._is_deferred:
-            os.write(2, b"Stopped before training began; nothing was lost\n")
+            os.write(2, b"Stopped before anything was written; nothing was lost\n")
             os._exit(128 + number)

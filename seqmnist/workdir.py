@@ -45,7 +45,7 @@ _FOLDERS = {
     PLUGINS: "0/*",
 }
 # What tools write into folders that may also hold files of the user.
-_OF_TOOLS = {
+OF_TOOLS = {
     EXPORT: (
         "classifier.jax_export", "step.jax_export", "initial_state.npz", "images.json",
         "parameters.safetensors", "README.md", "example.png", "draw.html",
@@ -116,15 +116,17 @@ class Workdir:
                 raise UserError(
                     f"{self.path / name} is a folder; move it, or choose another --workdir"
                 )
+        if (folder := self.path / "checkpoints").exists() and not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; move it, or choose another workdir")
         if (self.path / PLAN).is_file() and not self.has_config():
             raise UserError(f"--workdir={self} holds a study; choose another for the run")
 
     @contextlib.contextmanager
-    def hold(self, notice: Callable[[str], None]) -> Iterator[None]:
+    def hold(self, notice: Callable[[str], None], wait: bool = False) -> Iterator[None]:
         """Creates and locks the folder; the lock of a killed process does not remain.
 
         `notice` is called with a line if the file system has no locks. Raises InUseError if another
-        process holds the lock, UserError if the folder cannot be created.
+        process holds the lock, unless it should `wait`; UserError if the folder cannot be created.
         """
         import filelock  # imported here: only a run that writes needs it
 
@@ -132,7 +134,7 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with warnings.catch_warnings(action="ignore"):  # about a lock that is only a file
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=-1 if wait else 0)
         except filelock.Timeout:
             raise InUseError(
                 f"--workdir={self} is in use by another process; wait for it, or choose another"
@@ -212,33 +214,36 @@ class Workdir:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of `metrics.jsonl`; raises UserError if a run has not written any."""
         path = self.path / METRICS
-        lines = [_parse(path, line) for line in _read_text(path).splitlines()]
+        lines = _read_lines(path, _METRICS_KINDS)
         if not lines:
             raise UserError(f"{path} holds no epoch; train with this workdir first")
-        return [_checked(path, line, _METRICS_KINDS) for line in lines]
+        return lines
 
     def read_steps(self, step: int) -> list[dict[str, Any]]:
         """Returns the lines of `steps.jsonl` up to a step of the run; none if there is no file.
 
-        The incomplete last line of a killed process is ignored. Raises UserError if the file is not
-        what a run writes.
+        Raises UserError if the file is not what a run writes.
         """
         path = self.path / STEPS
-        lines = _read_text(path).split("\n")[:-1] if step and path.exists() else []
-        records = [_checked(path, _parse(path, line), _STEPS_KINDS) for line in lines]
-        return [record for record in records if record["step"] <= step]
+        lines = _read_lines(path, _STEPS_KINDS) if step and path.exists() else []
+        return [line for line in lines if line["step"] <= step]
 
     def begin(
-        self, config: config_lib.Config, history: list[dict[str, Any]], step: int = 0
+        self,
+        config: config_lib.Config,
+        history: list[dict[str, Any]],
+        step: int = 0,
+        plugins: list[bytes] | None = None,
     ) -> None:
-        """Writes the configuration and the records of the first `step` steps; removes results."""
-        self._begin(config, history, step, config_lib.read_plugins(config))
+        """Writes the configuration and the records of the first `step` steps; removes results.
 
-    def _begin(self, config, history, step, plugins):
+        `plugins` are the contents of those that the configuration names, if they have been read.
+        """
+        plugins = config_lib.read_plugins(config) if plugins is None else plugins
         (self.path / RESULTS).unlink(missing_ok=True)
         for copy, content in zip(self._plugin_copies(config), plugins, strict=True):
             copy.parent.mkdir(parents=True, exist_ok=True)
-            _write_aside(copy, content)
+            write_aside(copy, content)
         _write_lines(self.path / METRICS, history)
         if (self.path / STEPS).exists():
             _write_lines(self.path / STEPS, self.read_steps(step))
@@ -252,23 +257,11 @@ class Workdir:
         for path in self._written():
             path.rename(aside / path.name)
         try:
-            self._begin(config, [], 0, plugins)
+            self.begin(config, [], 0, plugins)
         except OSError:
             self._recover()
             raise
         self._discard(aside)
-
-    def add_epoch(self, record: dict[str, Any]) -> None:
-        """Adds a line to the metrics."""
-        append_line(self.path / METRICS, record)
-
-    def add_step(self, record: dict[str, Any]) -> None:
-        """Adds a line to the steps."""
-        append_line(self.path / STEPS, record)
-
-    def finish(self, results: dict[str, Any]) -> None:
-        """Writes the results."""
-        write_json(self.path / RESULTS, results)
 
     def _plugin_copies(self, config):
         """Returns where the copy of each plugin is kept."""
@@ -304,7 +297,7 @@ class Workdir:
 
     def _discard(self, aside):
         """Removes what a run and tools wrote, and returns the user's own files to their place."""
-        for name, patterns in _OF_TOOLS.items():
+        for name, patterns in OF_TOOLS.items():
             folder = aside / name
             for path in [] if folder.is_symlink() else folder.glob("*"):
                 target = self.path / name / path.name
@@ -331,45 +324,33 @@ class Events:
         """Takes epochs, logged steps and seconds of training so far: the file is written anew."""
         self._directory, self._config = workdir.path, config
         self._began = time.time() - seconds
-        self._pending: list[tuple[str, dict[str, Any], float]] = []
-        self._seconds = 0.0  # of the finished epochs
-        for record in history:
-            self._queue_epoch(record)
-        for record in steps:
-            self._queue_step(record)
+        self._pending, self._seconds = [*history, *steps], 0.0  # of the finished epochs
 
-    def add_epoch(self, record: dict[str, Any]) -> None:
-        """Adds an epoch; of several members, mean, min and max."""
-        self._queue_epoch(record)
-        self._write()
-        self._writer.flush()
+    def add(self, record: dict[str, Any]) -> None:
+        """Adds an epoch or a logged step, which has `train_seconds`; of members, mean, min and max.
 
-    def add_step(self, record: dict[str, Any]) -> None:
-        """Adds a logged step, as `add_epoch` does; it is on disk within about ten seconds."""
-        self._queue_step(record)
-        self._write()
+        An epoch is then on disk; a step is within about ten seconds.
+        """
+        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
+
+        self._pending.append(record)
+        for each in self._pending:
+            values, prefix = dict(each), "step/"
+            seconds = values.pop("train_seconds", None)
+            if seconds is None:
+                self._seconds += each["seconds"]
+                prefix, seconds = "", self._seconds
+            for name, value in _scalars(values):
+                summary = scalar_pb(prefix + name, value)
+                self._writer.add_event(self._event(summary, each["step"], seconds))
+        self._pending.clear()
+        if not prefix:
+            self._writer.flush()
 
     def close(self) -> None:
         """Writes what is left."""
         if "_writer" in self.__dict__:
             self._writer.close()
-
-    def _queue_epoch(self, record):
-        self._seconds += record["seconds"]
-        self._pending.append(("", record, self._seconds))
-
-    def _queue_step(self, record):
-        values = dict(record)
-        self._pending.append(("step/", values, values.pop("train_seconds")))
-
-    def _write(self):
-        from tensorboard.plugins.scalar.summary_v2 import scalar_pb
-
-        for prefix, record, seconds in self._pending:
-            for name, value in _scalars(record):
-                summary = scalar_pb(prefix + name, value)
-                self._writer.add_event(self._event(summary, record["step"], seconds))
-        self._pending.clear()
 
     def _event(self, summary, step=0, seconds=0.0):
         from tensorboard.compat.proto.event_pb2 import Event
@@ -421,7 +402,7 @@ def _charts():
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON completely or not at all, by renaming a finished file; NaN becomes null."""
-    _write_aside(path, (_dump(value, indent=2) + "\n").encode())
+    write_aside(path, (_dump(value, indent=2) + "\n").encode())
 
 
 def append_line(path: pathlib.Path, value: Any) -> None:
@@ -440,21 +421,18 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
-def _write_aside(path, content):
-    if path.exists() and not path.is_file():  # a device such as /dev/stdout, not to be replaced
-        path.write_bytes(content)
-        return
+def write_aside(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file completely or not at all, by renaming a finished one."""
     aside = path.with_name(path.name + ".partial")
     try:
         aside.write_bytes(content)
         os.replace(aside, path)
-    except OSError:
+    finally:
         aside.unlink(missing_ok=True)
-        raise
 
 
 def _write_lines(path, records):
-    _write_aside(path, "".join(_dump(record) + "\n" for record in records).encode())
+    write_aside(path, "".join(_dump(record) + "\n" for record in records).encode())
 
 
 def _read_text(path):
@@ -472,6 +450,12 @@ def _read_text(path):
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{path} cannot be read ({reason}); restore it from a copy") from None
+
+
+def _read_lines(path, kinds):
+    """Reads lines of JSON, without the incomplete last one of a process that was killed."""
+    lines = _read_text(path).split("\n")[:-1]
+    return [_checked(path, _parse(path, line), kinds) for line in lines]
 
 
 def _parse(path, text):
@@ -511,13 +495,10 @@ def _scalars(record):
             yield name, value
 
 
+def as_json(value: Any) -> Any:
+    """Returns what a file of JSON holds of a value: None in place of NaN and infinities."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
 def _dump(value, indent=None):
-    return json.dumps(_finite(value), indent=indent, allow_nan=False)
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(as_json(value), indent=indent)

@@ -25,8 +25,8 @@ def test_every_experiment_is_found():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 @jax.numpy_dtype_promotion("standard")  # Optax's Adam is not strict
 @mock.patch.dict(READOUTS)  # other tests go through this table, so nothing may stay in it
-def test_an_experiment_describes_a_network_that_can_be_built(file, monkeypatch):
-    monkeypatch.setattr(config_lib, "_RUN_LAST", [])
+def test_an_experiment_describes_a_network_that_can_be_built(file):
+    config_lib._run_plugins.cache_clear()
     config = config_lib.validated(config_lib.load_experiment(str(file)))
     assert members.list_members(config)
     assert make_system(config, num_steps=100).drops_out == (config.model.dropout > 0)

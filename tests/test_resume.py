@@ -149,7 +149,7 @@ def test_signals_reach_the_command_line(data_dir, monkeypatch):
         process.send_signal(number)
     for process, number in zip(early, numbers, strict=True):
         assert (process.communicate()[1], process.returncode) == (
-            "Stopped before training began; nothing was lost\n", 128 + number,
+            "Stopped before anything was written; nothing was lost\n", 128 + number,
         )  # fmt: skip
     for process, number in zip(late, numbers, strict=True):
         metrics = pathlib.Path(f"late-{number}/metrics.jsonl")
@@ -247,7 +247,7 @@ def test_overwrite_prepares_before_it_removes(make_config, monkeypatch):
     with pytest.raises(UserError):
         run.train(make_config(1, mesh={"data": 3}), "a", overwrite=True)
     with monkeypatch.context() as patch:  # killed in the middle of the replacement
-        patch.setattr(Workdir, "_begin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Workdir, "begin", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run.train(make_config(2), "a", overwrite=True)
     assert not pathlib.Path("a/config.json").exists()
@@ -262,14 +262,14 @@ def test_overwrite_prepares_before_it_removes(make_config, monkeypatch):
 def test_overwrite_that_cannot_write_leaves_the_run(name, make_config, monkeypatch):
     run.train(make_config(1), "a")
     before = kill_stress.outcome(pathlib.Path("a"))
-    write = workdir_lib._write_aside
+    write = workdir_lib.write_aside
 
     def fail(path, content):
         if path == pathlib.Path("a", name).absolute():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    monkeypatch.setattr(workdir_lib, "_write_aside", fail)
+    monkeypatch.setattr(workdir_lib, "write_aside", fail)
     pathlib.Path("mine.py").touch()
     config = make_config(2)
     config.plugins = "mine.py"
