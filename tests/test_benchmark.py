@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -18,9 +17,8 @@ def make_setup(tmp_path, digits, folders):
     test = {"test_images": images, "test_labels": labels}
     np.savez(file, train_images=images, train_labels=labels, **test)
     case = {**benchmark.NOTEBOOK, "batch_size": 8, "hidden_size": 4}
-    directory = tmp_path / "mnist_family" / "mnist_5k" / "1.0.0"
-    dataset = types.SimpleNamespace(name="mnist_5k", directory=directory)
-    return benchmark.Setup(dataset, file, folders, {"simple_rnn rows": (case, 2)}, rounds=1)
+    data = ["--config.data.name=mnist_5k"]
+    return benchmark.Setup(file, data, folders, {"simple_rnn rows": (case, 2)}, rounds=1)
 
 
 def make_checkout(folder):

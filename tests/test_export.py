@@ -26,7 +26,6 @@ from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import card, export, trained
 from seqmnist.training.steps import init_state, make_system
 from seqmnist.workdir import Workdir
-from tools import report
 
 
 def export_run(workdir):
@@ -569,7 +568,7 @@ def test_an_overwritten_run_keeps_only_what_no_tool_wrote(exported_by_tool, tmp_
     shutil.copytree(exported_by_tool, tmp_path / "run")
     (tmp_path / "run" / "report").mkdir()
     names = re.findall(r'picture\("(\w+)"', (REPOSITORY / "tools" / "sections.py").read_text())
-    theirs = {f"{name}.{kind}" for name in names for kind in ("png", "svg")} | report._FORMER
+    theirs = {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     for name in ("export/notes.md", "report/photo.png", *(f"report/{name}" for name in theirs)):
         (tmp_path / "run" / name).write_text("x")
     workdir = Workdir(tmp_path / "run")

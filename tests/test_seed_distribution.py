@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seqmnist import run
+from seqmnist import interface, run
 from seqmnist.config import Config
 from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
@@ -47,7 +47,7 @@ def test_without_keras_nothing_is_trained(monkeypatch, capsys):
 @pytest.mark.parametrize("tool", [keras_parity, seed_distribution])
 def test_images_that_the_notebook_does_not_read_are_refused(tool, monkeypatch):
     digits = types.SimpleNamespace(name="digits", spec=ImageSpec(8, 8, 1, MNIST.class_names))
-    monkeypatch.setattr(cli, "prepare_data", lambda arguments: digits)
+    monkeypatch.setattr(interface, "load_data", lambda *_, **__: digits)
     with pytest.raises(UserError, match="digits does not have the size"):
         tool._main(tool._make_parser().parse_args([]))
 

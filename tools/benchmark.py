@@ -40,7 +40,6 @@ from typing import NamedTuple
 import numpy as np
 
 from seqmnist import paths
-from seqmnist.datasets import sources
 from seqmnist.errors import UserError, explain_storage
 from tools import cli
 from tools.peers import NOTEBOOK, PEERS
@@ -66,8 +65,8 @@ _ROOT = pathlib.Path(__file__).parents[1]
 class Setup(NamedTuple):
     """What is measured, and how often."""
 
-    dataset: sources.Prepared
-    file: pathlib.Path  # the same images as .npz, for all contestants
+    file: pathlib.Path  # the images as .npz, for all contestants
+    data: list[str]  # the flags that name them
     folders: dict[str, pathlib.Path]  # of contestants, from which they import this project
     cases: dict[str, tuple[dict, int]]  # of CASES
     rounds: int
@@ -105,17 +104,15 @@ def time_in_turns(setup, names, case, request):
     """Returns {name: {"seconds", "peak_mib"}}, medians over rounds in which all take turns."""
     with contextlib.ExitStack() as stack:
         asks = {name: stack.enter_context(worker(setup, name, case)) for name in names}
-        rounds = range(1 + setup.rounds)  # the first one compiles
-        rounds = [{name: ask(*request) for name, ask in asks.items()} for _ in rounds]
+        num_rounds = 1 + setup.rounds  # the first one compiles
+        rounds = [{name: ask(*request) for name, ask in asks.items()} for _ in range(num_rounds)]
     return {name: _medians([each[name] for each in rounds[1:]]) for name in names}
 
 
 def job(setup):
     """Times whole processes: {"cold" or "warm": {name: {"seconds", "peak_mib"}}}."""
-    dataset, runs = setup.dataset, {"cold": {}, "warm": {}}
-    ours = ["seqmnist.main", "--config=experiments/notebook.py"]
-    ours += [f"--config.data.name={dataset.name}"]
-    ours += [f"--config.data.data_dir={dataset.directory.parents[2]}"]
+    runs = {"cold": {}, "warm": {}}
+    ours = ["seqmnist.main", "--config=experiments/notebook.py", *setup.data]
     with tempfile.TemporaryDirectory() as folder:
         for i, state, name in itertools.product(range(setup.rounds), runs, setup.folders):
             if (name, state) != ("torch", "warm"):  # it has no cache
@@ -220,8 +217,8 @@ def _main(arguments):
     sections = arguments.sections.split(",")
     if unknown := sorted(set(sections) - set(SECTIONS)):
         raise UserError(f"--sections: no section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
-    names = [name for name in PEERS if name != "streamed"]
-    names = [name for name in names if importlib.util.find_spec(_MODULES.get(name, name))]
+    modules = {name: _MODULES.get(name, name) for name in PEERS if name != "streamed"}
+    names = [name for name, module in modules.items() if importlib.util.find_spec(module)]
     if not shutil.which("g++") and "torch.compile" in names:
         names.remove("torch.compile")
     folders = dict.fromkeys(names, _ROOT)
@@ -234,9 +231,13 @@ def _main(arguments):
     if not cases:
         raise UserError(f"--cases: no case has {arguments.cases!r}; choose from {', '.join(CASES)}")
     rounds = arguments.rounds or (1 if arguments.quick else 5)
-    dataset = cli.prepare_data(arguments)
+    dataset = cli.prepare_digits(arguments)
+    name = dataset.name if dataset.requested == "auto" else dataset.requested
+    data = [f"--config.data.name={name}"]
+    for key, path in cli.places(arguments).items():  # contestants run in other folders
+        data.append(f"--config.data.{key}={path and paths.resolve(path, f'--{key}')}")
     with tempfile.TemporaryDirectory() as folder:
-        setup = Setup(dataset, pathlib.Path(folder) / "images.npz", folders, cases, rounds)
+        setup = Setup(pathlib.Path(folder) / "images.npz", data, folders, cases, rounds)
         arrays = {}
         for split in ("train", "test"):
             arrays[f"{split}_images"], arrays[f"{split}_labels"] = dataset.arrays(split)
@@ -276,7 +277,7 @@ def _draw(figures, path):
 
     curves = figures.get("growth", {})
     canvas = Figure((5 * (1 + len(curves)), 4), layout="tight")
-    first, *others = np.atleast_1d(canvas.subplots(1, 1 + len(curves)))
+    first, *others = canvas.subplots(1, 1 + len(curves), squeeze=False)[0]
     times = {name: ratio["seconds"] for name, ratio in figures["ratios"].items()}
     first.barh(list(times), list(times.values()))
     first.axvline(1, color="black", linewidth=1)

@@ -36,10 +36,12 @@ def add_output_argument(parser: argparse.ArgumentParser, flag: str, help_: str) 
             raise UserError(f"{flag}={text}: there is no folder {path.parent}; create it first")
         if path.is_dir():
             raise UserError(f"{flag}={text} is a folder; name a file")
-        if path.exists() and not path.is_file():
+        if path.is_symlink() or (path.exists() and not path.is_file()):
             raise UserError(f"{flag}={text} is no regular file; choose another path")
-        if flag == "--json" and path.exists() and path.read_bytes()[:1] not in (b"", b"{"):
-            raise UserError(f"--json={text} exists and is not JSON; choose another path")
+        if flag == "--json" and path.exists():
+            with explain_storage(f"--json={text}", "choose another path"), path.open("rb") as file:
+                if file.read(1) not in (b"", b"{"):
+                    raise UserError(f"--json={text} exists and is not JSON; choose another path")
         if not os.access(path.parent, os.W_OK | os.X_OK):
             raise UserError(f"{flag}={text}: {path.parent} is not writable; choose another folder")
         return path
@@ -48,12 +50,11 @@ def add_output_argument(parser: argparse.ArgumentParser, flag: str, help_: str) 
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments that `prepare_data` reads."""
+    """Adds the arguments that `prepare_digits` reads."""
     parser.add_argument(
         "--data_name", default="auto", help="as --config.data.name (default: %(default)s)"
     )
-    parser.add_argument("--data_dir", help="as --config.data.data_dir")
-    parser.add_argument("--manual_dir", help="as --config.data.manual_dir")
+    add_place_arguments(parser)
 
 
 def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
@@ -75,14 +76,14 @@ def add_workdir_argument(parser: argparse.ArgumentParser, choices=None) -> None:
 
 
 def add_place_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --data_dir and --manual_dir, for a tool whose runs or entries name data themselves."""
+    """Adds --data_dir and --manual_dir."""
     for name in PLACES:
         parser.add_argument(
             f"--{name}",
             metavar="DIR",
             type=lambda text: None if text.lower() == "none" else text,
             default=argparse.SUPPRESS,
-            help=f"replaces config.data.{name}; none resets it to its default",
+            help=f"in place of config.data.{name}; none is its default",
         )
 
 
@@ -104,17 +105,14 @@ def load(arguments: argparse.Namespace) -> "trained.Trained":
     return trained.load(arguments.workdir, **chosen(arguments))
 
 
-def prepare_data(arguments: argparse.Namespace) -> "sources.Prepared":
-    """Prepares the dataset that the arguments name, and prints its notice."""
+def prepare_digits(arguments: argparse.Namespace) -> "sources.Prepared":
+    """Prepares the dataset that the arguments name, and prints its notice.
+
+    Raises UserError unless it has the shape of MNIST.
+    """
     from seqmnist import interface  # imported here: --help needs no JAX
 
-    folders = {name: getattr(arguments, name) for name in PLACES}
-    return interface.load_data(arguments.data_name, **folders)
-
-
-def prepare_digits(arguments: argparse.Namespace) -> "sources.Prepared":
-    """Prepares a dataset as `prepare_data` does; raises UserError unless it is shaped as MNIST."""
-    data = prepare_data(arguments)
+    data = interface.load_data(arguments.data_name, **places(arguments))
     if (data.spec.shape, data.spec.num_classes) != (MNIST.shape, MNIST.num_classes):
         raise UserError(
             f"{data.name} does not have the size and the number of classes of MNIST, which the "
@@ -172,9 +170,8 @@ def run(parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], An
         sys.__unraisablehook__(unraisable)
 
     sys.unraisablehook = notice
-    for name in ("SIGTERM", "SIGHUP"):  # so that unfinished files are removed
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) == signal.SIG_DFL:
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that unfinished files are removed
+        if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, lambda number, _: sys.exit(128 + number))
     if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,10 +13,10 @@ draw.html is a page to draw on: it runs the network in a browser, from its param
 the prediction changes by time step. It is one file that needs neither a server nor a network.
 """
 
-import contextlib
 import pathlib
 
 from seqmnist.errors import UserError, explain_storage
+from seqmnist.workdir import write_aside
 from tools import cli
 
 _EXAMPLE = pathlib.Path(__file__).parent / "pictures" / "digits" / "7.png"
@@ -47,25 +47,18 @@ def _main(arguments):
 
 def _write_page(network):
     """Writes the page, if the network has JavaScript; returns its size by name."""
-    from safetensors.numpy import load_file
-
     from seqmnist.study import export, page
 
-    folder = network.workdir.path / export.DIRECTORY
-    path, aside = folder / page.PAGE, folder / f"{page.PAGE}.partial"
+    path = network.workdir.path / export.DIRECTORY / page.PAGE
     remedy = "make room or move it away, then run the same command again"
-    with explain_storage(str(path), remedy), contextlib.ExitStack() as stack:
+    with explain_storage(str(path), remedy):
         try:
-            text = page.make(
-                network.config.model, network.spec, load_file(folder / export.PARAMETERS)
-            )
+            text = page.make(network.config.model, network.spec, export.by_name(network.params))
         except UserError as error:
             print(f"NOTICE: {path} is not written: {error}")
             path.unlink(missing_ok=True)  # another network's
             return {}
-        stack.callback(aside.unlink, missing_ok=True)
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_aside(path, text.encode())
     return {page.PAGE: path.stat().st_size}
 
 

@@ -240,8 +240,9 @@ def unrolled(x: np.ndarray, probabilities: np.ndarray, model: Any, names: Sequen
     if model.readout == "last":
         sources = [0, last] if model.bidirectional else [last]
     _draw_readout(axis, sources, height + 0.42, peak, model.readout)
-    _draw_prediction(axis, probabilities, names, 0.1, last - 1.2, peak - 0.42)
-    axis.set(xlim=(-0.5, last + 0.8), ylim=(-2.75, peak + 0.85))
+    left = min(0.1, last - 2.7)  # beyond the first of few steps
+    _draw_prediction(axis, probabilities, names, left, last - 1.2, peak - 0.42)
+    axis.set(xlim=(left - 0.6, last + 0.8), ylim=(-2.75, peak + 0.85))
     axis.axis("off")
     return figure
 

@@ -88,9 +88,8 @@ def _main(arguments):
         for process in processes:
             process.send_signal(received)
 
-    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, pass_on)
     with futures.ThreadPoolExecutor(len(processes)) as pool:
         shown = pool.map(_show, range(len(processes)), processes)

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from seqmnist.study import card
-from seqmnist.workdir import Workdir
+from seqmnist.workdir import Workdir, write_aside
 from tools import cli, figures, report
 from tools.sections import Section, picture
 
@@ -27,8 +27,11 @@ _COLUMNS = {
 }
 
 
-def write(workdir: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
-    """Writes study.csv, .md, .tex and .html, and pictures/; returns the path of the page."""
+def write(workdir: pathlib.Path, found: Mapping[str, Any]) -> tuple[pathlib.Path, list[list[Any]]]:
+    """Writes study.csv, .md, .tex and .html, and pictures/.
+
+    Returns the path of the page, and the rows of `table`.
+    """
     measured = {name: _measured(workdir / "final" / name, found) for name in found["entries"]}
     rows = table(found, measured)
     pairs = differences_table(found)
@@ -40,18 +43,16 @@ def write(workdir: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
         "study.tex": _latex(rows) + "\n" + _latex(pairs),
     }
     for name, content in contents.items():
-        aside = workdir / f"{name}.partial"
-        aside.write_text(content, encoding="utf-8")
-        aside.replace(workdir / name)
+        write_aside(workdir / name, content.encode())
     sections = _sections(workdir, found, measured, rows, pairs)
-    return report.write(workdir, f'Study "{workdir.name}"', sections, "study.html", "pictures")
+    page = report.write(workdir, f'Study "{workdir.name}"', sections, "study.html", "pictures")
+    return page, rows
 
 
-def show(workdir: pathlib.Path, found: Mapping[str, Any]) -> None:
-    """Prints those columns of the table that fit on 80 characters, and remarks on it."""
+def show(found: Mapping[str, Any], rows: Sequence[Sequence[Any]]) -> None:
+    """Prints those columns of the rows of `table` that fit on 80 characters, and remarks on it."""
     names = ("network", "parameters", "validation", "test", "95 % interval")
-    measured = {name: _measured(workdir / "final" / name, found) for name in found["entries"]}
-    heads, *rows = table(found, measured)
+    heads, *rows = rows
     chosen = [heads.index(name) for name in names]
     cli.print_table(names, [[str(row[i]) for i in chosen] for row in rows])
     for line in _remarks(found):
@@ -167,8 +168,10 @@ def _sections(workdir, found, measured, rows, pairs):
             f"{key}: {values[key]:,.4g}, {card.format_spread(spreads[key])}" for key in values
         )
         figure = scores_against(label, values, spreads)
-        look = "Look at the upper left: much accuracy for little cost. Where bars overlap, see the "
-        look += "differences above."
+        look = (
+            "Look at the upper left: much accuracy for little cost. Where bars overlap, see the "
+            "differences above."
+        )
         pictures = picture(name, figure, f"{title}: {alt}", look)
         sections.append(Section(title, "", pictures))
     metrics = {name: own["metrics"] for name, own in measured.items()}
@@ -177,13 +180,13 @@ def _sections(workdir, found, measured, rows, pairs):
     curves = picture("curves", figures.learning_curves(metrics), alt, look)
     sections.append(Section("Learning curves", "Bands are one standard deviation.", curves))
     for field, tried in select.items():
-        if len(tried) > 1 and all(isinstance(value, int | float) for value in tried):
+        if len(tried) > 1 and all(type(value) in (int, float) for value in tried):
             alt = f"Lowest mean validation loss by {field}, a line for each network"
             text = f"Mean validation loss by {field}; for each value, the best of the other fields."
             look = (
                 "A wide valley is a network that is easy to tune; one whose lowest point is at an "
+                "end needs a wider grid."
             )
-            look += "end needs a wider grid."
             pictures = picture(field, sensitivity(field, entries), alt, look)
             sections.append(Section(f"Sensitivity to {field}", text, pictures))
     return sections

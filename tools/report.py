@@ -11,22 +11,16 @@ they are lines, PNG otherwise. The runs of --compare share one table and one set
 import base64
 import datetime
 import html
-import os
 import pathlib
 import re
 import shlex
 import sys
 
 from seqmnist.errors import explain_storage
+from seqmnist.workdir import OF_TOOLS, REPORT, Workdir, write_aside
 from tools import cli
 
-PAGE, FOLDER = "report.html", "report"
-# Pictures that an earlier page may have had, and this one may lack or have as another kind of file.
-_FORMER = {"mistakes.png"} | {
-    f"{name}.{kind}"
-    for name in ("compare", "by_step", "curves", "classes", "gradients")
-    for kind in ("png", "svg")
-}
+PAGE, FOLDER = f"{REPORT}.html", REPORT
 _CARDS_ABOVE = 5  # columns: on a phone, each row of such a table is a list of labeled values
 _LONG = 24  # letters; longer cells may be broken anywhere
 
@@ -84,7 +78,7 @@ def render(title: str, sections) -> str:
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
         f"<p>Page made on {now:%Y-%m-%d at %H:%M} UTC by</p>",
-        f"<pre>{html.escape(_command())}</pre>",
+        f"<pre>{html.escape(shlex.join(['python', *sys.orig_argv[1:]]))}</pre>",
         '<nav aria-label="Contents"><ul>',
         *(
             f'<li><a href="#{anchor}">{html.escape(section.title)}</a></li>'
@@ -114,7 +108,7 @@ def render(title: str, sections) -> str:
 def write(
     workdir: pathlib.Path, title: str, sections, name: str = PAGE, folder: str = FOLDER
 ) -> pathlib.Path:
-    """Writes the page and its pictures, all or nothing; returns the path of the page.
+    """Writes the pictures and then the page; returns the path of the page.
 
     Pictures of an earlier page are removed, files of the user are kept. Raises UserError if the
     workdir cannot be written.
@@ -128,19 +122,11 @@ def write(
         with export.replacing(final) as new:
             for key, content in pictures.items():
                 (new / key).write_bytes(content)
-            aside = new.with_name(name)
-            aside.write_text(render(title, sections), encoding="utf-8")
-            os.replace(aside, page)
-        for key in _FORMER - pictures.keys():
+        write_aside(page, render(title, sections).encode())
+        kinds = {f"{key[:-3]}{kind}" for key in pictures for kind in ("png", "svg")}
+        for key in kinds.union(OF_TOOLS[REPORT]) - pictures.keys():
             (final / key).unlink(missing_ok=True)
     return page
-
-
-def _command():
-    """Returns the command line of this process, e.g. python -m tools.report --workdir=runs/a."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["-m", module.name] if module else sys.argv[:1]
-    return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def _image(name, picture):
@@ -176,7 +162,6 @@ def _cell(value, tag="td", label=None):
 
 
 def _main(arguments):
-    from seqmnist.workdir import Workdir
     from tools import sections as section_lib  # imported here: --help needs no JAX
 
     sections, numbers = section_lib.examine(arguments.workdir, **cli.chosen(arguments))

@@ -51,7 +51,7 @@ class Section(NamedTuple):
 
 
 class Found:
-    """What a trained network does on its test set; [n] is an array for some of the N examples."""
+    """What a trained network does on its test set; shapes with n are of some of the N examples."""
 
     def __init__(self, network: trained.Trained, metrics: list[dict[str, Any]], is_asked: bool):
         """Reads the test set; `metrics` are the lines of `metrics.jsonl`.
@@ -204,7 +204,7 @@ def _by_setting(config, results, metrics):
     settings, num, best = members.settings(config), config.members.num, results.get("best")
     if len(settings) == 1:
         return [(0, "", metrics)]
-    losses = (results.get("validation") or metrics[-1]).get("loss", metrics[-1]["validation/loss"])
+    losses = results["validation"]["loss"] if results else metrics[-1]["validation/loss"]
     losses = np.broadcast_to(np.array(losses, float), len(settings) * num).reshape(-1, num)
     losses = np.ma.masked_invalid(losses).mean(1).filled(np.inf)
     found = []
@@ -302,7 +302,7 @@ def _learning_curves(found):
     pictures = picture("curves", figures.learning_curves(shown), alt, look)
     num = found.network.config.train.batch_size * len(members.list_members(found.network.config))
     steps = np.diff([line["step"] for line in metrics], prepend=0)
-    rate = num * steps / [line["seconds"] for line in metrics]
+    rate = num * steps / np.maximum([line["seconds"] for line in metrics], 1e-3)  # rounded to it
     alt = f"Training examples per second by epoch; median {np.median(rate):,.0f}"
     look = "A dip is an epoch during which other programs used the machine."
     figure = figures.throughput([line["epoch"] for line in metrics], rate)

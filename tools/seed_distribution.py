@@ -16,7 +16,7 @@ import numpy as np
 
 from seqmnist import config as config_lib
 from seqmnist import process, run
-from seqmnist.config import Config
+from seqmnist.config import Config, DataConfig
 from seqmnist.datasets.sources import Prepared
 from seqmnist.errors import explain_storage
 from tools import cli
@@ -97,9 +97,8 @@ def _main(arguments):
     if arguments.keras_seeds:
         require_keras()
     dataset = cli.prepare_digits(arguments)
-    config = Config()
-    config.data.name, config.data.data_dir = dataset.name, arguments.data_dir
-    config.data.manual_dir, config.members.num = arguments.manual_dir, arguments.seeds
+    config = Config(data=DataConfig(dataset.requested, **cli.places(arguments)))
+    config.members.num = arguments.seeds
     config = config_lib.validated(config)
     process.set_up_jax(config)
     began = time.monotonic()

@@ -16,7 +16,10 @@ import time
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from seqmnist import process
 from seqmnist.errors import InUseError, UserError, explain_storage
+from seqmnist.stop import StopRequest
+from seqmnist.workdir import PLAN, Workdir, read_json, write_json
 from tools import cli
 
 RESULTS, _ENTRY = "study.json", "entry.json"
@@ -54,7 +57,7 @@ class _Runs:
         self._task = self._bar.add_task("", total=self._total)
         self._study, self._workdir, self._stop = study, workdir, stop
         self._done = {}  # work, by folder
-        self._pace = []  # of what this process has trained: (work, seconds)
+        self._trained, self._seconds = 0.0, 0.0  # work of this process, and how long it took
 
     def __enter__(self):
         self._bar.start()
@@ -68,8 +71,6 @@ class _Runs:
 
         Raises InUseError if another process trains it.
         """
-        from seqmnist.workdir import Workdir, read_json, write_json
-
         folder = Workdir(self._workdir / "select" / job.name)
         with folder.hold(print):
             file = folder.path / _ENTRY
@@ -126,10 +127,11 @@ class _Runs:
         self._done[folder] = work
         if display.num_epochs:
             seconds = time.monotonic() - began
-            self._pace.append((work * display.num_epochs / num_epochs, seconds))
+            self._trained += work * display.num_epochs / num_epochs
+            self._seconds += seconds
             if self._bar.disable:
-                done, spent = map(sum, zip(*self._pace, strict=True))
-                left = (self._total - sum(self._done.values())) * spent / done
+                pace = self._seconds / self._trained
+                left = (self._total - sum(self._done.values())) * pace
                 print(f"{title}: {seconds:.1f} s; about {left:,.0f} s left", flush=True)
         return results
 
@@ -140,13 +142,13 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
     Raises UserError if the workdir holds another study.
     """
     from seqmnist.study import plan
-    from seqmnist.workdir import PLAN, write_json
 
     planned = study.to_dict()
     _check(planned, workdir)
     jobs = _jobs(study, workdir)
     planned["fingerprints"] = {job.name: job.data.fingerprint for job in jobs}
-    with explain_storage(f"--workdir={workdir}", "choose another"), _in_turn(workdir):
+    folder = Workdir(workdir)
+    with explain_storage(f"--workdir={workdir}", "choose another"), folder.hold(print, wait=True):
         _check(planned, workdir)
         write_json(workdir / PLAN, planned)
     entries, said = {}, ""
@@ -173,7 +175,6 @@ def _jobs(study, workdir):
     from seqmnist.datasets import sources
     from seqmnist.study import plan
     from seqmnist.training.steps import check_names
-    from seqmnist.workdir import Workdir
 
     jobs, notices = [], set()
     for name, config in study.entries.items():
@@ -201,8 +202,6 @@ def _jobs(study, workdir):
 
 def _check(planned, workdir):
     """Raises UserError if the workdir holds another study, or a run."""
-    from seqmnist.workdir import PLAN, Workdir, read_json
-
     plan = workdir / PLAN
     if plan.exists():
         there, planned = _without_places(read_json(plan)), _without_places(planned)
@@ -225,41 +224,23 @@ def _without_places(planned):
     return planned if isinstance(planned, dict) else {}
 
 
-@contextlib.contextmanager
-def _in_turn(workdir):
-    """Holds the folder of a study, into which several processes may write; waits for the others."""
-    from seqmnist.workdir import Workdir
-
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(Workdir(workdir).hold(print))
-                break
-            except InUseError:
-                time.sleep(0.1)
-        yield
-
-
 def _main(arguments):
-    from seqmnist import process
-    from seqmnist.stop import StopRequest
     from seqmnist.study import plan
-    from seqmnist.workdir import Workdir, write_json
     from tools import leaderboard
 
-    study, workdir = plan.load(arguments.study), Workdir(arguments.workdir).path
+    study, folder = plan.load(arguments.study), Workdir(arguments.workdir)
+    workdir = folder.path
     for config in study.entries.values():
         for name, folder in cli.places(arguments).items():
             setattr(config.data, name, folder)
-    widest = plan.widest(study)
-    process.set_up_jax(widest)
+    process.set_up_jax(plan.widest(study))
     stop = StopRequest()
     process.listen(stop)
     found = perform(study, workdir, stop)
-    with explain_storage(f"--workdir={workdir}", _REMEDY), _in_turn(workdir):
+    with explain_storage(f"--workdir={workdir}", _REMEDY), folder.hold(print, wait=True):
         write_json(workdir / RESULTS, found)
-        page = leaderboard.write(workdir, found)
-    leaderboard.show(workdir, found)
+        page, rows = leaderboard.write(workdir, found)
+    leaderboard.show(found, rows)
     print(f"Study: {page}")
     return found
 

@@ -4,17 +4,14 @@ import importlib.metadata
 import json
 import re
 import string
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from seqmnist import config as config_lib
 from seqmnist.config import Config
-from seqmnist.display import describe
+from seqmnist.display import describe, mean_and_sd
 from seqmnist.spec import ImageSpec
-
-if TYPE_CHECKING:
-    from seqmnist.study.export import Streaming
+from seqmnist.study import export, images
+from seqmnist.training import members
 
 _MISSING = "not recorded"
 _MAX_NAMES = 20  # of classes, on a card
@@ -121,13 +118,10 @@ def format_score(score: Any, member: int | None = None) -> str:
     With `member`, its own score comes first.
     """
     if not isinstance(score, list):
-        return "–" if score is None else _four(score)
-    values = [value for value in score if value is not None]
-    text = _four(np.mean(values)) if values else "–"
-    if len(values) > 1:
-        text += f" ± {_four(np.std(values, ddof=1))}"
-    if len(values) < len(score):
-        text += f" ({len(values)} of {len(score)} seeds)"
+        return format_spread({"mean": score, "sd": None})
+    text, count = format_spread(members.statistics(score)), sum(x is not None for x in score)
+    if count < len(score):
+        text += f" ({count} of {len(score)} seeds)"
     return text if member is None else f"{format_score(score[member])} (all seeds: {text})"
 
 
@@ -135,7 +129,7 @@ def format_spread(spread: dict[str, Any] | None) -> str:
     """Formats what `members.statistics` returns as mean ± sd; – if there is no mean."""
     if not spread or spread["mean"] is None:
         return "–"
-    return _four(spread["mean"]) + (f" ± {_four(spread['sd'])}" if spread["sd"] is not None else "")
+    return mean_and_sd(spread["mean"], spread["sd"])
 
 
 def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]:
@@ -176,7 +170,8 @@ def facts(
     versions = [f"{name} {value}" for name, value in results.get("versions", {}).items()]
     own = {}
     if member is not None:
-        own = {"member": member, **results.get("members", {member: {}})[member]}
+        listed = results.get("members") or members.list_members(config)
+        own = {"member": member, **listed[member]}
     rate = own.get("optimizer.learning_rate", optimizer.learning_rate)
     return {
         "network": describe(config.model),
@@ -202,18 +197,16 @@ def model_card(
     member: int | None,
     spec: ImageSpec,
     step: int | None = None,
-    streaming: "Streaming | None" = None,
+    streaming: export.Streaming | None = None,
 ) -> str:
     """Returns a model card in Markdown, for the files that `export.write` writes.
 
     For the arguments, see `facts` and `export.write`. No path of this machine is on the card.
     """
-    from seqmnist.study import export, images  # imported here: facts need no JAX
-
     values = config_lib.to_dict(config)
     values["data"] |= dict.fromkeys(config_lib.PLACES)
-    names = config_lib.plugin_names(config)
-    values["plugins"] = ",".join(name.rpartition("/")[2] for name in names)
+    plugins = config_lib.plugin_names(config)
+    values["plugins"] = ",".join(name.rpartition("/")[2] for name in plugins)
     known = facts(config, results, member, step)
     rows = [f"| {key} | {value} |" for key, value in known.items()]
     if notice := results.get("dataset", {}).get("notice"):
@@ -253,7 +246,3 @@ def model_card(
         preparation=_DIGIT_PREPARATION if is_digit else _OTHER_PREPARATION.substitute(words),
         steps=_STEPS.substitute(words) if streaming else "",
     )
-
-
-def _four(number):
-    return f"{number:.4f}" if abs(number) < 1e6 else f"{number:.4g}"

@@ -29,7 +29,7 @@ from jax import export as jax_export
 from jax.extend.mlir.dialects import stablehlo
 
 from seqmnist import paths
-from seqmnist.errors import UserError, explain_storage, one_line
+from seqmnist.errors import UserError, explain_any, explain_storage
 from seqmnist.spec import ImageSpec
 from seqmnist.training import batches, metrics
 
@@ -162,17 +162,10 @@ def _callable(exported, *arguments):
     return call
 
 
-@contextlib.contextmanager
 def _explain_use(path, name):
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # JAX rejects other formats by many errors; the file is undamaged
-        raise UserError(
-            f"{path} cannot be used by JAX {jax.__version__} here ({one_line(error)}); export the "
-            f"run again and name its {name}"
-        ) from error
+    # JAX rejects other formats by many errors; the file is undamaged.
+    what = f"{path} cannot be used by JAX {jax.__version__} here"
+    return explain_any(what, f"export the run again and name its {name}")
 
 
 def make_programs(
@@ -227,7 +220,7 @@ def write(
     if streaming:
         contents[INITIAL_STATE] = _npz(streaming.initial_state)
     metadata = {"format": "np", "digest": _BLANK_SEAL.decode()}
-    contents[PARAMETERS] = save(_by_name(params), metadata)
+    contents[PARAMETERS] = save(by_name(params), metadata)
     images = spec.to_dict() | {"digest": _BLANK_SEAL.decode()}
     contents[IMAGES] = (json.dumps(images, indent=2, ensure_ascii=False) + "\n").encode()
     final = workdir / DIRECTORY
@@ -245,26 +238,21 @@ def write(
 
 @contextlib.contextmanager
 def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a new folder that replaces `folder` if the block succeeds, and is removed otherwise.
+    """Yields a new folder, whose files are moved to `folder` if the block succeeds.
 
-    Files of `folder` that have no namesake in the new one are kept.
+    Each replaces its namesake; other files of `folder` are never touched.
     """
     with tempfile.TemporaryDirectory(
         prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
     ) as aside:
-        new, earlier = pathlib.Path(aside, "new"), pathlib.Path(aside, "earlier")
-        new.mkdir()
+        new = pathlib.Path(aside)
         yield new
-        if folder.is_dir():
-            folder.rename(earlier)
-        new.rename(folder)
-        if earlier.is_dir() and not earlier.is_symlink():
-            for path in earlier.iterdir():
-                if not (folder / path.name).exists():
-                    path.rename(folder / path.name)
+        folder.mkdir(exist_ok=True)
+        for path in new.iterdir():
+            path.replace(folder / path.name)
 
 
-def _by_name(params):
+def by_name(params: Any) -> dict[str, np.ndarray]:
     """Returns parameters as a flat dict, e.g. "layers.0.kernel": float32 [F, H]."""
     keystr = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return {

@@ -18,7 +18,7 @@ import numpy as np
 
 from seqmnist import paths
 from seqmnist.datasets import idx, pictures
-from seqmnist.errors import UserError, one_line
+from seqmnist.errors import UserError, explain_any
 from seqmnist.spec import MNIST, ImageSpec
 
 _BOX, _SIZE, _MIDDLE = 20, MNIST.height, MNIST.height // 2
@@ -128,7 +128,7 @@ def is_of_digits(spec: ImageSpec) -> bool:
 
 
 class Digits(NamedTuple):
-    """The digits in an image, prepared, uint8 [28, 28] each, from left to right."""
+    """Prepared images, uint8 [*spec.shape]: the digits from left to right, or the one image."""
 
     images: list[np.ndarray]
     largest: int  # index
@@ -298,23 +298,20 @@ def _groups(ink):
     size = max(np.ptp(np.argwhere(_largest(strokes)), 0)) + 1
     near = ndimage.distance_transform_edt(~strokes) <= max(1, _NEAR * size)
     labels, _ = ndimage.label(near, np.ones((3, 3)))
-    groups = []
-    for label, box in enumerate(ndimage.find_objects(labels), 1):
+    boxes = enumerate(ndimage.find_objects(labels), 1)
+    parts, inner = [], []
+    for label, box in sorted(boxes, key=lambda pair: pair[1][1].start):
         part = np.where(labels[box] == label, ink[box], 0)
         rows, columns = (np.flatnonzero((part > _MIN_INK).any(axis)) for axis in (1, 0))
-        part = part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        at_border = any(x.start == 0 or x.stop == n for x, n in zip(box, ink.shape, strict=True))
-        groups.append((at_border, max(part.shape), box[1].start, part))
+        parts.append(part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
+        if not any(x.start == 0 or x.stop == n for x, n in zip(box, ink.shape, strict=True)):
+            inner.append(parts[-1])
     # The edge of a table touches the border; so does a digit without margins, but it is alone.
-    inner = [group for group in groups if not group[0]]
-    if any(own > 0.3 * size for _, own, *_ in inner):
-        groups = inner
-    size = max(own for _, own, *_ in groups)
-    digits = [part for _, own, _, part in sorted(groups, key=lambda x: x[2]) if own > size / 2]
-    num_digits, num_all = (
-        sum((part > _STROKE).sum() for part in parts)
-        for parts in (digits, [part for *_, part in groups])
-    )
+    if any(max(part.shape) > 0.3 * size for part in inner):
+        parts = inner
+    size = max(max(part.shape) for part in parts)
+    digits = [part for part in parts if max(part.shape) > size / 2]
+    num_digits, num_all = (sum((part > _STROKE).sum() for part in each) for each in (digits, parts))
     if num_digits < _CLEAN * num_all:
         return []
     return [digit for digit in digits if _may_be_digit(digit > _STROKE)]
@@ -370,23 +367,17 @@ def _centre_of_mass(ink):
 
 
 def _read_arrays(path, any_range):
-    try:  # mapped first: an array larger than memory is refused by its size, not loaded
-        with warnings.catch_warnings(action="ignore"):
-            arrays = np.load(path, mmap_mode="r", allow_pickle=False)
-            if isinstance(arrays, np.ndarray):
-                arrays = [arrays]
-            else:
-                with arrays as archive:
-                    _check_bytes(path, sum(entry.file_size for entry in archive.zip.infolist()))
-                    arrays = [archive[name] for name in archive]
-                arrays = [array for array in arrays if isinstance(array, np.ndarray)]
-    except UserError:
-        raise
-    # NumPy's reader of headers raises errors of a dozen types for damaged files.
-    except Exception as error:
-        raise UserError(
-            f"{path} cannot be read as an array ({one_line(error)}); save it again"
-        ) from error
+    # Mapped first: an array larger than memory is refused by its size, not loaded.
+    failure = explain_any(f"{path} cannot be read as an array", "save it again")
+    with failure, warnings.catch_warnings(action="ignore"):
+        arrays = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(arrays, np.ndarray):
+            arrays = [arrays]
+        else:
+            with arrays as archive:
+                _check_bytes(path, sum(entry.file_size for entry in archive.zip.infolist()))
+                arrays = [archive[name] for name in archive]
+            arrays = [array for array in arrays if isinstance(array, np.ndarray)]
     arrays = [_without_flat_axes(array) for array in arrays]
     axes = [_num_axes(array) for array in arrays]
     if not arrays or max(axes) < 2:

@@ -64,11 +64,15 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
     network = nnx.merge(system.graphdef, params)
     x = network.sequence(images)
     below, top = network.run(x, num_layers=-1), network.layers[-1]
-    cell = top.layer if isinstance(top, ResidualBlock) else top
+    is_block = isinstance(top, ResidualBlock)
+    cell, inputs = (top.layer, top.prepare(below)) if is_block else (top, below)
     cells = [cell.forward, cell.backward] if isinstance(cell, Bidirectional) else [cell]
 
     def total_loss(nudges):
-        logits = network.classify_outputs(_nudged(top, below, nudges))
+        halves = zip(cells, (1, -1), nudges, strict=False)
+        halves = [_nudged(cell, inputs[::sign], nudge)[::sign] for cell, sign, nudge in halves]
+        y = jnp.concatenate(halves, axis=-1)
+        logits = network.classify_outputs(top.finish(below, y) if is_block else y)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return jnp.sum(losses)  # no example's loss depends on another's state
 
@@ -81,21 +85,15 @@ def gradient_norms(system: System, params: Any, images: jax.Array, labels: jax.A
     return jnp.stack([norms[0], *(norm[::-1] for norm in norms[1:])])
 
 
-def _nudged(layer, x, nudges):
-    """Returns the outputs of a layer for x [T, B, F], with `nudges` added to its states."""
-    if isinstance(layer, ResidualBlock):
-        return layer.finish(x, _nudged(layer.layer, layer.prepare(x), nudges))
-    if isinstance(layer, Bidirectional):
-        halves = zip((layer.forward, layer.backward), (x, x[::-1]), nudges, strict=True)
-        forward, backward = (_nudged(cell, x, [nudge]) for cell, x, nudge in halves)
-        return jnp.concatenate([forward, backward[::-1]], axis=-1)
+def _nudged(cell, x, nudge):
+    """Returns the outputs of a cell for x [T, B, F], with `nudge` added to its states."""
 
     def step(state, at_t):
-        z_t, nudge = at_t
-        return jax.tree.map(jnp.add, layer.step(state, z_t), nudge)
+        z_t, nudge_t = at_t
+        return jax.tree.map(jnp.add, cell.step(state, z_t), nudge_t)
 
-    z = (layer.project(x), nudges[0])
-    return layer.emit(scans.plain(step, layer.initial_state(x.shape[1]), z)[1], x)
+    z = (cell.project(x), nudge)
+    return cell.emit(scans.plain(step, cell.initial_state(x.shape[1]), z)[1], x)
 
 
 class ClassScores(NamedTuple):

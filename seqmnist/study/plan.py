@@ -4,7 +4,7 @@ Each entry is a configuration. Its settings are chosen by validation from a grid
 trained again from fresh seeds, and only then scored on the test set.
 """
 
-import copy
+import bisect
 import dataclasses
 import itertools
 import json
@@ -99,13 +99,17 @@ class Study:
                     f"select: {field} is not a choice: {'budget' if is_fitted else 'the study'} "
                     "gives it, or it changes no result; leave it out"
                 )
+        select = {field: _numbers(values) for field, values in self.select.items()}
+        object.__setattr__(self, "select", select)  # it is frozen
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values, ready for JSON."""
         return {
-            "entries": {name: _plain(name, each) for name, each in self.entries.items()},
+            "entries": {
+                name: config_lib.to_dict(_valid(name, each)) for name, each in self.entries.items()
+            },
             "seeds": [self.seeds.start, self.seeds.stop],
-            "select": {field: _numbers(values) for field, values in self.select.items()},
+            "select": dict(self.select),
             "selection_seeds": [self.selection_seeds.start, self.selection_seeds.stop],
             "budget": dict(self.budget) if isinstance(self.budget, Mapping) else self.budget,
         }
@@ -113,15 +117,7 @@ class Study:
 
 def load(path: str | os.PathLike) -> Study:
     """Returns what `get_study()` of a Python file returns; raises UserError unless a `Study`."""
-
-    def get_study(content):
-        function = content.get("get_study")
-        study = function() if callable(function) else None
-        if not isinstance(study, Study):
-            raise UserError("it needs a get_study() that returns seqmnist.study.plan.Study")
-        return study
-
-    return config_lib.from_file(path, "STUDY", get_study)
+    return config_lib.made_by(path, "STUDY", "get_study", Study)
 
 
 def num_parameters(config: Config, spec: ImageSpec) -> int:
@@ -138,22 +134,19 @@ def fit(config: Config, spec: ImageSpec, budget: int | None) -> Config:
     if budget is None:
         return config
 
-    def of(units):
-        return config_lib.override(config, {"model.hidden_size": units})
+    def count(units):
+        return num_parameters(config_lib.override(config, {"model.hidden_size": units}), spec)
 
-    low, high = 0, 1  # the first fits; the second does not, once it is found
-    while high <= _MOST_UNITS and num_parameters(of(high), spec) <= budget:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = middle <= _MOST_UNITS and num_parameters(of(middle), spec) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    if not low:
+    most = 1  # doubled until it does not fit: large networks of S5 take long
+    while most <= _MOST_UNITS and count(most) <= budget:
+        most *= 2
+    units = bisect.bisect_right(range(1, min(most, _MOST_UNITS + 1)), budget, key=count)
+    if not units:
         raise UserError(
-            f"the {num_parameters(of(1), spec):,} parameters of one unit of {config.model.cell} "
-            f"exceed the budget of {budget:,}; raise it, or leave the entry out"
+            f"the {count(1):,} parameters of one unit of {config.model.cell} exceed the budget of "
+            f"{budget:,}; raise it, or leave the entry out"
         )
-    return of(low)
+    return config_lib.override(config, {"model.hidden_size": units})
 
 
 def selection(study: Study, name: str, spec: ImageSpec) -> list[tuple[dict[str, Any], Config]]:
@@ -163,7 +156,6 @@ def selection(study: Study, name: str, spec: ImageSpec) -> list[tuple[dict[str, 
     """
     swept, fixed = {}, {}
     for field, values in study.select.items():
-        values = _numbers(values)
         (swept if _can_be_swept(field, values) else fixed)[field] = values
     runs = []
     for values in itertools.product(*fixed.values()):
@@ -179,7 +171,7 @@ def _numbers(values):
 
 def _can_be_swept(field, values):
     is_option = config_lib.option_group(field) and all(isinstance(x, float) for x in values)
-    return field in members.SWEEPABLE or is_option
+    return None not in values and (field in members.SWEEPABLE or is_option)
 
 
 def final(study: Study, name: str, setting: Mapping[str, Any], spec: ImageSpec) -> Config:
@@ -197,16 +189,11 @@ def _run(study, name, setting, seeds, spec, swept=None):
     return _valid(name, config)
 
 
-def _valid(name, config, check=config_lib.validated):
+def _valid(name, config):
     try:
-        return check(config)
+        return config_lib.validated(config)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
-
-
-def _plain(name, config):
-    """Returns a configuration as `config.json` would hold it."""
-    return config_lib.to_dict(_valid(name, config_lib.to_dict(config), config_lib.from_dict))
 
 
 def choose(
@@ -264,11 +251,10 @@ def flops_per_image(config: Config, spec: ImageSpec) -> int:
 
 def widest(study: Study) -> Config:
     """Returns a configuration with as many members as the largest run, by which to set up JAX."""
-    config = copy.deepcopy(next(iter(study.entries.values())))
     swept = (len(values) for field, values in study.select.items() if _can_be_swept(field, values))
     tried = len(study.selection_seeds) * math.prod(swept) if study.select else 0
-    config.members.num = max(len(study.seeds), tried)
-    return config
+    config, num = next(iter(study.entries.values())), max(len(study.seeds), tried)
+    return config_lib.override(config, {"members.num": num})
 
 
 def describe(
@@ -281,13 +267,8 @@ def describe(
 ) -> dict[str, Any]:
     """Returns what `study.json` holds about an entry, nothing that depends on time or machine."""
     several = len(study.seeds) > 1
-
-    def listed(values):  # diverged: NaN if the run has just ended, None if its results were read
-        values = np.array(values if several else [values], float).tolist()
-        return [value if math.isfinite(value) else None for value in values]
-
     scores = {
-        f"{split}/{key}": listed(results[split][key])
+        f"{split}/{key}": results[split][key] if several else [results[split][key]]
         for split in ("validation", "test")
         for key in ("loss", "accuracy")
     }

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -82,12 +81,14 @@ class Trained:
     def gradient_norms(self, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """Returns ‖∂loss/∂h_t‖, [D, T, N]; see `insight.gradient_norms`.
 
-        Takes images uint8 [N, *spec.shape] and labels int [N]. Raises UserError if a label is not
-        one of the classes.
+        Takes images uint8 [N, *spec.shape] and labels int [N]. Raises UserError if these are not
+        one class for each image.
         """
-        if not np.isin(labels, range(self.spec.num_classes)).all():
+        labels, shape = np.asarray(labels), np.shape(images)[:1]
+        is_class = np.isin(labels, range(self.spec.num_classes)).all()
+        if labels.dtype.kind not in "iu" or labels.shape != shape or not is_class:
             raise UserError(
-                "labels contain a value that is not a class; give whole numbers from 0 to "
+                "labels are not a class for each image; give as many whole numbers from 0 to "
                 f"{self.spec.num_classes - 1}"
             )
         return self._by_step(_gradient_norms, images, labels, axis=2)
@@ -169,12 +170,11 @@ def load(
     if count == 1 and member is not None:
         raise UserError(f"{workdir} holds one network; omit --member")
     if count > 1 and member is None:
-        losses = (results.get("validation") or {}).get("loss")
+        losses = results.get("validation", {}).get("loss")
         reason = "the one with the lowest validation loss" if losses else "the first"
-        losses = np.array(losses or 0.0, np.float64)
         first = config.members.num * (results.get("best") or 0)
-        own = np.atleast_1d(losses)[first : first + config.members.num]
-        member = first + int(np.argmin(np.where(np.isfinite(own), own, np.inf)))
+        own = np.array(losses or [0.0], float)[first : first + config.members.num]
+        member = first + int(np.nan_to_num(own, nan=np.inf).argmin())
         say(f"Member {member} of members 0 to {count - 1}, {reason}")
     if count > 1 and member not in range(count):
         raise UserError(f"{workdir} holds members 0 to {count - 1}, not {member}")
@@ -183,10 +183,9 @@ def load(
     def expect(facts):
         nonlocal system
         system = make_system(config, spec=ImageSpec.from_dict(facts["images"]))
-        init = functools.partial(init_state, config, system)
-        each = init if count == 1 else jax.vmap(init)
-        seeds = jnp.zeros(() if count == 1 else count, jnp.uint32)
-        return jax.eval_shape(each, seeds).params
+        lead = () if count == 1 else (count,)
+        one = jax.eval_shape(lambda: init_state(config, system, 0)).params
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((*lead, *x.shape), x.dtype), one)
 
     params, facts = Checkpoints(workdir.path).restore_params(expect, say, checkpoint)
     if results and facts["step"] != results["steps"]:
