@@ -17,8 +17,7 @@ from seqmnist import config as config_lib
 
 def get_config():
     """Returns the configuration."""
-    permuted = pathlib.Path(__file__).with_name("lru_permuted.py")
-    config = config_lib.load_experiment(str(permuted))
+    config = config_lib.load_experiment(pathlib.Path(__file__).with_name("lru_permuted.py"))
     config.model.view = "bit_reversed_pixels"
     config.train.num_epochs = 24
     return config

@@ -12,9 +12,8 @@ Reference: parallel LMU, of the same form, 98.49 % with 165k parameters (N. Chil
 arXiv 2102.11417), on a permutation of its own.
 """
 
+import math
 import pathlib
-
-import numpy as np
 
 from seqmnist import config as config_lib
 
@@ -32,7 +31,7 @@ def get_config():
         "state_size": 192,
         "r_min": 0.999,
         "r_max": 0.9999,
-        "max_phase": np.pi,
+        "max_phase": math.pi,
     }
     config.model.hidden_size = 512
     config.model.readout = "perceptron"

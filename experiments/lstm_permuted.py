@@ -8,21 +8,13 @@ Duration: 79 minutes on CPU cores that did other work too. Test accuracy of seed
 Reference: 92.9 % (T. A. Keller et al., Traveling waves, table 2; 267k parameters).
 """
 
+import pathlib
+
 from seqmnist import config as config_lib
 
 
 def get_config():
     """Returns the configuration."""
-    config = config_lib.get_config()
-    config.data.name = "mnist"
-    config.train.num_epochs = 12
+    config = config_lib.load_experiment(pathlib.Path(__file__).with_name("lstm_pixels.py"))
     config.model.view = "permuted_pixels"
-    config.model.cell = "lstm"
-    config.model.cell_options = {"t_max": 784.0, "forget_bias": 0.0}
-    config.model.hidden_size = 128
-    config.optimizer.name = "adam"
-    config.optimizer.learning_rate = 4e-3
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_fraction = 0.05
-    config.optimizer.clip_norm = 1.0
     return config

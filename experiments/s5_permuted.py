@@ -17,21 +17,9 @@ from seqmnist import config as config_lib
 
 def get_config():
     """Returns the configuration."""
-    config = config_lib.get_config()
-    config.plugins = str(pathlib.Path(__file__).parent / "plugins" / "perceptron.py")
-    config.data.name = "mnist"
-    config.train.num_epochs = 16
+    config = config_lib.load_experiment(pathlib.Path(__file__).with_name("lru_permuted.py"))
     config.model.view = "bit_reversed_pixels"
     config.model.cell = "s5"
     # With these steps, every state remembers the whole sequence.
     config.model.cell_options = {"state_size": 192, "dt_min": 0.0005, "dt_max": 0.005}
-    config.model.hidden_size = 512
-    config.model.readout = "perceptron"
-    config.model.dropout = 0.5
-    config.optimizer.name = "adamw"
-    config.optimizer.learning_rate = 2e-3
-    config.optimizer.weight_decay = 1.0
-    config.optimizer.recurrent_factor = 0.25
-    config.optimizer.schedule = "cosine"
-    config.optimizer.warmup_fraction = 0.1
     return config
