@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -130,22 +131,30 @@ def test_every_kind_of_run_resumes(kind, make_config, outcomes, monkeypatch):
     assert kill_stress.outcome(pathlib.Path("runs/a")) == expected
 
 
-def test_signals_reach_the_command_line(data_dir, monkeypatch):
+def listens(process):
+    """Whether a process has set its handlers, of which that of SIGHUP is the last."""
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (signal.SIGHUP - 1) & 1
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="handlers are seen on Linux")
+def test_signals_reach_the_command_line(data_dir, monkeypatch, request):
     """Each once before training, and once while it trains."""
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
     monkeypatch.setitem(kill_stress.SETTINGS, "train.num_epochs", 4000)
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def start_all(when):
-        return [
-            kill_stress.start(pathlib.Path(f"{when}-{number}"), str(data_dir), "resident")
-            for number in numbers
-        ]
+        folders = [pathlib.Path(f"{when}-{number}") for number in numbers]
+        processes = [kill_stress.start(folder, str(data_dir), "resident") for folder in folders]
+        for process in processes:
+            request.addfinalizer(process.kill)
+        return processes
 
-    early = start_all("early")
-    time.sleep(1.5)  # three start at once
-    late = start_all("late")
+    early, late = start_all("early"), start_all("late")
     for process, number in zip(early, numbers, strict=True):
+        while not listens(process):
+            time.sleep(0.01)
         process.send_signal(number)
     for process, number in zip(early, numbers, strict=True):
         assert (process.communicate()[1], process.returncode) == (
