@@ -173,7 +173,8 @@ def load(
         losses = results.get("validation", {}).get("loss")
         reason = "the one with the lowest validation loss" if losses else "the first"
         first = config.members.num * (results.get("best") or 0)
-        own = np.array(losses or [0.0], float)[first : first + config.members.num]
+        losses = np.atleast_1d(np.array(losses or 0.0, float))
+        own = losses[first : first + config.members.num]
         member = first + int(np.nan_to_num(own, nan=np.inf).argmin())
         say(f"Member {member} of members 0 to {count - 1}, {reason}")
     if count > 1 and member not in range(count):
