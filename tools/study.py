@@ -231,8 +231,8 @@ def _main(arguments):
     study, folder = plan.load(arguments.study), Workdir(arguments.workdir)
     workdir = folder.path
     for config in study.entries.values():
-        for name, folder in cli.places(arguments).items():
-            setattr(config.data, name, folder)
+        for name, place in cli.places(arguments).items():
+            setattr(config.data, name, place)
     process.set_up_jax(plan.widest(study))
     stop = StopRequest()
     process.listen(stop)
