@@ -20,7 +20,14 @@ from conftest import REPOSITORY
 from PIL import Image
 
 import seqmnist
-from seqmnist.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from seqmnist.config import (
+    Config,
+    DataConfig,
+    MembersConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import card, export, trained
@@ -141,12 +148,14 @@ def test_an_artifact_that_answers_otherwise_is_never_written(finished_run, tmp_p
 def test_exporting_changes_no_setting_and_no_file_of_the_user(finished_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished_run, workdir, ignore=shutil.ignore_patterns("export"))
-    (workdir / "export").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (workdir / "export").symlink_to(tmp_path / "elsewhere")
     (workdir / "export" / "notes.txt").write_text("mine")
     (workdir / "export" / export.CARD).write_text("an earlier card")
     before = jax.config.values.copy()
     export_run(workdir)
     assert jax.config.values == before
+    assert (workdir / "export").is_symlink()
     assert (workdir / "export" / "notes.txt").read_text() == "mine"
     assert (workdir / "export" / export.CARD).read_text() == "card"
 
@@ -350,6 +359,8 @@ def test_the_card_says_what_was_measured_and_keeps_paths_to_itself():
     config.plugins = "/private/mine.py"
     text = card.model_card("name", config, {}, None, MNIST)
     assert "| test accuracy | – |" in text
+    several = Config(seed=4, members=MembersConfig(num=3))
+    assert card.facts(several, {}, 2)["seed"] == "6"
     assert "private" not in text
     assert '"plugins": "mine.py"' in text
     results = {

@@ -258,8 +258,9 @@ def test_without_validation_no_setting_is_chosen_or_scored(make_config, tmp_path
 def test_the_test_set_is_left_alone_if_asked(make_config, tmp_path, capsys):
     for num in (1, 2):
         workdir = tmp_path / str(num)
-        run.train(make_config(1, num=num), workdir, withhold_test=True)
-        scores = Workdir(workdir).read_results()["test"]
+        results = run.train(make_config(1, num=num), workdir, withhold_test=True)
+        assert results == Workdir(workdir).read_results()
+        scores = results["test"]
         assert scores["loss"] == (None if num == 1 else [None, None])
     sweep = make_config(1, rates=[0.001, 0.01])
     run.train(sweep, tmp_path / "sweep", withhold_test=True)

@@ -108,10 +108,11 @@ def test_the_best_parameters_are_restored(every_steps, make_config, losses_from,
 
 
 @pytest.mark.slow
-def test_they_are_restored_at_the_end_too(make_config, losses_from):
+def test_they_are_restored_at_the_end_too(make_config, losses_from, capsys):
     losses_from([0.5, 0.2, 0.4])
     results = run.train(make_config(3, checkpoint={"keep": 3}), "a")
     assert results["early_stopping"] == {"best_epochs": 2, "stopped": False}
+    assert "\nRestored the parameters of epoch 2\n" in capsys.readouterr().out
     best = trained.load("a", checkpoint="50")
     jax.tree.map(np.testing.assert_array_equal, trained.load("a").params, best.params)
 

@@ -214,6 +214,15 @@ def test_validation_chooses_and_test_is_not_seen():
     assert not plan.at_edges(study, {"optimizer.learning_rate": 0.01, "model.num_layers": 1})
 
 
+def test_a_grid_may_hold_none_and_numbers_of_numpy():
+    grid = {"optimizer.clip_norm": [None, 1.0], "model.num_layers": np.arange(1, 4).tolist()}
+    study = Study({"a": Config()}, range(9, 12), grid)
+    runs = [setting for setting, _ in plan.selection(study, "a", MNIST)]
+    assert [setting["optimizer.clip_norm"] for setting in runs] == [None] * 3 + [1.0] * 3
+    layers = {"model.num_layers": list(np.arange(1, 4))}
+    assert plan.at_edges(Study({"a": Config()}, range(9, 12), layers), {"model.num_layers": 3})
+
+
 def test_a_seed_that_diverged_is_counted():
     study = Study({"a": Config()}, range(9, 12))
     scores = {"loss": [0.2, None, 0.4], "accuracy": [0.9, None, 0.7]}

@@ -60,6 +60,8 @@ def test_a_label_that_is_not_a_class_is_refused(three_members, label):
     network = trained.load(three_members[0])
     with pytest.raises(UserError, match="whole numbers from 0 to 9"):
         network.gradient_norms(np.zeros((2, 28, 28), np.uint8), np.array([0, label]))
+    with pytest.raises(UserError, match="not a class for each image"):
+        network.gradient_norms(np.zeros((2, 28, 28), np.uint8), np.array([1]))
 
 
 @pytest.fixture

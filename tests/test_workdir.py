@@ -2,12 +2,15 @@
 
 import errno
 import fcntl
+import json
 import os
 
 import pytest
 
 from seqmnist.errors import UserError
 from seqmnist.workdir import PLAN, Workdir, write_json
+
+SCORES = ("loss", "accuracy")
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK])
@@ -54,3 +57,12 @@ def test_a_folder_of_runs_names_one_of_them(depth, tmp_path):
     with pytest.raises(UserError) as caught:
         Workdir(tmp_path).read_config()
     assert str(caught.value).endswith(f"config.json does not exist; name a run, e.g. {run}")
+
+
+def test_an_incomplete_last_line_is_ignored(tmp_path):
+    """A process that is killed while it writes leaves one."""
+    record = dict.fromkeys(("epoch", "step"), 1) | {"seconds": 1.0}
+    record |= {f"{split}/{key}": 0.5 for split in ("train", "validation") for key in SCORES}
+    lines = "".join(json.dumps(record) + "\n" for _ in range(2))
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"epoch": 3, "st')
+    assert Workdir(tmp_path).read_metrics() == [record, record]

@@ -242,6 +242,7 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
     Each replaces its namesake; other files of `folder` are never touched.
     """
+    folder = folder.resolve()  # it may be a link to another disk
     with tempfile.TemporaryDirectory(
         prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
     ) as aside:

@@ -98,6 +98,7 @@ def test_archives_in_a_zip_file(plain, tmp_path):
     with zipfile.ZipFile(folder / "archive.zip", "w") as file:
         for path in plain.iterdir():
             file.write(path, f"raw/{path.name}")
+    (folder / "another.zip").write_bytes(b"PK\x03\x04, and nothing else")
     assert_holds(prepare(tmp_path, "mnist", folder, verify_checksums=False), SPLITS)
 
 
@@ -129,6 +130,8 @@ def test_a_dataset_without_files_refuses_a_folder(tmp_path):
     with pytest.raises(UserError) as caught:
         prepare(tmp_path, "digits", tmp_path)
     assert_one_line(caught, "digits needs no files", "config.data.manual_dir")
+    with pytest.raises(UserError, match="tfds:mnist needs no files"):
+        prepare(tmp_path, "tfds:mnist", tmp_path)
 
 
 def test_a_missing_file_names_what_lies_beside(plain, tmp_path):
