@@ -20,5 +20,4 @@ def get_config():
     config = config_lib.load_experiment(pathlib.Path(__file__).with_name("lru_permuted.py"))
     config.model.view = "bit_reversed_pixels"
     config.model.hidden_size = 1024
-    config.train.num_epochs = 24
     return config

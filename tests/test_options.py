@@ -113,6 +113,7 @@ LEAKY = {"model.cell": "leaky"}
         ({"model.cell_options.r_min": 0.5}, "does not exist with model.cell=simple_rnn"),
         (LEAKY | {"model.cell_options.kep": 0.5}, "kep does not exist .*: keep, scale, forms"),
         (LEAKY | {"model.cell_options.keep": 1.0}, r"keep must lie in \[0, 1\); got 1.0"),
+        (LEAKY | {"model.cell_options.keep": np.float64(1)}, r"keep must lie in \[0, 1\); got 1.0"),
         (LEAKY | {"model.cell_options.scale": float("nan")}, "scale must lie in"),
         (LEAKY | {"model.cell_options.forms": 1.5}, "forms must be of type int"),
         (LEAKY | {"model.cell_options.forms": True}, "forms must be of type int"),

@@ -291,6 +291,7 @@ def test_redrawn_digits_are_known_again(tmp_path, monkeypatch, capsys):
         (["--workdir=mnist", "{}/rgba.npy"], ["rgba.npy", "[28, 28, 4]"]),
         (["--workdir=x", "--json={}/large.png", "README.md"], ["large.png", "is not JSON"]),
         (["--workdir=x", "--json={}/pipe", "README.md"], ["pipe", "no regular file"]),
+        (["--workdir=x", "--json={}/link", "README.md"], ["link", "no regular file"]),
         (["--artifact=README.md", "{}/large.png"], ["README.md", "export"]),
         (["--artifact=", "{}/large.png"], ["--artifact", "empty"]),
         (["--workdir={}", "{}/large.png"], ["config.json", "train"]),
@@ -313,6 +314,7 @@ def test_a_mistake_ends_in_one_line(arguments, words, tmp_path, monkeypatch, cap
     np.save(tmp_path / "rgba.npy", np.zeros((28, 28, 4), np.uint8))
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/proc/self/fd/1")  # as /dev/stdout
     assert call(monkeypatch, predict, *(argument.format(tmp_path) for argument in arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
