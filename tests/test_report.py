@@ -553,14 +553,24 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_report(finished_run, tmp
 def test_files_of_the_user_are_kept_and_old_pictures_are_not(tmp_path):
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "notes.txt").write_text("mine")
-    for name in ("compare.svg", "compare.png", "curves.png"):
+    for name in ("compare.svg", "compare.png", "curves.png", "other.png"):
         (tmp_path / "report" / name).write_bytes(b"of an earlier page")
-    pictures = {"curves.svg": sections.Picture(b"new", "curves", "Look here.")}
+    new = sections.Picture(b"new", "curves", "Look here.")
+    pictures = {"curves.svg": new, "other.svg": new}  # the latter as in the page of a study
     page = report.write(tmp_path, "title", [sections.Section("a", "b", pictures)])
     assert page.read_text().startswith("<!DOCTYPE html>")
     assert (tmp_path / "report" / "notes.txt").read_text() == "mine"
     assert (tmp_path / "report" / "curves.svg").read_bytes() == b"new"
-    assert len(list((tmp_path / "report").iterdir())) == 2
+    assert len(list((tmp_path / "report").iterdir())) == 3
+
+
+@pytest.mark.parametrize("num_steps", [2, 3, 4, 28])
+def test_classes_are_in_order_above_any_number_of_steps(num_steps):
+    names = list("0123456789")
+    figure = figures.unrolled(np.zeros((num_steps, 4)), np.full(10, 0.1), ModelConfig(), names)
+    places = [bar.get_x() for bar in figure.axes[0].containers[0]]
+    assert places == sorted(places)
+    assert figure.axes[0].get_xlim()[0] < places[0]
 
 
 def test_a_mistake_is_named(tmp_path, finished_run):

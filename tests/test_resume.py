@@ -174,6 +174,14 @@ def test_more_epochs_may_follow(make_config, whole):
     assert kill_stress.outcome(pathlib.Path("runs/a")) == whole
 
 
+def test_a_run_may_lack_only_its_scores(make_config, capsys):
+    results = run.train(make_config(2), "runs/a")
+    pathlib.Path("runs/a/results.json").unlink()
+    capsys.readouterr()
+    assert run.train(make_config(2), "runs/a")["test"] == results["test"]
+    assert "\nResuming after the last epoch\n" in capsys.readouterr().out
+
+
 def test_seconds_of_an_epoch_go_on_after_a_stop(make_config, monkeypatch):
     config, stop = make_config(1), StopRequest()
     with monkeypatch.context() as patch:

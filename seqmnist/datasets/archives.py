@@ -205,7 +205,7 @@ def read_folder(folder: pathlib.Path, dataset: str) -> dict[str, File]:
     published = PUBLISHED[dataset]
     names = sum(published.files.values(), ())
     try:
-        found = _files(folder)
+        found, damaged = _files(folder)
         if published.packed in found:
             return {published.packed: found[published.packed]()}
         spelled = {name: next((s for s in _spellings(name) if s in found), None) for name in names}
@@ -219,7 +219,7 @@ def read_folder(folder: pathlib.Path, dataset: str) -> dict[str, File]:
         ) from None
     missing = next(name for name, spelling in spelled.items() if not spelling)
     reason = "it is not a file" if (folder / missing).exists() else os.strerror(2)
-    beside = ", ".join(list(found)[:8])
+    beside = ", ".join([*damaged, *found][:8])
     raise UserError(
         f"{folder / missing} cannot be read ({reason}); config.data.manual_dir={folder} must hold "
         f"{', '.join(names)}{f' or {published.packed}' if published.packed else ''}"
@@ -233,8 +233,11 @@ def _spellings(name):
 
 
 def _files(folder):
-    """Returns functions that read the files in a folder, by name; of equal names, the upper one."""
-    found, level, zipped = {}, [folder], []
+    """Returns functions that read the files in a folder, by name; of equal names, the upper one.
+
+    Also returns which zip files cannot be read; others may hold what is looked for.
+    """
+    found, level, zipped, damaged = {}, [folder], [], []
     for _ in range(_DEPTH + 1):
         paths = sorted(path for each in level for path in each.iterdir())
         for path in filter(pathlib.Path.is_file, paths):  # a FIFO would be waited for
@@ -243,11 +246,16 @@ def _files(folder):
         level = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
         level = [path for path in level if os.access(path, os.R_OK | os.X_OK)]  # not lost+found
     for path in zipped:
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as file:
-            for member in file.namelist():
-                read = functools.partial(_read_member, path, member)
-                found.setdefault(pathlib.PurePosixPath(member).name, read)
-    return found
+        try:
+            with zipfile.ZipFile(path) as file:
+                members = file.namelist()
+        except zipfile.BadZipFile:
+            damaged.append(f"{path.name}, which is damaged")
+            continue
+        for member in members:
+            read = functools.partial(_read_member, path, member)
+            found.setdefault(pathlib.PurePosixPath(member).name, read)
+    return found, damaged
 
 
 def _read_file(path):

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import os
+import struct
 import subprocess
 import sys
 import tarfile
@@ -98,8 +99,12 @@ def test_archives_in_a_zip_file(plain, tmp_path):
     with zipfile.ZipFile(folder / "archive.zip", "w") as file:
         for path in plain.iterdir():
             file.write(path, f"raw/{path.name}")
-    (folder / "another.zip").write_bytes(b"PK\x03\x04, and nothing else")
+    # An end that names a directory where there is none.
+    (folder / "another.zip").write_bytes(bytes(99) + b"PK\5\6" + struct.pack("<8xII2x", 46, 9))
     assert_holds(prepare(tmp_path, "mnist", folder, verify_checksums=False), SPLITS)
+    (folder / "archive.zip").unlink()
+    with pytest.raises(UserError, match=r"found another\.zip, which is damaged"):
+        prepare(tmp_path, "mnist", folder, verify_checksums=False)
 
 
 def test_an_archive_that_is_compressed_anew_is_the_registered_one(plain, tmp_path, monkeypatch):
@@ -360,8 +365,9 @@ def test_a_wrong_address_of_a_proxy_is_a_failed_download(monkeypatch):
 
 def test_only_archives_have_arrays(tmp_path):
     prepared = prepare(tmp_path, "npz", save_npz(tmp_path / "mine.npz"))
-    with pytest.raises(UserError, match="'validation' is no archive"):
-        prepared.arrays("validation")
+    for read in (prepared.arrays, prepared.mapped, prepared.num_examples):
+        with pytest.raises(UserError, match="'validation' is no archive"):
+            read("validation")
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
