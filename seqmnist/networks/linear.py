@@ -156,10 +156,13 @@ class DiagonalCell(LinearCell):
     y_t = Re(h_t C) + x_t D                            real [H]
 
     D, one number per channel, exists only if F = H. The state is [B, 2·N]: real and imaginary parts
-    side by side. A subclass defines `poles` and `input_kernel`, and parameters C_re, C_im and D.
+    side by side. A subclass defines `poles` and `input_kernel`, and parameters C_re, C_im and D;
+    `read` does not go through `project`, `coefficients` or `recur` if only the last output counts.
     """
 
-    stretch_to_last = 784  # see `read`
+    # Milliseconds of a training step of 512 units and 192 states on pixels, B = 128, by this
+    # number, on one core: 14 570, 56 164, 784 40. Longer sequences are cut, to save memory.
+    stretch_to_last = 784
 
     def poles(self) -> tuple[jax.Array, jax.Array]:
         """Returns the real and imaginary parts of λ, each [N]."""
