@@ -1,12 +1,11 @@
 """Runs a notebook in a kernel, as Jupyter does."""
 
 import os
-import re
 import tempfile
 
 import nbclient
 import nbformat
-from conftest import REPOSITORY
+from conftest import QUICK, REPOSITORY
 from traitlets.config import Config
 
 
@@ -40,5 +39,4 @@ def environment(data_dir: os.PathLike, path: os.PathLike = REPOSITORY) -> dict[s
     It compiles as quickly as the tests do.
     """
     kept = {k: v for k, v in os.environ.items() if not k.startswith("JAX_NUMPY")}
-    kept["XLA_FLAGS"] = re.sub("--xla_force_host_platform_device_count=8", "", kept["XLA_FLAGS"])
-    return kept | {"TFDS_DATA_DIR": str(data_dir), "PYTHONPATH": str(path)}
+    return kept | {"XLA_FLAGS": QUICK, "TFDS_DATA_DIR": str(data_dir), "PYTHONPATH": str(path)}

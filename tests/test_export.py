@@ -50,10 +50,20 @@ def export_run(workdir):
 
 @pytest.fixture(scope="module")
 def exported(finished_run, tmp_path_factory):
-    """A copy of the finished run with an export: its network, and what `write` returned."""
-    workdir = tmp_path_factory.mktemp("exported") / "run"
-    shutil.copytree(finished_run, workdir, ignore=shutil.ignore_patterns("export"))
-    return export_run(workdir)
+    """A copy of the finished run with an export: its network, and what `write` returned.
+
+    Before it, `export` was a link to a folder with a file of the user and an earlier card.
+    """
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(finished_run, folder / "run", ignore=shutil.ignore_patterns("export"))
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "notes.txt").write_text("mine")
+    (folder / "elsewhere" / export.CARD).write_text("an earlier card")
+    (folder / "run" / "export").symlink_to(folder / "elsewhere")
+    before = jax.config.values.copy()
+    network, figures = export_run(folder / "run")
+    assert jax.config.values == before
+    return network, figures
 
 
 @pytest.mark.slow
@@ -145,23 +155,16 @@ def test_an_artifact_that_answers_otherwise_is_never_written(finished_run, tmp_p
 
 
 @pytest.mark.slow
-def test_exporting_changes_no_setting_and_no_file_of_the_user(finished_run, tmp_path):
-    workdir = tmp_path / "run"
-    shutil.copytree(finished_run, workdir, ignore=shutil.ignore_patterns("export"))
-    (tmp_path / "elsewhere").mkdir()
-    (workdir / "export").symlink_to(tmp_path / "elsewhere")
-    (workdir / "export" / "notes.txt").write_text("mine")
-    (workdir / "export" / export.CARD).write_text("an earlier card")
-    before = jax.config.values.copy()
-    export_run(workdir)
-    assert jax.config.values == before
-    assert (workdir / "export").is_symlink()
-    assert (workdir / "export" / "notes.txt").read_text() == "mine"
-    assert (workdir / "export" / export.CARD).read_text() == "card"
+def test_exporting_changes_no_file_of_the_user(exported):
+    folder = exported[0].workdir.path / "export"
+    assert folder.is_symlink()
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / export.CARD).read_text() == "card"
 
 
 LIMITED = """
 import resource, runpy, signal, sys
+{}
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 del sys.argv[0]
@@ -169,10 +172,10 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
-def run_on_a_full_disk(name, *arguments):
+def run_on_a_full_disk(name, *arguments, before=""):
     """Runs a tool whose files cannot exceed 4096 bytes; -B writes no bytecode."""
     return subprocess.run(
-        [sys.executable, "-B", "-c", LIMITED, f"tools.{name}", *map(str, arguments)],
+        [sys.executable, "-B", "-c", LIMITED.format(before), f"tools.{name}", *map(str, arguments)],
         cwd=REPOSITORY,
         check=False,
         capture_output=True,

@@ -11,7 +11,8 @@ from conftest import REPOSITORY, seqmnist
 
 import seqmnist as package
 from seqmnist import config as config_lib
-from seqmnist import main
+from seqmnist import main, run
+from seqmnist.workdir import Workdir
 
 KEYS = ["epoch", "step", "train/loss", "train/accuracy"]
 KEYS += ["validation/loss", "validation/accuracy"]
@@ -90,21 +91,6 @@ def test_evaluate_gives_the_same_score(trained):
     assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
 
 
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_numbers(trained, data_dir, tmp_path):
-    result = seqmnist(
-        f"--workdir={tmp_path}",
-        "--config=experiments/mnist_5k.py",
-        f"--config.data.data_dir={data_dir}",
-        "--config.train.num_epochs=2",
-        "--config.data.input_mode=stream",
-    )
-    assert result.returncode == 0, result.stderr
-    first, second = (read(workdir / "results.json") for workdir in (trained[0], tmp_path))
-    assert first["test"] == second["test"]
-    assert first["validation"] == second["validation"]
-
-
 @pytest.fixture
 def without_network(monkeypatch):
     """The proxy is a closed port: no machine reaches the public addresses through it."""
@@ -113,7 +99,7 @@ def without_network(monkeypatch):
 
 
 @pytest.mark.slow
-def test_auto_falls_back_loudly(without_network, data_dir, tmp_path):
+def test_auto_falls_back_loudly(without_network, data_dir, tmp_path, capsys):
     result = seqmnist(
         f"--workdir={tmp_path}",
         f"--config.data.data_dir={data_dir}",
@@ -124,8 +110,8 @@ def test_auto_falls_back_loudly(without_network, data_dir, tmp_path):
     dataset = read(tmp_path / "results.json")["dataset"]
     assert (dataset["name"], dataset["requested"]) == ("mnist_5k", "auto")
     assert "manual_dir" in dataset["notice"]
-    evaluated = seqmnist(f"--workdir={tmp_path}", "--mode=evaluate")
-    assert "NOTICE: " in evaluated.stdout
+    run.evaluate(Workdir(tmp_path).read_config(), tmp_path)
+    assert "NOTICE: " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import pathlib
 import re
@@ -396,9 +395,7 @@ def test_an_unreadable_checkpoint_is_not_called_damaged(make_config, monkeypatch
         ({"model": {"hidden_size": 9}}, r"float32\[9\]|float32\[.*9"),
         ({"model": {"num_layers": 2}}, "layers.1"),
         ({"optimizer": {"name": "sgd"}}, "opt_state"),
-        ({"optimizer": {"clip_norm": 1.0}}, "opt_state"),
         ({"members": {"num": 3}}, r"\[3"),
-        ({"model": {"view": "pixels"}}, r"\[1, 8\]"),
     ],
 )
 def test_a_configuration_of_another_network_moves_nothing(groups, word, make_config):
@@ -416,7 +413,7 @@ def test_a_configuration_of_another_network_moves_nothing(groups, word, make_con
             trained.load("a")
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_best_is_kept_and_found(seed, make_config, monkeypatch, capsys):
     """Losses are drawn: by themselves, the last epoch is often the best."""
     rng = np.random.default_rng(seed)
@@ -676,13 +673,6 @@ def test_a_run_resumes_from_a_folder_of_any_name(make_config, whole):
         run.train(make_config(2), pathlib.Path("runs", name))
     run.train(make_config(4), f"runs/{name}")
     assert kill_stress.outcome(pathlib.Path("runs", name)) == whole
-
-
-def test_results_are_numbers_that_json_can_hold(make_config):
-    results = run.train(make_config(1), "a")
-    assert json.loads(pathlib.Path("a/results.json").read_text()) == json.loads(json.dumps(results))
-    assert all(math.isfinite(value) for value in results["test"].values())
-    assert seqmnist("--workdir=a", "--mode=evaluate", cwd=".").returncode == 0
 
 
 @pytest.mark.parametrize(("now", "then"), [("mnist", "mnist_5k"), ("mnist_5k", "mnist")])

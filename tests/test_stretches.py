@@ -30,14 +30,14 @@ def make(dtype=jnp.float32, **fields):
     return graphdef, random_params(params, 1, dtype)
 
 
-def loss_and_gradients(graphdef, read_all):
+def loss_and_gradients(graphdef, read_all, level=0):
     """Returns a compiled function: logits, and gradients of a mixture of them.
 
-    Its arguments are params and x, and the further arguments of `read_all`. Without optimization,
-    XLA 0.10.2 gets the gradients of maxima of masked parts wrong.
+    Its arguments are params and x, and the further arguments of `read_all`. `level` is XLA's: at 0,
+    XLA 0.10.2 gets the gradients of maxima of masked parts wrong; 1 takes four times as long.
     """
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": level})
     def both(params, x, *arguments):
         def total(params, x):
             logits = read_all(nnx.merge(graphdef, params), x, *arguments)
@@ -164,7 +164,8 @@ def test_a_padded_sequence_is_read_as_it_is_alone(cell, readout, block, directio
         return each[mask.sum(0) - 1, jnp.arange(B)]
 
     reads = [padded] if direction == "both" else [padded, read_with_a_mask]
-    expected, *got = (loss_and_gradients(graphdef, read) for read in (alone, *reads))
+    level = int(readout == "max")
+    expected, *got = (loss_and_gradients(graphdef, read, level) for read in (alone, *reads))
 
     @settings(max_examples=20, deadline=None)
     @given(MASKS)
@@ -274,13 +275,11 @@ def test_memory_is_that_of_the_states_at_the_cuts(cell):
 def test_a_run_truncates_as_its_configuration_says(digits):
     images, labels = digits
     batch = Batch(jnp.array(images[:4]), jnp.array(labels[:4]), jnp.ones(4, bool))
-    kernels = []
+    config, kernels = Config(model=ModelConfig(hidden_size=8)), []
+    before = jax.jit(lambda: init_state(config, make_system(config), 0))()
     for truncate in (0, 28, 5):
-        config = Config(model=ModelConfig(hidden_size=8))
         config.train.truncate = truncate
-        system = make_system(config)
-        state = init_state(config, system, 0)
-        state, _ = jax.jit(train_step, static_argnums=0)(system, state, batch)
+        state, _ = jax.jit(train_step, static_argnums=0)(make_system(config), before, batch)
         kernels.append(np.asarray(state.params["layers"][0]["recurrent_kernel"][...]))
     whole, in_one_part, truncated = kernels
     assert_close(in_one_part, whole)

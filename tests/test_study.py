@@ -37,9 +37,14 @@ def config_of(**fields):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cell", ["simple_rnn", "gru", "lru"])
-@pytest.mark.parametrize("budget", [6602, 50_000])
-@pytest.mark.parametrize("spec", [MNIST, ImageSpec(32, 32, 3, tuple("abc"))], ids=["28", "32"])
+@pytest.mark.parametrize(
+    ("cell", "budget", "spec"),
+    [
+        ("simple_rnn", 6602, MNIST),
+        ("gru", 50_000, MNIST),
+        ("lru", 50_000, ImageSpec(32, 32, 3, tuple("abc"))),
+    ],
+)
 def test_hidden_sizes_are_the_largest_within_the_budget(cell, budget, spec):
     config = Config(model=ModelConfig(cell=cell, num_layers=2, bidirectional=True))
 
@@ -332,22 +337,20 @@ def test_a_study_that_is_stopped_ends_as_one_that_is_not(data_dir, tmp_path):
     assert (whole / "study.html").read_text().count("<img") == 4
 
     rng = np.random.default_rng(0)
-    for number in (signal.SIGINT, signal.SIGKILL, None):
+    for number in (signal.SIGINT, signal.SIGKILL):
         process = study(data_dir, "parts", tmp_path)
-        if number:
-            time.sleep(rng.uniform(4, 9))
-            process.send_signal(number)
+        time.sleep(rng.uniform(4, 9))
+        process.send_signal(number)
         process.communicate(timeout=200)
-    assert process.returncode == 0
-    assert (tmp_path / "parts/study.json").read_bytes() == (whole / "study.json").read_bytes()
-
-    both = [study(data_dir, "shared", tmp_path) for _ in range(2)]
+    both = [study(data_dir, "parts", tmp_path) for _ in range(2)]  # they share the rest
     texts = [process.communicate(timeout=200)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], texts
-    assert (tmp_path / "shared/study.json").read_bytes() == (whole / "study.json").read_bytes()
-    trained = [re.findall(r"^(.*): [\d.]+ s; about", each, re.M) for each in (*texts, text)]
-    assert all(trained)
-    assert sorted(trained[0] + trained[1]) == sorted(trained[2])
+    assert (tmp_path / "parts/study.json").read_bytes() == (whole / "study.json").read_bytes()
+    of_one, of_other, of_whole = (
+        set(re.findall(r"^(.*): [\d.]+ s; about", each, re.M)) for each in (*texts, text)
+    )
+    assert not of_one & of_other
+    assert of_one | of_other <= of_whole
 
 
 @pytest.mark.slow

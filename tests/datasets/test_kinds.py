@@ -6,17 +6,15 @@ import gzip
 import json
 import os
 import struct
-import subprocess
-import sys
 import tarfile
 import zipfile
+from unittest import mock
 
-import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, seqmnist
 from PIL import Image
 from small_archives import idx, make_splits, write_archives
+from test_predict import call
 
 from seqmnist import run
 from seqmnist.config import Config, DataConfig, ModelConfig, TrainConfig, override
@@ -26,6 +24,7 @@ from seqmnist.errors import UserError
 from seqmnist.spec import MNIST, ImageSpec
 from seqmnist.study import trained
 from seqmnist.study.images import is_of_digits
+from tools import predict
 
 NAMES = sum(archives.NAMES.values(), ())
 
@@ -468,27 +467,29 @@ def config_of(tmp_path, **fields):
     return override(config, fields)
 
 
-@pytest.mark.slow
-def test_a_folder_and_archives_of_the_same_images_train_alike(tmp_path):
-    train, test = make_splits(60, 20)
+def test_a_folder_and_archives_of_the_same_images_are_alike(tmp_path):
     splits = [
-        (images, np.arange(len(labels), dtype=np.uint8) % 10) for images, labels in (train, test)
+        (images, np.arange(len(labels), dtype=np.uint8) % 10)
+        for images, labels in make_splits(60, 20)
     ]
-    forms = {
-        "mnist": write_archives(tmp_path / "archives", archives.Splits(*splits)),
-        "folder": write_pictures(tmp_path / "pictures", splits),
-    }
-    params = []
-    for name, folder in forms.items():
-        fields = {"data.name": name, "data.manual_dir": str(folder)}
-        run.train(config_of(tmp_path, **fields), tmp_path / name)
-        params.append(trained.load(tmp_path / name).params)
-    jax.tree.map(np.testing.assert_array_equal, *params)
+    folder = write_archives(tmp_path / "archives", archives.Splits(*splits))
+    one = prepare(tmp_path, "mnist", folder, verify_checksums=False)
+    other = prepare(tmp_path, "folder", write_pictures(tmp_path / "pictures", splits))
+    for prepared in (one, other):
+        assert_holds(prepared, splits)
+    assert dataclasses.replace(one.spec, has_margins=False) == other.spec  # they are of noise
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("input_mode", ["resident", "stream"])
-@pytest.mark.parametrize("name", ["cifar10", "emnist_balanced", "digits"])
+@pytest.mark.parametrize(
+    ("name", "input_mode"),
+    [
+        ("cifar10", "resident"),
+        ("cifar10", "stream"),
+        ("emnist_balanced", "resident"),
+        ("digits", "resident"),
+    ],
+)
 def test_any_images_train_resume_and_evaluate(name, input_mode, tmp_path):
     manual_dir = None
     if name == "cifar10":
@@ -521,20 +522,14 @@ def test_other_data_are_refused_before_other_shapes(tmp_path):
 
 
 @pytest.mark.slow
-def test_class_sorted_images_are_told(tmp_path):
+def test_class_sorted_images_are_told(tmp_path, capsys):
     (images, labels), test = make_splits(60, 20)
     path = tmp_path / "sorted.npz"
     order = np.argsort(labels, kind="stable")
     np.savez(path, x_train=images[order], y_train=labels[order], x_test=test[0], y_test=test[1])
-    shown = seqmnist(
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.data.data_dir={tmp_path / 'data'}",
-        f"--config.data.manual_dir={path}",
-        "--config.data.name=npz",
-        "--config.train.num_epochs=1",
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert "training has not seen" in shown.stdout
+    fields = {"data.name": "npz", "data.manual_dir": str(path), "train.num_epochs": 1}
+    run.train(config_of(tmp_path, **fields), tmp_path / "run")
+    assert "training has not seen" in capsys.readouterr().out
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert "training has not seen" in results["dataset"]["notice"]
 
@@ -555,30 +550,17 @@ sources.LOADERS["stripes"] = stripes
 
 
 @pytest.mark.slow
-def test_a_dataset_of_ones_own_is_one_function_and_one_entry(tmp_path):
+@mock.patch.dict(sources.LOADERS)
+def test_a_dataset_of_ones_own_is_one_function_and_one_entry(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(LOADER)
-    shown = seqmnist(
-        "--workdir=run",
-        "--config.plugins=mine.py",
-        "--config.data.name=stripes",
-        "--config.data.data_dir=data",
-        "--config.train.batch_size=8",
-        "--config.optimizer.learning_rate=0.01",
-        cwd=tmp_path,
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert "6 × 9 × 3, in 2 classes" in shown.stdout
-    assert "test_accuracy: 1.0000" in shown.stdout
+    fields = {"plugins": "mine.py", "data.name": "stripes", "optimizer.learning_rate": 0.01}
+    run.train(config_of(tmp_path, **fields, **{"train.num_epochs": 5}), "run")
+    shown = capsys.readouterr().out
+    assert "6 × 9 × 3, in 2 classes" in shown
+    assert "test_accuracy: 1.0000" in shown
     Image.fromarray(np.uint8(255 * (np.arange(9) % 2 == 0))[None].repeat(6, 0)).save(
         tmp_path / "down.png"
     )
-    answer = subprocess.run(
-        [sys.executable, "-m", "tools.predict", "--workdir=run", "down.png"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stdout.splitlines()[1].split()[0] == "down"
+    assert call(monkeypatch, predict, "--workdir=run", "down.png") == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[0] == "down"
