@@ -209,7 +209,7 @@ class Checkpoints:
             if which not in ("newest", "best"):
                 raise UserError(f"{damaged}; choose another with --checkpoint")
             if (self.directory / str(step)).exists():
-                notice(f"{damaged}; another one is used instead")
+                notice(damaged if step == steps[-1] else f"{damaged}; another one is tried")
         if self.steps() and not set(steps) & set(self.steps()):  # a run that trains replaced them
             return self.restore_params(expect, notice, which)
         raise UserError(f"{self.directory} holds no usable checkpoint; train with this workdir")
@@ -225,6 +225,10 @@ class Checkpoints:
         best, kept = best_step(newest["history"]), set(self.steps())
         if _is_restored(leaves):
             best, losses = newest["step"], losses | {newest["step"]: -math.inf}
+        if not kept & losses.keys():
+            raise UserError(
+                f"{self.directory} keeps no state of a validated epoch; use --checkpoint=newest"
+            )
         if best not in kept:
             notice(
                 f"the best state, of step {best}, was not kept; the best of the others is used; "

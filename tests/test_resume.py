@@ -460,6 +460,17 @@ def test_a_checkpoint_that_does_not_exist_is_refused(make_config, capsys):
         run.evaluate(config, "a", "best")
 
 
+def test_a_run_that_keeps_no_validated_epoch_says_so(make_config, monkeypatch):
+    """Its only checkpoint is of the middle of an epoch."""
+    config, stop = make_config(2, checkpoint={"keep": 1, "every_epochs": 0}), StopRequest()
+    stop.defer()
+    monkeypatch.setattr(*asks(Display, "epoch", signal.SIGTERM, stop, times=2))
+    with pytest.raises(SystemExit):
+        run.train(config, "a", stop=stop)
+    with pytest.raises(UserError, match="keeps no state of a validated epoch"):
+        run.evaluate(config, "a", "best")
+
+
 def test_a_notice_tells_that_the_best_was_not_kept(make_config, monkeypatch):
     drawn, evaluate = iter([0.2, 0.1, 0.4, 0.3]), run.Task.evaluate
     monkeypatch.setattr(
