@@ -38,15 +38,18 @@ def config_of(**fields):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("cell", "budget", "spec"),
+    ("cell", "options", "budget", "spec"),
     [
-        ("simple_rnn", 6602, MNIST),
-        ("gru", 50_000, MNIST),
-        ("lru", 50_000, ImageSpec(32, 32, 3, tuple("abc"))),
+        ("simple_rnn", {}, 6602, MNIST),
+        ("gru", {}, 50_000, MNIST),
+        ("lru", {}, 50_000, ImageSpec(32, 32, 3, tuple("abc"))),
+        ("delta_net", {"num_heads": 3}, 50_000, MNIST),
     ],
 )
-def test_hidden_sizes_are_the_largest_within_the_budget(cell, budget, spec):
-    config = Config(model=ModelConfig(cell=cell, num_layers=2, bidirectional=True))
+def test_hidden_sizes_are_the_largest_within_the_budget(cell, options, budget, spec):
+    config = Config(
+        model=ModelConfig(cell=cell, num_layers=2, bidirectional=True, cell_options=options)
+    )
 
     def count(units):
         sized = config_lib.override(config, {"model.hidden_size": units})
@@ -55,11 +58,11 @@ def test_hidden_sizes_are_the_largest_within_the_budget(cell, budget, spec):
         return sum(leaf.size for leaf in jax.tree.leaves(params))
 
     units = plan.fit(config, spec, budget).model.hidden_size
-    assert count(units) <= budget < count(units + 1)
+    assert count(units) <= budget < count(units + options.get("num_heads", 1))
 
 
 def test_a_budget_that_nothing_fits_is_refused():
-    with pytest.raises(UserError, match="one unit of lstm exceed the budget of 10"):
+    with pytest.raises(UserError, match="lstm with hidden_size=1 exceed the budget of 10"):
         plan.fit(Config(model=ModelConfig(cell="lstm")), MNIST, 10)
 
 

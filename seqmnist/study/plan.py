@@ -129,7 +129,7 @@ def num_parameters(config: Config, spec: ImageSpec) -> int:
 def fit(config: Config, spec: ImageSpec, budget: int | None) -> Config:
     """Returns a configuration with the largest hidden size that stays within a budget.
 
-    Raises UserError if a single unit exceeds it.
+    Raises UserError if the smallest network exceeds it.
     """
     if budget is None:
         return config
@@ -137,15 +137,17 @@ def fit(config: Config, spec: ImageSpec, budget: int | None) -> Config:
     def count(units):
         return num_parameters(config_lib.override(config, {"model.hidden_size": units}), spec)
 
-    most = 1  # doubled until it does not fit: large networks of S5 take long
+    least = config.model.cell_options.get("num_heads", 1)  # which divides the hidden size
+    if count(least) > budget:
+        raise UserError(
+            f"the {count(least):,} parameters of {config.model.cell} with hidden_size={least} "
+            f"exceed the budget of {budget:,}; raise it, or leave the entry out"
+        )
+    most = least  # doubled until it does not fit: large networks of S5 take long
     while most <= _MOST_UNITS and count(most) <= budget:
         most *= 2
-    units = bisect.bisect_right(range(1, min(most, _MOST_UNITS + 1)), budget, key=count)
-    if not units:
-        raise UserError(
-            f"the {count(1):,} parameters of one unit of {config.model.cell} exceed the budget of "
-            f"{budget:,}; raise it, or leave the entry out"
-        )
+    sizes = range(least, min(most, _MOST_UNITS + 1), least)
+    units = least * bisect.bisect_right(sizes, budget, key=count)
     return config_lib.override(config, {"model.hidden_size": units})
 
 
