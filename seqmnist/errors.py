@@ -1,5 +1,6 @@
 """Errors that a user can fix, and the one way to report them."""
 
+import collections
 import contextlib
 import difflib
 import errno
@@ -39,12 +40,12 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, list(names), n=3, cutoff=0))
 
 
-class Table(dict[str, T]):
+class Table(collections.UserDict[str, T]):
     """What a configuration can name: choices of the library, to which plugins add others."""
 
     def __init__(self, choices: Mapping[str, T], reserved: Iterable[str] = ()):
-        super().__init__(choices)
         self._library = {**dict.fromkeys(reserved), **choices}
+        super().__init__(choices)
 
     def __setitem__(self, name: str, choice: T) -> None:
         """Adds or replaces a choice; raises UserError if the name is the library's."""
@@ -54,13 +55,8 @@ class Table(dict[str, T]):
             raise UserError(f"{name!r} cannot be a name; use letters, digits, '_', '-' and '.'")
         super().__setitem__(name, choice)
 
-    def update(self, *choices, **named) -> None:
-        """Adds choices as `__setitem__` does, which a dict's own `update` and `|=` ignore."""
-        for name, choice in dict(*choices, **named).items():
-            self[name] = choice
-
     def __ior__(self, choices):
-        self.update(choices)
+        self.update(choices)  # through `__setitem__`
         return self
 
     def is_own(self, name: str) -> bool:

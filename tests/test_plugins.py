@@ -311,6 +311,9 @@ def test_a_name_of_the_library_or_none_at_all_is_refused(table, name):
         table.update({name: len})
     with pytest.raises(UserError):
         table |= {name: len}
+    if name not in table:
+        with pytest.raises(UserError):
+            table.setdefault(name, len)
     assert dict(table) == before
 
 
