@@ -4,7 +4,7 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from seqmnist.config import ModelConfig
+from seqmnist.training import members
 
 
 class _Console(Console):
@@ -224,13 +225,12 @@ class Display:
     def _settings_row(self, setting, swept, count):
         validation, test = setting["validation"], setting["test"]
         is_scored = setting["diverged"] == count or test["loss"]["mean"] is not None
-        interval = test["accuracy"]["interval"]
         return {
             **{name.rpartition(".")[2]: f"{setting[name]:g}" for name in swept},
-            "val_accuracy": _summary(validation["accuracy"]) if validation else "",
-            "test_loss": _summary(test["loss"]) if is_scored else "",
-            "test_accuracy": _summary(test["accuracy"]) if is_scored else "",
-            "95 % interval": f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "",
+            "val_accuracy": format_spread(validation["accuracy"], "nan") if validation else "",
+            "test_loss": format_spread(test["loss"], "nan") if is_scored else "",
+            "test_accuracy": format_spread(test["accuracy"], "nan") if is_scored else "",
+            "95 % interval": format_interval(test["accuracy"]["interval"], missing=""),
         }
 
     def _say_parts(self, parts, style=None):
@@ -296,18 +296,17 @@ def _title(epoch, num_epochs):
 
 def _text(value):
     """Returns one score, or mean ± standard deviation over members that did not diverge."""
-    values = np.ravel(np.array(value, float))
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return "nan"
-    return mean_and_sd(finite.mean(), finite.std(ddof=1) if len(finite) > 1 else None)
+    return format_spread(members.statistics(np.ravel(value)), "nan")
 
 
-def _summary(spread):
-    return "nan" if spread["mean"] is None else mean_and_sd(spread["mean"], spread["sd"])
+def format_spread(spread: Mapping[str, Any] | None, missing: str = "–") -> str:
+    """Formats what `members.statistics` returns as mean ± sd."""
+    if not spread or spread["mean"] is None:
+        return missing
+    numbers = [spread["mean"]] if spread["sd"] is None else [spread["mean"], spread["sd"]]
+    return " ± ".join(f"{x:.4f}" if abs(x) < 1e5 else f"{x:.4g}" for x in numbers)
 
 
-def mean_and_sd(*numbers: float | None) -> str:
-    """Returns a mean, with ± and a standard deviation if it is not None."""
-    shown = [f"{x:.4f}" if abs(x) < 1e5 else f"{x:.4g}" for x in numbers if x is not None]
-    return " ± ".join(shown)
+def format_interval(interval: Sequence[float] | None, sign: str = "", missing: str = "–") -> str:
+    """Formats both ends of an interval, with a plus if `sign` is "+"."""
+    return " to ".join(f"{x:{sign}.4f}" for x in interval) if interval else missing

@@ -19,6 +19,7 @@ import math
 import os
 import pathlib
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -429,6 +430,23 @@ def write_aside(path: pathlib.Path, content: bytes) -> None:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a new folder, whose files are moved to `folder` if the block succeeds.
+
+    Each replaces its namesake; other files of `folder` are never touched.
+    """
+    folder = folder.resolve()  # it may be a link to another disk
+    with tempfile.TemporaryDirectory(
+        prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
+    ) as aside:
+        new = pathlib.Path(aside)
+        yield new
+        folder.mkdir(exist_ok=True)
+        for path in new.iterdir():
+            path.replace(folder / path.name)
 
 
 def _write_lines(path, records):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from seqmnist.study import card
+from seqmnist.display import format_interval, format_spread
 from seqmnist.workdir import Workdir, write_aside
 from tools import cli, figures, report
 from tools.sections import Section, picture
@@ -64,12 +64,11 @@ def table(found: Mapping[str, Any], measured: Mapping[str, Any]) -> list[list[An
     rows = []
     for name, entry in _ranked(found):
         test, own = entry["test/accuracy"], measured[name]
-        interval = test["interval"]
         rows.append([
             name, entry["parameters"], entry["flops_per_image"], f"{own['seconds']:.2f}",
             f"{own['bytes'] / 2**20:,.0f}",
-            card.format_spread(entry["validation/accuracy"]), card.format_spread(test),
-            f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else "–", entry["diverged"],
+            format_spread(entry["validation/accuracy"]), format_spread(test),
+            format_interval(test["interval"]), entry["diverged"],
         ])  # fmt: skip
     return [list(_COLUMNS), *rows]
 
@@ -79,11 +78,11 @@ def differences_table(found: Mapping[str, Any]) -> list[list[Any]]:
     heads = ["pair", "difference", "95 % interval", "p", "p (Holm)", "significant"]
     rows = []
     for each in found["differences"]:
-        interval, p, corrected = each["interval"], each["p"], each["p_holm"]
+        p, corrected = each["p"], each["p_holm"]
         rows.append([
             " - ".join(each["entries"]),
             "–" if each["mean"] is None else f"{each['mean']:+.4f}",
-            f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else "–",
+            format_interval(each["interval"], "+"),
             "–" if p is None else f"{p:.2g}",
             "–" if corrected is None else f"{corrected:.2g}",
             "yes" if each["is_significant"] else "no",
@@ -165,7 +164,7 @@ def _sections(workdir, found, measured, rows, pairs):
     ):  # fmt: skip
         spreads = {key: entries[key]["test/accuracy"] for key in values}
         alt = "; ".join(
-            f"{key}: {values[key]:,.4g}, {card.format_spread(spreads[key])}" for key in values
+            f"{key}: {values[key]:,.4g}, {format_spread(spreads[key])}" for key in values
         )
         figure = scores_against(label, values, spreads)
         look = (

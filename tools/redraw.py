@@ -25,11 +25,11 @@ def _resize(image, size):
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
 
 
-def _as_jpeg(page, quality=60):
+def _as_jpeg(page):
     from PIL import Image
 
     file = io.BytesIO()
-    Image.fromarray(page).save(file, "JPEG", quality=quality)
+    Image.fromarray(page).save(file, "JPEG", quality=60)
     return np.asarray(Image.open(file))
 
 
@@ -106,9 +106,9 @@ KINDS = {
 }
 
 
-def measure(network, name: str, num_images: int) -> float:
+def measure(network, test, name: str, num_images: int) -> float:
     """Returns the share of pictures of a kind in which all digits are found and correct."""
-    draw, (test_images, labels) = KINDS[name], network.test_set()
+    draw, (test_images, labels) = KINDS[name], test
     num_digits, rng = 1 + (draw is draw_two), np.random.default_rng(0)
     rows = rng.choice(len(labels), (num_images, num_digits), replace=False)
     found, expected = [], []
@@ -135,7 +135,8 @@ def _main(arguments):
         raise UserError(
             f"--workdir={arguments.workdir} holds no network of MNIST's digits; name another run"
         )
-    num_test = len(network.test_set()[1])
+    test = network.test_set()
+    num_test = len(test[1])
     most = num_test // 2  # two digits to a picture
     num_images = arguments.num_images or min(_NUM_IMAGES, most)
     if num_images > most:
@@ -145,7 +146,7 @@ def _main(arguments):
         )
     accuracies = {}
     for name in KINDS:
-        accuracies[name] = measure(network, name, num_images)
+        accuracies[name] = measure(network, test, name, num_images)
         print(f"{accuracies[name]:.4f}  {name}", flush=True)
     return {"accuracies": accuracies, "num_images": num_images}
 

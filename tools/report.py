@@ -17,7 +17,7 @@ import shlex
 import sys
 
 from seqmnist.errors import explain_storage
-from seqmnist.workdir import OF_TOOLS, REPORT, Workdir, write_aside
+from seqmnist.workdir import OF_TOOLS, REPORT, Workdir, replacing, write_aside
 from tools import cli
 
 PAGE, FOLDER = f"{REPORT}.html", REPORT
@@ -113,13 +113,11 @@ def write(
     Pictures of an earlier page are removed, files of the user are kept. Raises UserError if the
     workdir cannot be written.
     """
-    from seqmnist.study import export
-
     page, final = workdir / name, workdir / folder
     pictures = {key: content for each in sections for key, (content, *_) in each.pictures.items()}
     remedy = "make room or make it writable, then run the same command again"
     with explain_storage(str(page), remedy):
-        with export.replacing(final) as new:
+        with replacing(final) as new:
             for key, content in pictures.items():
                 (new / key).write_bytes(content)
         write_aside(page, render(title, sections).encode())

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib import rc_context
 
 from seqmnist import config as config_lib
+from seqmnist.display import describe, format_spread
 from seqmnist.networks import views
 from seqmnist.study import card, insight, trained
 from seqmnist.training import members
@@ -145,7 +146,7 @@ def compare(paths: Sequence[str | os.PathLike]) -> Section:
         seconds = (results.get("seconds") or {}).get("train", "–")
         data = results.get("dataset", {})
         fingerprints.add(data.get("fingerprint"))
-        row = [name, data.get("name", config.data.name), card.describe(config.model)]
+        row = [name, data.get("name", config.data.name), describe(config.model)]
         row.append(results.get("parameters", "–"))
         rows.append([*row, len(lines), seconds, *card.scores(results).values()])
     alt = "Curves of loss and accuracy by epoch of " + ", ".join(metrics)
@@ -240,8 +241,8 @@ def _settings(found):
         rows.append([
             f"★ {i + 1}, best" if i == best else str(i + 1), *map(str, settings[i].values()),
             f"{first}–{first + num - 1}" if num > 1 else str(first),
-            *(card.format_spread(validation.get(score)) for score in ("loss", "accuracy")),
-            card.format_spread(test.get("accuracy")), entry["diverged"],
+            *(format_spread(validation.get(score)) for score in ("loss", "accuracy")),
+            format_spread(test.get("accuracy")), entry["diverged"],
             *([sum(stopped[own])] if stopped else []),
         ])  # fmt: skip
     text = "Mean ± standard deviation over the seeds of each setting. "
@@ -387,7 +388,7 @@ def _sequence(found):
 def _unrolled(found):
     model, example = found.network.config.model, found.examples[0]
     figure = figures.unrolled(found.x, example.beliefs[-1], model, found.drawn_names)
-    alt = f"{card.describe(model)}, drawn as a chain of states; prediction: {example.title}"
+    alt = f"{describe(model)}, drawn as a chain of states; prediction: {example.title}"
     text = "Each state h is computed from the state one time step earlier and from the layer below."
     text += " All time steps share the same weights."
     look = (

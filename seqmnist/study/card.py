@@ -8,7 +8,7 @@ from typing import Any
 
 from seqmnist import config as config_lib
 from seqmnist.config import Config
-from seqmnist.display import describe, mean_and_sd
+from seqmnist.display import describe, format_spread
 from seqmnist.spec import ImageSpec
 from seqmnist.study import export, images
 from seqmnist.training import members
@@ -123,13 +123,6 @@ def format_score(score: Any, member: int | None = None) -> str:
     if count < len(score):
         text += f" ({count} of {len(score)} seeds)"
     return text if member is None else f"{format_score(score[member])} (all seeds: {text})"
-
-
-def format_spread(spread: dict[str, Any] | None) -> str:
-    """Formats what `members.statistics` returns as mean ± sd; – if there is no mean."""
-    if not spread or spread["mean"] is None:
-        return "–"
-    return mean_and_sd(spread["mean"], spread["sd"])
 
 
 def scores(results: dict[str, Any], member: int | None = None) -> dict[str, str]:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from seqmnist.training import members
+
 LEVEL = 0.05  # of the family of all tests
 
 
@@ -29,13 +31,12 @@ def differences(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     for a, b in itertools.combinations(scores, 2):
         delta = np.array(scores[a], float) - np.array(scores[b], float)
         delta = delta[np.isfinite(delta)]
-        row = {"entries": [a, b], "pairs": len(delta), "mean": None, "interval": None, "p": None}
-        if len(delta):
-            row["mean"] = float(delta.mean())
+        found = members.statistics(delta)
+        row = {"entries": [a, b], "pairs": len(delta), "mean": found["mean"]}
+        row |= {"interval": None, "p": None}
         if len(delta) > 1 and np.ptp(delta):
-            test = stats.ttest_1samp(delta, 0)
-            interval = test.confidence_interval(1 - LEVEL)
-            row |= {"interval": list(map(float, interval)), "p": float(test.pvalue)}
+            p = float(stats.ttest_1samp(delta, 0).pvalue)
+            row |= {"interval": found["interval"], "p": p}
         rows.append(row)
     corrected = holm([row["p"] for row in rows if row["p"] is not None])
     for row in rows:

@@ -7,7 +7,6 @@ SHA-256 of its other bytes, in a place that other readers ignore; so a file that
 can be checked too.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -18,20 +17,21 @@ import re
 import stat
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import export as jax_export
 from jax.extend.mlir.dialects import stablehlo
+from scipy import special
 
 from seqmnist import paths
 from seqmnist.errors import UserError, explain_any, explain_storage
 from seqmnist.spec import ImageSpec
-from seqmnist.training import batches, metrics
+from seqmnist.training import batches
+from seqmnist.workdir import replacing
 
 DIRECTORY, ARTIFACT, PARAMETERS, CARD = (
     "export", "classifier.jax_export", "parameters.safetensors", "README.md"
@@ -79,7 +79,7 @@ class Artifact:
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, *spec.shape]: probabilities [N, C]."""
-        return metrics.softmax(self.logits(images))
+        return special.softmax(self.logits(images), axis=-1)
 
 
 class Streaming(NamedTuple):
@@ -234,23 +234,6 @@ def write(
         comparison = _check(folder, programs, spec, streaming)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return {"files": files, **comparison}
-
-
-@contextlib.contextmanager
-def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a new folder, whose files are moved to `folder` if the block succeeds.
-
-    Each replaces its namesake; other files of `folder` are never touched.
-    """
-    folder = folder.resolve()  # it may be a link to another disk
-    with tempfile.TemporaryDirectory(
-        prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
-    ) as aside:
-        new = pathlib.Path(aside)
-        yield new
-        folder.mkdir(exist_ok=True)
-        for path in new.iterdir():
-            path.replace(folder / path.name)
 
 
 def by_name(params: Any) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from scipy import special
 
 from seqmnist.checkpoints import Checkpoints
 from seqmnist.config import PLACES, Config, override
@@ -19,7 +20,7 @@ from seqmnist.networks.views import sequence_shape
 from seqmnist.spec import ImageSpec
 from seqmnist.study import insight
 from seqmnist.study.export import Streaming
-from seqmnist.training import batches, members, metrics
+from seqmnist.training import batches, members
 from seqmnist.training.steps import System, init_state, make_system
 from seqmnist.training.task import as_trained
 from seqmnist.workdir import Workdir
@@ -68,7 +69,7 @@ class Trained:
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Classifies images uint8 [N, *spec.shape]: probabilities [N, C]."""
-        return metrics.softmax(self.logits(images))
+        return special.softmax(self.logits(images), axis=-1)
 
     def beliefs(self, images: np.ndarray) -> np.ndarray:
         """Returns the probabilities after each time step, [T, N, C]; see `insight.beliefs`."""

@@ -138,8 +138,6 @@ def summarize(
 
 def statistics(values: Sequence[float | None]) -> dict[str, Any]:
     """Returns {"mean", "sd", "interval": 95 %, Student's t}; NaN and None are left out."""
-    from scipy import special  # imported here: one run needs none
-
     finite = np.array(values, float)
     finite = finite[np.isfinite(finite)]
     num = len(finite)
@@ -147,5 +145,7 @@ def statistics(values: Sequence[float | None]) -> dict[str, Any]:
     if num < 2:
         return {"mean": mean, "sd": None, "interval": None}
     sd = float(np.std(finite, ddof=1))
+    from scipy import special  # imported here: one run needs none
+
     half = float(special.stdtrit(num - 1, 0.975)) * sd / math.sqrt(num)
     return {"mean": mean, "sd": sd, "interval": [mean - half, mean + half]}

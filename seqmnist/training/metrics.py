@@ -67,9 +67,3 @@ def classification_sums(logits: jax.Array, labels: jax.Array, mask: jax.Array) -
         correct=jnp.sum(hits & mask, dtype=jnp.int32),
         count=jnp.sum(mask, dtype=jnp.int32),
     )
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Converts logits [..., C] into probabilities, in NumPy."""
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
