@@ -34,7 +34,7 @@ def load_data(name: str = "auto", **settings: Any) -> sources.Prepared:
 def epoch_batches(
     images: np.ndarray, labels: np.ndarray, batch_size: int = 128, seed: int = 0, epoch: int = 0
 ) -> Iterator[batches.Batch]:
-    """Yields each example once, in batches for `train_step`; the last one is padded.
+    """Returns each example once, in batches for `train_step`; the last one is padded.
 
     Takes images uint8 [N, …] and labels int [N]. The seed and the epoch, counted from 0, determine
     the order, the same in which `train` visits N training examples. Raises UserError if the arrays
@@ -53,5 +53,5 @@ def epoch_batches(
     config_lib.checked("train.batch_size", batch_size)
     labels = labels.astype(np.int32)
     records = batches.Records((images, labels), (images[:0], labels[:0]))
-    for row in batches.batch_rows(batches.epoch_order(seed, epoch, len(labels)), batch_size):
-        yield records.read(row)
+    order = batches.epoch_order(seed, epoch, len(labels))
+    return map(records.read, batches.batch_rows(order, batch_size))

@@ -6,6 +6,7 @@ import pytest
 
 from seqmnist.config import Config, ProfileConfig
 from seqmnist.errors import UserError
+from seqmnist.spec import MNIST
 from seqmnist.study import profiling
 from seqmnist.training import batches
 from seqmnist.training.loop import Loop, Resident
@@ -16,7 +17,7 @@ from tools import trace_summary
 
 def make_profile(steps, directory, num_steps, modules=list):
     return profiling.Profile(
-        Config(profile=ProfileConfig(steps)), directory, num_steps, lambda: modules()
+        Config(profile=ProfileConfig(steps)), directory, num_steps, lambda: modules(), MNIST
     )
 
 

@@ -268,7 +268,9 @@ def _show(counts, kind):
         "XLA's cycles per step": lambda c: c["cycles"] and f"{c['cycles']:,.0f}",
     }
     if clock:
-        rows[f"  at {clock / 1e9:g} GHz"] = lambda c: f"{1e6 * c['cycles'] / clock:,.1f} µs"
+        rows[f"  at {clock / 1e9:g} GHz"] = lambda c: (
+            c["cycles"] and f"{1e6 * c['cycles'] / clock:,.1f} µs"
+        )
     for each in sorted({kind for c in counts.values() for kind in c.get("collectives", ())}):
         rows[f"{each} per step"] = lambda c, each=each: _exchange(c["collectives"].get(each))
     for name in ("argument", "temporary", "output", "code", "memory"):

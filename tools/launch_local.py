@@ -94,10 +94,9 @@ def _main(arguments):
     with futures.ThreadPoolExecutor(len(processes)) as pool:
         shown = pool.map(_show, range(len(processes)), processes)
         code = wait(processes)
-    if code:
-        sys.exit(code)
-    list(shown)  # raises what they raised
-    return {"processes": arguments.processes, "exit_code": code}
+    if not code:
+        list(shown)  # raises what they raised
+    return {"processes": arguments.processes, "exit_code": code}, code
 
 
 def _make_parser():

@@ -165,7 +165,7 @@ def notices(
         ),
         (
             np.setdiff1d(np.arange(spec.num_classes), labels),
-            "training has not seen {} that no label names; check the labels",
+            "no label of training names {}; check the labels",
         ),
     ):
         if len(missing):

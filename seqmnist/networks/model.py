@@ -69,6 +69,8 @@ class ResidualBlock(nnx.Module):
     def stretch(self) -> int:
         return self.layer.stretch
 
+    # It computes all outputs, whatever the cell needs: an LRU(64) on pixels, read in one stretch,
+    # takes 2.3 times as long as in stretches of 14.
     stretch_to_last = stretch
 
     def initial_state(self, batch_size: int) -> Any:

@@ -77,9 +77,9 @@ def _check(config):
 
 def _reads(config):
     """Returns in words what a time step reads."""
-    is_patches = config.view.startswith("patches")
-    order = "one square patch, row after row" if is_patches else "some pixels"
-    order = _ORDERS.get(config.view, order)
+    order = _ORDERS.get(config.view, "one square patch, row after row")
+    if views.VIEWS.is_own(config.view):
+        order = "some pixels"
     if config.reverse:
         order += "; this order is reversed"
     if config.subsample > 1:

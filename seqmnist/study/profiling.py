@@ -46,7 +46,7 @@ class Profile(contextlib.AbstractContextManager):
         directory: pathlib.Path,
         num_steps: int,
         modules: Callable[[], list[str]],
-        spec: ImageSpec = MNIST,
+        spec: ImageSpec,
     ):
         """Traces a run of `num_steps` into a folder.
 

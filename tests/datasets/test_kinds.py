@@ -440,7 +440,7 @@ def test_notices():
     assert "1 class (owl)" in line
     assert "owl" in line
     (line,) = sources.notices(images, np.arange(100) % 2 + 1, splits, spec)
-    assert "cat" in line
+    assert "no label of training names 1 class (cat)" in line
     for held_out, expected in ((29, []), (30, ["holds none of 1 class (owl)"])):
         own = {"train": range(100 - held_out), "validation": range(100 - held_out, 100)}
         lines = sources.notices(images, np.where(np.arange(100) < 70, mixed, mixed % 2), own, spec)
