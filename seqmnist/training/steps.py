@@ -1,4 +1,7 @@
-"""One step of training and of evaluation: pure functions, no jit, no I/O."""
+"""One step of training and of evaluation, and the system that a configuration describes.
+
+The steps are pure functions, not yet compiled; `check_names` imports the plugins.
+"""
 
 import contextlib
 import functools
