@@ -22,6 +22,7 @@ from seqmnist.checkpoints import DIRECTORY, Checkpoints, Saved, best_step
 from seqmnist.config import Config
 from seqmnist.display import Display
 from seqmnist.errors import UserError, explain_storage
+from seqmnist.events import Events
 from seqmnist.stop import StopRequest
 from seqmnist.study import profiling
 from seqmnist.training import batches, devices, divergence, members, stopping
@@ -34,7 +35,6 @@ from seqmnist.workdir import (
     PROFILE,
     RESULTS,
     STEPS,
-    Events,
     Workdir,
     append_line,
     as_json,

@@ -307,7 +307,7 @@ def test_tensorboard_shows_a_resumed_run_without_a_hole(make_config, monkeypatch
     config = make_config(3, train={"log_every_steps": 5}, optimizer={"clip_norm": 1.0})
     stop_after(monkeypatch, config, "a", 12)
     now = run.time.time
-    monkeypatch.setattr("seqmnist.workdir.time.time", lambda: now() + 1e6)  # it resumes much later
+    monkeypatch.setattr("seqmnist.events.time.time", lambda: now() + 1e6)  # it resumes much later
     run.train(config, "a")
     (file,) = pathlib.Path("a").glob("events.out.tfevents.*")
     events = EventAccumulator(str(file), size_guidance={"tensors": 0}).Reload()
