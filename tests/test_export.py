@@ -458,12 +458,16 @@ def test_the_example_on_the_card_of_other_images_runs(linear, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_an_artifact_without_names_has_numbered_classes(linear, tmp_path):
+def test_an_artifact_alone_knows_its_images(linear, tmp_path):
     folder, _, spec = linear
     shutil.copy(folder / export.ARTIFACT, tmp_path)
+    assert export.load(tmp_path / export.ARTIFACT).spec == spec
+    whole = (folder / export.ARTIFACT).read_bytes()
+    earlier = whole[: whole.index(export._MARK)] + export._BLANK_SEAL
+    (tmp_path / "earlier").write_bytes(export._sealed(earlier))
     numbers = tuple(map(str, range(spec.num_classes)))
     expected = ImageSpec(spec.height, spec.width, spec.channels, numbers)
-    assert export.load(tmp_path / export.ARTIFACT).spec == expected
+    assert export.load(tmp_path / "earlier").spec == expected
     (tmp_path / export.IMAGES).write_text("{}")
     with pytest.raises(UserError, match=r"images\.json is damaged"):
         export.load(tmp_path / export.ARTIFACT)

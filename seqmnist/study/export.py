@@ -47,6 +47,7 @@ TOLERANCE = 1e-4
 _SEAL = b"seqmnist sha256:"  # and the digest, in hexadecimal digits
 _DIGEST_SIZE = 64
 _BLANK_SEAL = _SEAL + b"0" * _DIGEST_SIZE
+_MARK = b"\nseqmnist images:"  # before what `IMAGES` holds, at the end of the classifier
 
 
 class Artifact:
@@ -115,16 +116,19 @@ def read(path: str | os.PathLike) -> bytes:
 
 
 def load(path: str | os.PathLike) -> Artifact:
-    """Loads the classifier that `write` wrote, and its `ImageSpec` from the file beside it.
+    """Loads the classifier that `write` wrote, and its `ImageSpec`.
 
-    If only the classifier was copied, classes are numbered. Raises UserError if a file cannot be
-    read, is damaged or of another kind, or this JAX cannot run it.
+    Classes are numbered if it is of an earlier version and was copied without the file beside it.
+    Raises UserError if a file cannot be read, is damaged or of another kind, or this JAX cannot run
+    it.
     """
     path, spec = paths.resolve(path, "--artifact"), None
     with _explain_use(path, ARTIFACT):
-        exported = jax_export.deserialize(bytearray(read(path)))
-        if (beside := path.with_name(IMAGES)).exists():
-            values = json.loads(read(beside))
+        content, beside = read(path), path.with_name(IMAGES)
+        exported = jax_export.deserialize(bytearray(content))
+        _, mark, images = content.rpartition(_MARK)
+        if mark or beside.exists():
+            values = json.loads(read(beside) if beside.exists() else images)
             del values["digest"]
             spec = ImageSpec.from_dict(values)
         return Artifact(exported, spec)
@@ -223,6 +227,7 @@ def write(
     contents[PARAMETERS] = save(by_name(params), metadata)
     images = spec.to_dict() | {"digest": _BLANK_SEAL.decode()}
     contents[IMAGES] = (json.dumps(images, indent=2, ensure_ascii=False) + "\n").encode()
+    contents[ARTIFACT] = contents[ARTIFACT].removesuffix(_BLANK_SEAL) + _MARK + contents[IMAGES]
     final = workdir / DIRECTORY
     remedy = "make room or make it writable, then run the same command again"
     with explain_storage(str(final), remedy), replacing(final) as folder:
