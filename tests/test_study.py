@@ -141,7 +141,7 @@ def test_data_may_move_but_not_change(tmp_path):
     study_tool._check(moved, tmp_path)
     study_tool._check(moved | {"fingerprints": {"a": "1"}}, tmp_path)
     for other in ({"fingerprints": {"a": "2"}}, {"seeds": [6, 8]}):
-        with pytest.raises(UserError, match="another study, or one of other data"):
+        with pytest.raises(UserError, match="another study, or one of other data or plugins"):
             study_tool._check(moved | other, tmp_path)
     write_json(tmp_path / PLAN, planned)  # as earlier versions did
     study_tool._check(moved | {"fingerprints": {"a": "1"}}, tmp_path)
@@ -265,6 +265,8 @@ def test_what_diverged_is_in_no_pair():
     assert row["mean"] == pytest.approx(0.15)
     (row,) = compare.differences({"a": [None, 0.5], "b": [0.4, None]})
     assert (row["mean"], row["p"], row["is_significant"]) == (None, None, False)
+    (row,) = compare.differences({"a": [0.9, 0.8], "b": [0.8, 0.7]})  # equal but for rounding
+    assert (row["p"], row["is_significant"]) == (None, False)
     (row,) = compare.differences({"a": [0.5, 0.5], "b": [0.5, 0.5]})
     assert (row["mean"], row["p"]) == (0, None)
 
@@ -360,7 +362,8 @@ def test_a_study_that_is_stopped_ends_as_one_that_is_not(data_dir, tmp_path):
 def test_an_entry_is_trained_once_and_by_one_process(data_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study_tool, "_PATIENCE", 0)
     values = {"data.name": "mnist_5k", "data.data_dir": str(data_dir), "train.num_epochs": 1}
-    config = config_of(**values, **{"model.hidden_size": 4})
+    (tmp_path / "plugin.py").touch()
+    config = config_of(**values, **{"model.hidden_size": 4}, plugins=str(tmp_path / "plugin.py"))
     one = Study({"a": config}, range(1), {"train.batch_size": [400, 500]}, range(1, 2))
     train, trained = run.train, []
 
@@ -381,6 +384,9 @@ def test_an_entry_is_trained_once_and_by_one_process(data_dir, tmp_path, monkeyp
     assert len(trained) == 3
     assert study_tool.perform(one, tmp_path) == found
     assert len(trained) == 3  # also what diverged, which has no results
+    (tmp_path / "plugin.py").write_text("# another one\n")
+    with pytest.raises(UserError, match="another study, or one of other data or plugins"):
+        study_tool.perform(one, tmp_path)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ at once, also on several hosts with a common disk, each trains entries that no o
 
 import contextlib
 import copy
+import hashlib
 import pathlib
 import time
 from collections.abc import Iterable
@@ -141,9 +142,14 @@ def perform(study: Any, workdir: pathlib.Path, stop: Any = None) -> dict[str, An
 
     Raises UserError if the workdir holds another study.
     """
+    from seqmnist.config import read_plugins
     from seqmnist.study import plan
 
     planned = study.to_dict()
+    planned["plugins"] = {
+        name: [hashlib.sha256(content).hexdigest() for content in read_plugins(config)]
+        for name, config in study.entries.items()
+    }
     _check(planned, workdir)
     jobs = _jobs(study, workdir)
     planned["fingerprints"] = {job.name: job.data.fingerprint for job in jobs}
@@ -205,11 +211,12 @@ def _check(planned, workdir):
     plan = workdir / PLAN
     if plan.exists():
         there, planned = _without_places(read_json(plan)), _without_places(planned)
-        there = {"fingerprints": planned.get("fingerprints"), **there}  # earlier versions had none
+        known = {key: planned.get(key) for key in ("fingerprints", "plugins")}
+        there = known | there  # earlier versions had none
         if any(there.get(key) != value for key, value in planned.items()):
             raise UserError(
-                f"--workdir={workdir} holds another study, or one of other data; choose another "
-                "--workdir"
+                f"--workdir={workdir} holds another study, or one of other data or plugins; choose "
+                "another --workdir"
             )
     if Workdir(workdir).has_config():
         raise UserError(f"--workdir={workdir} holds a run; choose another --workdir for the study")

@@ -34,7 +34,7 @@ def differences(scores: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
         found = members.statistics(delta)
         row = {"entries": [a, b], "pairs": len(delta), "mean": found["mean"]}
         row |= {"interval": None, "p": None}
-        if len(delta) > 1 and np.ptp(delta):
+        if len(delta) > 1 and np.ptp(delta) > 1e-9:  # equal but for rounding
             p = float(stats.ttest_1samp(delta, 0).pvalue)
             row |= {"interval": found["interval"], "p": p}
         rows.append(row)
