@@ -113,6 +113,7 @@ def set_up_jax(config: Config) -> None:
         folder = pathlib.Path(home) / "seqmnist" / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+    jax.config.update("jax_threefry_partitionable", True)  # else other numbers are drawn
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -11,5 +11,5 @@ def key(seed: jax.Array | int, purpose: str, counter: jax.Array | int = 0) -> ja
     The purpose is one of PURPOSES, whose order is part of every result: append, never reorder.
     The counter tells one use from the next, e.g. the epoch. Seed and counter may be traced.
     """
-    purpose_key = jax.random.fold_in(jax.random.key(seed), PURPOSES.index(purpose))
-    return jax.random.fold_in(purpose_key, counter)
+    first = jax.random.key(seed, impl="threefry2x32")  # whatever JAX's own default is
+    return jax.random.fold_in(jax.random.fold_in(first, PURPOSES.index(purpose)), counter)
