@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ class Saved(NamedTuple):
       fingerprint: of the dataset.
       seconds: spent on training so far.
       images: the dataset's `ImageSpec.to_dict()`.
+      settings: see `config.settings`.
       best: the parameters with the lowest validation loss; None without early stopping.
     """
 
@@ -61,6 +63,7 @@ class Saved(NamedTuple):
     fingerprint: str
     seconds: float
     images: dict[str, Any]
+    settings: dict[str, Any]
     best: Any = None
 
 
@@ -102,7 +105,8 @@ class Checkpoints:
         """Returns the steps of all checkpoints, the newest last."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+        names = (path.name for path in self.directory.iterdir() if path.is_dir())
+        return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
     @functools.cached_property
     def _manager(self):
@@ -161,6 +165,11 @@ class Checkpoints:
         for step in reversed(steps):
             reason, leaves, facts = self._try_read(step)
             if not reason:
+                if others := facts.keys() - set(Saved._fields):
+                    raise UserError(
+                        f"checkpoints/{step} was written by a newer version (it holds "
+                        f"{', '.join(sorted(others))}); install that one"
+                    )
                 state, sums, best = _fitted(step, _with_norms(leaves), expect(facts))
                 return Saved(state, sums, **facts, best=best)
             aside = _unused(self._workdir / DAMAGED / str(step))
@@ -195,7 +204,7 @@ class Checkpoints:
         if which == "best":
             steps = self._by_loss(notice)
         elif which != "newest":
-            if not which.isdecimal() or int(which) not in steps:
+            if which not in map(str, steps):
                 there = ", ".join(map(str, steps[::-1]))
                 raise UserError(
                     f"--checkpoint={which} does not exist; choose newest, best or one of: {there}"
@@ -268,8 +277,8 @@ def _read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             content = checkpointer.restore(folder, args=restore)
         leaves, facts = _by_name(content.arrays), dict(content.facts)
         is_whole = facts.pop("sha256") == _digest(leaves, facts)
-        # Earlier versions, which read only images like MNIST's, saved no `images`.
-        facts = {"images": MNIST.to_dict()} | facts
+        # Earlier versions saved no settings, and at first no images, which were like MNIST's.
+        facts = {"images": MNIST.to_dict(), "settings": {}} | facts
     except _UNDECODABLE as error:
         _check_readable(folder)
         if str(error).startswith(_NOT_DAMAGE):

@@ -506,6 +506,12 @@ def check_resumable(before: Config, after: Config) -> None:
         )
 
 
+def settings(config: Config) -> dict[str, Any]:
+    """Returns the fields that determine what a step of a run does."""
+    names = fields().keys() - {*NEUTRAL, "train.num_epochs"}
+    return {name: get(config, name) for name in sorted(names)}
+
+
 def check_same_network(before: Config, after: Config) -> None:
     """Raises UserError if what one configuration trained is another network under the other."""
     groups = ("model", "members", "optimizer")

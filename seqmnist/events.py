@@ -84,8 +84,8 @@ class Events:
 
 def _hyperparameters(config):
     """Returns the fields that determine a run's results, as numbers, strings and booleans."""
-    names = ("data.name", *(name for name in config_lib.fields() if name not in config_lib.NEUTRAL))
-    values = {name: config_lib.get(config, name) for name in names}
+    values = {"data.name": config.data.name, **config_lib.settings(config)}
+    values["train.num_epochs"] = config.train.num_epochs
     values = {name: json.dumps(v) if isinstance(v, dict) else v for name, v in values.items()}
     return {name: value for name, value in values.items() if value is not None}
 

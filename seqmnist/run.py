@@ -389,9 +389,10 @@ def _open_session(task, workdir, display, stop, overwrite) -> Iterator[Session]:
             display.say(f"Resuming in epoch {epoch + 1}, after {step} of its steps")
         else:
             start = task.start()
-            dataset = task.dataset
-            images = dataset.spec.to_dict()
-            saved = Saved(start.state, start.sums, 0, [], dataset.fingerprint, 0.0, images)
+            if not overwrite and workdir.has_metrics():
+                display.notice(f"{checkpoints.directory} is empty; the run begins anew")
+            facts = task.dataset.fingerprint, 0.0, task.dataset.spec.to_dict()
+            saved = Saved(start.state, start.sums, 0, [], *facts, config_lib.settings(task.config))
             if task.config.train.early_stopping:
                 saved = saved._replace(best=jax.tree.map(jnp.copy, saved.state.params))
         programs |= {name: program.result() for name, program in ahead.items()}
@@ -447,7 +448,7 @@ def _read_finished(config, workdir) -> dict[str, Any]:
     workdir.check_plugins(config)
     results = workdir.read_results()
     is_over = results.get("epochs") == config.train.num_epochs or "early_stopping" in results
-    if results and not is_over and not Checkpoints(workdir.path).directory.exists():
+    if results and not is_over and not Checkpoints(workdir.path).steps():
         raise UserError(
             f"--workdir={workdir} holds the results of a run but no checkpoint to resume from; "
             "choose another, or replace this run with --overwrite"
@@ -477,6 +478,7 @@ def _expect(task, workdir, template):
     """Returns the `expect` of `Checkpoints`: it checks a checkpoint's data; gives `template`."""
 
     def expect(facts):
+        workdir.check_settings(facts["settings"])
         _check_data(task, workdir, facts["fingerprint"])
         return template
 

@@ -43,8 +43,11 @@ _FOLDERS = {
     REPORT: "beliefs.png",
     PLUGINS: "0/*",
 }
-# What tools write into folders that may also hold files of the user.
-OF_TOOLS = {
+# What a run and tools write into these folders, which may also hold files of the user.
+WRITTEN = {
+    "checkpoints": ("[0-9]*",),
+    PROFILE: ("plugins", "step.json"),
+    PLUGINS: ("[0-9]*",),
     EXPORT: (
         "classifier.jax_export", "step.jax_export", "initial_state.npz", "images.json",
         "parameters.safetensors", "README.md", "example.png", "draw.html",
@@ -108,7 +111,7 @@ class Workdir:
                 raise UserError(
                     f"{self.path / name} is a folder; move it, or choose another --workdir"
                 )
-        if (folder := self.path / "checkpoints").exists() and not folder.is_dir():
+        if os.path.lexists(folder := self.path / "checkpoints") and not folder.is_dir():
             raise UserError(f"{folder} is not a folder; move it, or choose another workdir")
         if (self.path / PLAN).is_file() and not self.has_config():
             raise UserError(f"--workdir={self} holds a study; choose another for the run")
@@ -179,6 +182,25 @@ class Workdir:
         # Earlier versions kept none.
         config.plugins = ",".join(str(copy) if copy.exists() else name for copy, name in pairs)
         return config
+
+    def check_settings(self, settings: Mapping[str, Any]) -> None:
+        """Raises UserError if config.json has other `config.settings` than a checkpoint's."""
+        now = config_lib.settings(self.read_config())
+        changed = [
+            f"config.{name}: {value!r} → {now[name]!r}"
+            for name, value in settings.items()
+            if name in now and now[name] != value
+        ]
+        if changed:
+            raise UserError(
+                f"{self.path / CONFIG} has been changed since the run began "
+                f"({', '.join(changed)}); restore it"
+            )
+
+    def has_metrics(self) -> bool:
+        """Returns whether an epoch has been recorded here."""
+        path = self.path / METRICS
+        return path.is_file() and path.stat().st_size > 0
 
     def check_plugins(self, config: config_lib.Config) -> None:
         """Raises UserError if the plugins of a configuration are not those of the run."""
@@ -289,7 +311,7 @@ class Workdir:
 
     def _discard(self, aside):
         """Removes what a run and tools wrote, and returns the user's own files to their place."""
-        for name, patterns in OF_TOOLS.items():
+        for name, patterns in WRITTEN.items():
             folder = aside / name
             for path in [] if folder.is_symlink() else folder.glob("*"):
                 target = self.path / name / path.name
@@ -337,6 +359,8 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Each replaces its namesake; other files of `folder` are never touched.
     """
     folder = folder.resolve()  # it may be a link to another disk
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; move it to another place")
     with tempfile.TemporaryDirectory(
         prefix=f"{folder.name}.", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
     ) as aside:

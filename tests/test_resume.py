@@ -244,8 +244,10 @@ def test_a_finished_run_is_not_trained_again(make_config, capsys, monkeypatch):
 
 def test_overwrite_replaces_what_a_run_wrote_and_nothing_else(make_config, whole):
     run.train(make_config(1, model={"cell": "gru"}), "a")
-    ours = ("export/classifier.jax_export", "report/beliefs.png", "report.html")
+    ours = ("export/classifier.jax_export", "report/beliefs.png", "report.html", "plugins/0/a.py")
+    ours += ("profile/plugins/profile/trace", "profile/step.json")
     theirs = ("thesis.txt", "notes.partial", "profile/mine.txt", "damaged/25/arrays")
+    theirs += ("plugins/mine.py", "checkpoints/mine.txt")
     for name in (*ours, *theirs):
         path = pathlib.Path("a", name)
         path.parent.mkdir(exist_ok=True, parents=True)
@@ -254,7 +256,67 @@ def test_overwrite_replaces_what_a_run_wrote_and_nothing_else(make_config, whole
     assert kill_stress.outcome(pathlib.Path("a")) == whole
     assert [name for name in ours if pathlib.Path("a", name).exists()] == []
     assert all(pathlib.Path("a", name).read_text() == name for name in theirs)
-    assert {path.name for path in pathlib.Path("a/checkpoints").iterdir()} == {"50", "75", "100"}
+    kept = {path.name for path in pathlib.Path("a/checkpoints").iterdir()}
+    assert kept == {"50", "75", "100", "mine.txt"}
+
+
+@pytest.mark.parametrize(
+    "change", [{"view": "columns"}, {"reverse": True}, {"cell": "irnn"}, {"readout": "mean"}]
+)
+def test_a_changed_configuration_of_equal_shapes_is_refused(change, make_config):
+    run.train(make_config(1), "a")
+    values = json.loads(pathlib.Path("a/config.json").read_text())
+    values["model"] |= change
+    pathlib.Path("a/config.json").write_text(json.dumps(values))
+    changed = Workdir("a").read_config()
+    longer = config_lib.override(changed, {"train.num_epochs": 2})
+    for use in (
+        lambda: run.evaluate(changed, "a"),
+        lambda: trained.load("a"),
+        lambda: run.train(longer, "a"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"config.json has been changed .*{next(iter(change))}"
+        ):
+            use()
+
+
+def test_checkpoints_that_are_gone_are_missed(make_config, whole, capsys):
+    """As those of a disk that is not there."""
+    run.train(make_config(2), "a")
+    shutil.move("a/checkpoints", "elsewhere")
+    pathlib.Path("a/checkpoints").symlink_to("nowhere")
+    with pytest.raises(UserError, match="checkpoints is not a folder"):
+        run.train(make_config(4), "a")
+    pathlib.Path("a/checkpoints").unlink()
+    pathlib.Path("a/checkpoints").mkdir()
+    pathlib.Path("a/checkpoints/7").touch()  # these are none
+    pathlib.Path("a/checkpoints/007").mkdir()
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        run.train(make_config(4), "a")
+    pathlib.Path("a/results.json").unlink()
+    capsys.readouterr()
+    run.train(make_config(4), "a")
+    assert "checkpoints is empty; the run begins anew" in capsys.readouterr().out
+    assert kill_stress.outcome(pathlib.Path("a")) == whole
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_resumed(make_config, monkeypatch):
+    run.train(make_config(1), "a")
+    read = checkpoint_lib._read
+
+    def newer(folder):
+        leaves, facts = read(folder)
+        return leaves, facts | {"tokens": 7}
+
+    monkeypatch.setattr(checkpoint_lib, "_read", newer)
+    with pytest.raises(UserError, match="newer version"):
+        run.train(make_config(2), "a")
+
+
+def test_more_steps_than_can_be_counted_are_refused(make_config):
+    with pytest.raises(UserError, match="choose at most 671,088"):
+        run.train(make_config(10**6, train={"batch_size": 1}), "a")
 
 
 def test_overwrite_prepares_before_it_removes(make_config, monkeypatch):

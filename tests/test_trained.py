@@ -73,7 +73,7 @@ def three_members(tmp_path, finished_run):
     state = jax.tree.map(lambda leaf: rng.normal(size=(3, *leaf.shape)).astype(leaf.dtype), shapes)
     checkpoints = Checkpoints(tmp_path, config.checkpoint)
     checkpoints.save(
-        Saved(state, Sums.zeros(shape=(3,)), 5, [], "of no data", 1.0, MNIST.to_dict())
+        Saved(state, Sums.zeros(shape=(3,)), 5, [], "of no data", 1.0, MNIST.to_dict(), {})
     )
     checkpoints.close()
     workdir_lib.write_json(tmp_path / "config.json", config_lib.to_dict(config))

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from seqmnist.errors import UserError
-from seqmnist.workdir import PLAN, Workdir, write_json
+from seqmnist.workdir import PLAN, Workdir, replacing, write_json
 
 SCORES = ("loss", "accuracy")
 
@@ -66,3 +66,13 @@ def test_an_incomplete_last_line_is_ignored(tmp_path):
     lines = "".join(json.dumps(record) + "\n" for _ in range(2))
     (tmp_path / "metrics.jsonl").write_text(lines + '{"epoch": 3, "st')
     assert Workdir(tmp_path).read_metrics() == [record, record]
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path):
+    (tmp_path / "report").touch()
+    with (
+        pytest.raises(UserError, match="report is not a folder; move it"),
+        replacing(tmp_path / "report"),
+    ):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]

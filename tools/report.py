@@ -17,7 +17,7 @@ import shlex
 import sys
 
 from seqmnist.errors import explain_storage
-from seqmnist.workdir import OF_TOOLS, REPORT, Workdir, replacing, write_aside
+from seqmnist.workdir import REPORT, WRITTEN, Workdir, replacing, write_aside
 from tools import cli
 
 PAGE, FOLDER = f"{REPORT}.html", REPORT
@@ -122,7 +122,7 @@ def write(
                 (new / key).write_bytes(content)
         write_aside(page, render(title, sections).encode())
         kinds = {f"{key[:-3]}{kind}" for key in pictures for kind in ("png", "svg")}
-        for key in kinds.union(OF_TOOLS[REPORT]) - pictures.keys():
+        for key in kinds.union(WRITTEN[REPORT]) - pictures.keys():
             (final / key).unlink(missing_ok=True)
     return page
 

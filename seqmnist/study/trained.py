@@ -184,6 +184,7 @@ def load(
 
     def expect(facts):
         nonlocal system
+        workdir.check_settings(facts["settings"])
         system = make_system(config, spec=ImageSpec.from_dict(facts["images"]))
         lead = () if count == 1 else (count,)
         one = jax.eval_shape(lambda: init_state(config, system, 0)).params

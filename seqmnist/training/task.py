@@ -166,6 +166,11 @@ def compose(
     splits = batches.make_splits(*sizes, config.data.validation_fraction)
     steps_per_epoch = batches.num_batches(len(splits["train"]), batch_size)
     num_steps = config.train.num_epochs * steps_per_epoch
+    if num_steps >= 2**31:
+        raise UserError(
+            f"config.train.num_epochs={config.train.num_epochs} are {num_steps:,} steps; choose "
+            f"at most {(2**31 - 1) // steps_per_epoch:,}"
+        )
     system = make_system(config, num_steps, dataset.spec)
     streams = config.data.input_mode == "stream"
     train, test = map(dataset.mapped if streams else dataset.arrays, ("train", "test"))
