@@ -13,6 +13,7 @@ import json
 import math
 import pathlib
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -95,6 +96,10 @@ class _DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of a workdir. With several processes, all must call every method."""
 
+    # Orbax takes signals of one save of a process for those of another, and waits for ever: the
+    # runs of several threads save one after the other.
+    _lock, _saving = threading.Lock(), None
+
     def __init__(self, workdir: pathlib.Path, config: CheckpointConfig | None = None):
         """Takes the workdir's path and, for saving, what to keep; reads and writes nothing yet."""
         self._workdir, self._config = workdir, config
@@ -139,7 +144,11 @@ class Checkpoints:
         arrays = (facts.pop("state"), facts.pop("sums"), facts.pop("best"))
         arrays = jax.tree.map(np.array, devices.gather(arrays))
         facts["sha256"] = _digest(_by_name(arrays), facts)
-        with no_warnings_of("absl"):  # about saving that takes longer than an epoch
+        # The warnings are about saving that takes longer than an epoch.
+        with no_warnings_of("absl"), Checkpoints._lock:
+            if Checkpoints._saving not in (None, self):
+                Checkpoints._saving._manager.wait_until_finished()
+            Checkpoints._saving = self
             self._manager.save(
                 saved.step,
                 args=ocp.args.Composite(
@@ -248,7 +257,10 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until all is written."""
         if "_manager" in self.__dict__:
-            self._manager.close()
+            with Checkpoints._lock:
+                self._manager.close()
+                if Checkpoints._saving is self:
+                    Checkpoints._saving = None
 
     def _try_read(self, step):
         """Returns why a checkpoint is damaged, or "", and its arrays and facts; see `_read`."""

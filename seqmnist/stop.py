@@ -30,5 +30,5 @@ class StopRequest:
             os.kill(os.getpid(), number)
         self.number = number
         if not self._is_deferred:
-            os.write(2, b"Stopped before anything was written; nothing was lost\n")
+            os.write(2, b"Stopped; nothing was lost\n")
             os._exit(128 + number)
