@@ -1,7 +1,7 @@
 """Times this project against Flax, Keras 3 on JAX and PyTorch, and an earlier version of itself.
 
 Example:
-  python -m tools.benchmark --data_dir=DIR --json=benchmark.json --figure=benchmark.png
+  python -m tools.benchmark --json=benchmark.json --figure=benchmark.png
   python -m tools.benchmark --sections=job,epoch --baseline=CHECKOUT
 
 Contestants take turns, and medians are compared; a ratio below 1 means that ours is faster or
@@ -11,17 +11,17 @@ filled one (warm); `epoch`, training; `stream`, streamed against resident input;
 test set; `growth`, a step of ours by T, H and batch size; `floor`, how close a step comes to the
 time of its matrix products alone; `cells`, a step of every cell. CHECKOUT is a folder with another
 version of this project, the contestant "baseline".
-
-Measured on two CPU cores and left out, because it gains less than 5 % or loses:
-  gates and states of a GRU or LSTM in place of their inputs (XLA copies whole arrays per time
-    step): 1.4 times as slow for rows, 40 times for a GRU's pixels;
-  a batch as two independent loops of one program (XLA runs them in turn): no faster;
-  `xla_cpu_use_fusion_emitters=false`: compiles a third faster, trains 8 % slower;
-  `xla_cpu_prefer_vector_width=512`; an all-gather or a permutation of gradients instead of an
-    all-reduce; evaluation in batches of 512; reading data while compiling: no difference;
-  Eigen's products (`xla_cpu_experimental_ynn_fusion_type=`): a sixth slower than YNNPACK's;
-  a kernel's gradient as the sum of two halves of the time steps: 9 % slower.
 """
+
+# Measured on two CPU cores and left out, because it gains less than 5 % or loses:
+#   gates and states of a GRU or LSTM in place of their inputs (XLA copies whole arrays per time
+#     step): 1.4 times as slow for rows, 40 times for a GRU's pixels;
+#   a batch as two independent loops of one program (XLA runs them in turn): no faster;
+#   `xla_cpu_use_fusion_emitters=false`: compiles a third faster, trains 8 % slower;
+#   `xla_cpu_prefer_vector_width=512`; an all-gather or a permutation of gradients instead of an
+#     all-reduce; evaluation in batches of 512; reading data while compiling: no difference;
+#   Eigen's products (`xla_cpu_experimental_ynn_fusion_type=`): a sixth slower than YNNPACK's;
+#   a kernel's gradient as the sum of two halves of the time steps: 9 % slower.
 
 import contextlib
 import importlib.util
@@ -81,6 +81,17 @@ class Setup(NamedTuple):
 
 
 @contextlib.contextmanager
+def _ended(process):
+    """Yields a process, which does not outlive an interruption."""
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+@contextlib.contextmanager
 def worker(setup, name, case):
     """Yields a function that sends a request to a contestant in a process of its own.
 
@@ -88,7 +99,7 @@ def worker(setup, name, case):
     """
     arguments = ["tools.peers", "ours" if name == "baseline" else name]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with setup.start(name, arguments, **pipes) as process:
+    with _ended(setup.start(name, arguments, **pipes)) as process:
 
         def ask(*request):
             print(json.dumps(request), file=process.stdin, flush=True)
@@ -196,9 +207,9 @@ def _medians(measured):
 def _time_process(setup, name, arguments, cache):
     began = time.perf_counter()
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = setup.start(name, arguments, cache, **pipes)
-    message = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
+    with _ended(setup.start(name, arguments, cache, **pipes)) as process:
+        message = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise RuntimeError(f"{arguments} failed: {message[-2000:]}")
     return {"seconds": time.perf_counter() - began, "peak_mib": usage.ru_maxrss / 1024}

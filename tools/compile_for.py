@@ -8,9 +8,10 @@ evaluation are compiled for the mesh that a run there would choose, the exported
 device and 128 images. Per device and step, it prints
 
   FLOPs        of the matrix products, counted before compilation
-  cycles       XLA's estimates, summed over all operations; none for collectives and for GPUs
+  cycles       XLA's estimates, summed over operations; none for collectives
+               and for GPUs
   all-reduce…  how many collectives there are, and the bytes of their results
-  bytes        what XLA plans in main memory; what stays in on-chip memory is not included
+  bytes        what XLA plans in main memory, without what stays on the chip
 
 and warns of a program that does not fit. Nothing runs, so there are no measured times.
 """

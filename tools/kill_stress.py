@@ -78,6 +78,10 @@ def _finish(process, number=0, seconds=None):
     except subprocess.TimeoutExpired:
         process.send_signal(number)
         _, message = process.communicate()
+    except BaseException:  # the folder will be removed
+        process.kill()
+        process.wait()
+        raise
     # SIGINT can reach Python's own start-up, whose traceback names no file of this project.
     is_ours = "Traceback" in message and "seqmnist" in message
     if is_ours or process.returncode not in {0, 128 + number, -number}:
