@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -90,6 +91,24 @@ def test_archives_are_found_as_they_are_spelled(spelling, plain, tmp_path):
     other = write_archives(tmp_path / "other", SPLITS)
     again = prepare(tmp_path, "mnist", other, verify_checksums=False)
     assert (again.name, again.fingerprint) == (prepared.name, prepared.fingerprint)
+
+
+def test_archives_of_one_dataset_are_from_one_folder(plain, tmp_path):
+    folder, (images, labels, *_) = tmp_path / "several", NAMES
+    other = write_archives(tmp_path / "other", make_splits(seed=1))
+    (folder / "a").mkdir(parents=True)
+    (other / images).rename(folder / "a" / images)  # comes first, but is not all
+    whole = plain.rename(folder / "b")
+    assert_holds(prepare(tmp_path, "mnist", folder, verify_checksums=False), SPLITS)
+    (folder / "c").mkdir()
+    labels = labels.removesuffix(".gz")
+    (whole / labels).rename(folder / "c" / labels)
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, "mnist", folder, verify_checksums=False)
+    assert_one_line(caught, folder / "a" / images, folder / "b" / "train-im", "config.data.manual")
+    shutil.copy(whole / images.removesuffix(".gz"), folder / "a")
+    (folder / "a" / images).unlink()  # copies do no harm
+    assert_holds(prepare(tmp_path, "mnist", folder, verify_checksums=False), SPLITS)
 
 
 def test_archives_in_a_zip_file(plain, tmp_path):
@@ -350,7 +369,8 @@ def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"in {name}").write_text("x")
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "lost+found")
-    assert set(archives._files(tmp_path)) == {"in a"}
+    found, _ = archives._files(tmp_path)
+    assert {name for files in found.values() for name in files} == {"in a"}
 
 
 def test_a_wrong_address_of_a_proxy_is_a_failed_download(monkeypatch):
