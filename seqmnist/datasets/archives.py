@@ -279,6 +279,8 @@ def _files(folder):
             damaged.append(f"{path.name}, which is damaged")
             continue
         for member in members:
+            if member.endswith("/"):  # a folder
+                continue
             place = pathlib.Path(f"{path}/{member}")
             read = functools.partial(_read_member, path, member)
             found.setdefault(place.parent, {})[place.name] = read

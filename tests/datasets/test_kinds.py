@@ -116,7 +116,9 @@ def test_archives_in_a_zip_file(plain, tmp_path):
     folder.mkdir()
     with zipfile.ZipFile(folder / "archive.zip", "w") as file:
         for path in plain.iterdir():
-            file.write(path, f"raw/{path.name}")
+            file.mkdir(f"raw/{path.name}")  # as Kaggle has them
+            file.write(path, f"raw/{path.name}/{path.name}")
+            file.write(path, f"raw/{path.name.replace('-idx', '.idx')}")
     # An end that names a directory where there is none.
     (folder / "another.zip").write_bytes(bytes(99) + b"PK\5\6" + struct.pack("<8xII2x", 46, 9))
     assert_holds(prepare(tmp_path, "mnist", folder, verify_checksums=False), SPLITS)
