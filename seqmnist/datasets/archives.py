@@ -9,6 +9,7 @@ import hashlib
 import http.client
 import io
 import itertools
+import lzma
 import os
 import pathlib
 import string
@@ -51,6 +52,9 @@ _CONTENTS = {
     "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7": NAMES["test"][0],
     "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2": NAMES["test"][1],
 }
+_UNREADABLE = (  # what folders and zip files raise, however these are compressed
+    OSError, EOFError, RuntimeError, UnicodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError
+)  # fmt: skip
 _PATIENCE = 6  # seconds without an answer after which the network counts as missing
 _DEPTH = 2  # of folders below the one that is searched
 
@@ -216,7 +220,7 @@ def read_folder(folder: pathlib.Path, dataset: str) -> dict[str, File]:
         whole = next((part for part in parts if len(part) == len(names)), None) or _joined(parts)
         if len(whole) == len(names):
             return {name: whole[name]() for name in names}
-    except (OSError, zipfile.BadZipFile, RuntimeError, zlib.error) as error:
+    except _UNREADABLE as error:
         raise UserError(
             f"{getattr(error, 'filename', None) or folder} cannot be read "
             f"({getattr(error, 'strerror', None) or one_line(error)}); config.data.manual_dir="

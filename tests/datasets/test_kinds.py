@@ -127,6 +127,21 @@ def test_archives_in_a_zip_file(plain, tmp_path):
         prepare(tmp_path, "mnist", folder, verify_checksums=False)
 
 
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_file_is_one_line(method, plain, tmp_path):
+    folder = tmp_path / "zipped"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "archive.zip", "w", method) as file:
+        for path in plain.iterdir():
+            file.write(path, path.name)
+    content = bytearray((folder / "archive.zip").read_bytes())
+    content[2000:2100] = bytes(100)
+    (folder / "archive.zip").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        archives.read_folder(folder, "mnist")
+    assert_one_line(caught, folder, "cannot be read", "config.data.manual_dir")
+
+
 def test_an_archive_that_is_compressed_anew_is_the_registered_one(plain, tmp_path, monkeypatch):
     files = archives.read_folder(plain, "mnist")
     known = {archives.content_hash(file.content): name for name, file in files.items()}
