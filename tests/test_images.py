@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import math
 import os
 
 import numpy as np
@@ -115,6 +116,24 @@ def test_every_format_gives_its_bytes(content, expected, tmp_path):
     path.write_bytes(content)
     found = images.read(path)
     assert all(image.dtype == np.uint8 for image in found)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "array", "expected"),
+    [
+        (SMALL, FLAT[:, :8, :8].reshape(2, 64), FLAT[:, :8, :8]),
+        (SMALL, FLAT.reshape(2, 784), FLAT),
+        (PETS, np.arange(2 * 32 * 24 * 3).reshape(2, -1) % 256, None),
+        (PETS, COLORS.transpose(2, 0, 1), [COLORS]),
+        (PETS, np.stack([COLORS] * 2).transpose(0, 3, 1, 2), [COLORS] * 2),
+        (SMALL, COLORS.transpose(2, 0, 1), COLORS.transpose(2, 0, 1)),
+    ],
+)
+def test_arrays_are_read_as_images_of_the_network(spec, array, expected, tmp_path):
+    np.savez(tmp_path / "x.npz", x=array, y=np.arange(math.prod(spec.shape)))
+    found = images.read(tmp_path / "x.npz", spec=spec)
+    expected = array.reshape(2, *spec.shape) if expected is None else expected
     np.testing.assert_array_equal(found, expected)
 
 
