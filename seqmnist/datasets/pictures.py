@@ -123,6 +123,20 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
+def allocate(num_images: int, shape: tuple[int, ...], origin: object) -> np.ndarray:
+    """Returns an uninitialized array for pictures, uint8 [N, *shape].
+
+    Raises UserError if they do not fit into memory. The message says that they are of `origin`.
+    """
+    try:
+        return np.empty((num_images, *shape), np.uint8)
+    except MemoryError:
+        raise UserError(
+            f"the {num_images:,} pictures of {origin}, {shape[1]:,} × {shape[0]:,} pixels each, "
+            "do not fit into memory; make them smaller, e.g. with --config.data.size=64"
+        ) from None
+
+
 @functools.cache
 def extensions() -> frozenset[str]:
     """Returns the endings of names of pictures that can be read, in lower case, such as ".png"."""

@@ -386,8 +386,12 @@ def _resized(images, config):
 
     if config.grayscale and images.ndim == 4:
         images = np.stack([pictures.to_channels(each, 1) for each in images])
-    if config.size and images.shape[1:3] != (config.size, config.size):
-        images = np.stack([pictures.resize(each, config.size, config.size) for each in images])
+    size = config.size
+    if size and images.shape[1:3] != (size, size):
+        resized = pictures.allocate(len(images), (size, size, *images.shape[3:]), config.name)
+        for i, image in enumerate(images):
+            resized[i] = pictures.resize(image, size, size)
+        images = resized
     return images
 
 

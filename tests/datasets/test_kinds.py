@@ -467,6 +467,12 @@ def test_small_digits_are_stratified_and_do_not_change(tmp_path):
     assert prepared.fingerprint.startswith("c9a87626ea07d24d")
 
 
+def test_a_size_beyond_memory_is_one_line(tmp_path):
+    with pytest.raises(UserError) as caught:  # 4e17 bytes
+        prepare(tmp_path, "digits", size=16_000_000)
+    assert_one_line(caught, "pictures of digits, 16,000,000 ×", "memory", "--config.data.size=64")
+
+
 def test_notices():
     splits = {"train": range(80), "validation": range(80, 100)}
     spec = ImageSpec(4, 4, 1, ("cat", "dog", "owl"))
