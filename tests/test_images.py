@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import io
+import math
 import os
 
 import numpy as np
@@ -71,6 +72,9 @@ BLACK_STROKES = np.where(GREY > 100, 0, 255).astype(np.uint8)
         (encoded(Image.fromarray(COLORS), "WEBP", lossless=True), [COLORS]),
         (encoded(Image.fromarray(COLORS), "TIFF"), [COLORS]),
         (encoded(Image.fromarray(GREY / np.float32(255)), "TIFF"), [GREY]),
+        (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), [GREY]),
+        (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF"), [GREY]),
+        (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "PPM"), [GREY]),
         (encoded(Image.fromarray(GREY), "GIF"), [GREY]),
         (encoded(Image.fromarray(GREY), "PPM"), [GREY]),
         (png(Image.fromarray(GREY > 100)), [np.where(GREY > 100, 255, 0)]),
@@ -89,6 +93,10 @@ BLACK_STROKES = np.where(GREY > 100, 0, 255).astype(np.uint8)
         (npy(GREY.astype(np.float64)), [GREY]),
         (npy(GREY.astype(np.int64)), [GREY]),
         (npy(GREY > 100), [np.where(GREY > 100, 255, 0)]),
+        (npy((GREY > 100).astype(np.uint8)), [np.where(GREY > 100, 255, 0)]),
+        (npy((GREY > 100).astype(np.int64)), [np.where(GREY > 100, 255, 0)]),
+        (npy(np.ones((2, 2), np.uint8)), [np.ones((2, 2))]),
+        (png(Image.fromarray((GREY > 100).astype(np.uint8))), [GREY > 100]),
         (npy(GREY / np.float32(255) * np.float32(1.0000001)), [GREY]),
         (npy(GREY[..., None]), [GREY]),
         (npy(GREY[None, ..., None]), [GREY]),
@@ -108,6 +116,24 @@ def test_every_format_gives_its_bytes(content, expected, tmp_path):
     path.write_bytes(content)
     found = images.read(path)
     assert all(image.dtype == np.uint8 for image in found)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("spec", "array", "expected"),
+    [
+        (SMALL, FLAT[:, :8, :8].reshape(2, 64), FLAT[:, :8, :8]),
+        (SMALL, FLAT.reshape(2, 784), FLAT),
+        (PETS, np.arange(2 * 32 * 24 * 3).reshape(2, -1) % 256, None),
+        (PETS, COLORS.transpose(2, 0, 1), [COLORS]),
+        (PETS, np.stack([COLORS] * 2).transpose(0, 3, 1, 2), [COLORS] * 2),
+        (SMALL, COLORS.transpose(2, 0, 1), COLORS.transpose(2, 0, 1)),
+    ],
+)
+def test_arrays_are_read_as_images_of_the_network(spec, array, expected, tmp_path):
+    np.savez(tmp_path / "x.npz", x=array, y=np.arange(math.prod(spec.shape)))
+    found = images.read(tmp_path / "x.npz", spec=spec)
+    expected = array.reshape(2, *spec.shape) if expected is None else expected
     np.testing.assert_array_equal(found, expected)
 
 
@@ -150,6 +176,8 @@ def with_damaged_exif():
         (npy(np.array([["a"]])), ["<U1"]),
         (npy(np.array([[1.0, np.nan]])), ["not finite"]),
         (npy(np.array([[-1, 5]])), ["outside 0 to 255"]),
+        (encoded(Image.fromarray(np.float32([[0, 1.01]])), "TIFF"), ["up to 1.01", "scale"]),
+        (encoded(Image.fromarray(np.int32([[0, 256]])), "TIFF"), ["outside 0 to 255"]),
         (npy(GREY)[:-3], ["cannot be read"]),
         (npy(GREY).replace(b"'descr'", b"('descr'"), ["cannot be read"]),
         (npy(GREY).replace(b"(6, 5)", b"(9**9)"), ["cannot be read"]),

@@ -253,7 +253,7 @@ def test_a_mistake_in_a_plugin_is_told_in_one_line(field, code, expected, tmp_pa
 
 
 NAMED = "archives.Splits(*[(np.zeros((4, 6, 6), np.uint8), np.arange(4) % 2)] * 2, {})"
-NAMES = ("('a', 'a')", "(0, 1)", "('a\\nb', 'c')", "('', 'c')")
+NAMES = ("('a', 'a')", "('a', 'a ')", "(0, 1)", "('a\\nb', 'c')", "('', 'c')")
 MINE = r"config\.data\.name=mine"
 
 

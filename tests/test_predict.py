@@ -454,7 +454,9 @@ def test_an_image_that_is_only_resized_is_said_to_be(tmp_path, capsys):
     for size in (8, 9):
         np.save(tmp_path / f"{size}.npy", np.zeros((size, size), np.uint8))
     spec = ImageSpec(8, 8, 1, tuple("0123456789"))
-    predict.gather([tmp_path / "8.npy"], spec)
+    np.save(tmp_path / "flat.npy", np.zeros((3, 64), np.uint8))
+    entries, _ = predict.gather([tmp_path / "8.npy", tmp_path / "flat.npy"], spec)
+    assert len(entries) == 1 + 3
     assert not capsys.readouterr().err
     (entry,), (array,) = predict.gather([tmp_path / "9.npy"], spec)
     assert "error" not in entry

@@ -44,7 +44,7 @@ def gather(
     finds_digits, is_resized = images.is_of_digits(spec), False
     for path in files:
         with _noting_errors(entries, str(path)):
-            found = images.read(path, any_range=prepared and finds_digits)
+            found = images.read(path, any_range=prepared and finds_digits, spec=spec)
             for i, image in enumerate(found):
                 title = str(path) if len(found) == 1 else f"{path}[{i}]"
                 with _noting_errors(entries, title):

@@ -8,6 +8,8 @@ import gzip
 import hashlib
 import http.client
 import io
+import itertools
+import lzma
 import os
 import pathlib
 import string
@@ -50,6 +52,9 @@ _CONTENTS = {
     "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7": NAMES["test"][0],
     "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2": NAMES["test"][1],
 }
+_UNREADABLE = (  # what folders and zip files raise, however these are compressed
+    OSError, EOFError, RuntimeError, UnicodeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError
+)  # fmt: skip
 _PATIENCE = 6  # seconds without an answer after which the network counts as missing
 _DEPTH = 2  # of folders below the one that is searched
 
@@ -200,26 +205,30 @@ def read_folder(folder: pathlib.Path, dataset: str) -> dict[str, File]:
     """Reads the files of a dataset, by their published names; raises UserError if it cannot.
 
     They may be compressed or not, spelled `train-images.idx3-ubyte`, and lie in sub-folders or in
-    a zip file; or there is the one archive that holds all.
+    a zip file; or there is the one archive that holds all. All are read from the first folder that
+    holds all, also within a zip file. If there is none, they may be spread over several folders,
+    but different files of one name are refused.
     """
     published = PUBLISHED[dataset]
     names = sum(published.files.values(), ())
     try:
-        found, damaged = _files(folder)
-        if published.packed in found:
-            return {published.packed: found[published.packed]()}
-        spelled = {name: next((s for s in _spellings(name) if s in found), None) for name in names}
-        if all(spelled.values()):
-            return {name: found[spelling]() for name, spelling in spelled.items()}
-    except (OSError, zipfile.BadZipFile, RuntimeError, zlib.error) as error:
+        folders, damaged = _files(folder)
+        for found in folders.values():
+            if published.packed in found:
+                return {published.packed: found[published.packed]()}
+        parts = [_spelled(found, names) for found in folders.values()]
+        whole = next((part for part in parts if len(part) == len(names)), None) or _joined(parts)
+        if len(whole) == len(names):
+            return {name: whole[name]() for name in names}
+    except _UNREADABLE as error:
         raise UserError(
             f"{getattr(error, 'filename', None) or folder} cannot be read "
             f"({getattr(error, 'strerror', None) or one_line(error)}); config.data.manual_dir="
             f"{folder} must hold {', '.join(names)}"
         ) from None
-    missing = next(name for name, spelling in spelled.items() if not spelling)
+    missing = next(name for name in names if name not in whole)
     reason = "it is not a file" if (folder / missing).exists() else os.strerror(2)
-    beside = ", ".join([*damaged, *found][:8])
+    beside = ", ".join([*damaged, *dict.fromkeys(itertools.chain(*folders.values()))][:8])
     raise UserError(
         f"{folder / missing} cannot be read ({reason}); config.data.manual_dir={folder} must hold "
         f"{', '.join(names)}{f' or {published.packed}' if published.packed else ''}"
@@ -232,16 +241,37 @@ def _spellings(name):
     return name, plain, plain.replace("-idx", ".idx"), plain.replace("-idx", ".idx") + ".gz"
 
 
-def _files(folder):
-    """Returns functions that read the files in a folder, by name; of equal names, the upper one.
+def _spelled(found, names):
+    """Returns those functions of `found` that read a file of `names`, by its published name."""
+    spellings = {name: [s for s in _spellings(name) if s in found] for name in names}
+    return {name: found[here[0]] for name, here in spellings.items() if here}
 
-    Also returns which zip files cannot be read; others may hold what is looked for.
+
+def _joined(parts):
+    """Joins what several folders hold; raises UserError if files of one name differ."""
+    joined = {}
+    for name, read in itertools.chain(*(part.items() for part in parts)):
+        if joined.setdefault(name, read) is not read:
+            one, other = joined[name](), read()
+            if content_hash(one.content) != content_hash(other.content):
+                raise UserError(
+                    f"{one.origin} and {other.origin} differ, and neither lies beside all other "
+                    "files of the dataset; name a folder that holds all with config.data.manual_dir"
+                )
+    return joined
+
+
+def _files(folder):
+    """Returns functions that read the files in a folder, by name, of each of its sub-folders.
+
+    Upper folders come first, and those within zip files last. Also returns which zip files cannot
+    be read; others may hold what is looked for.
     """
     found, level, zipped, damaged = {}, [folder], [], []
     for _ in range(_DEPTH + 1):
         paths = sorted(path for each in level for path in each.iterdir())
         for path in filter(pathlib.Path.is_file, paths):  # a FIFO would be waited for
-            found.setdefault(path.name, functools.partial(_read_file, path))
+            found.setdefault(path.parent, {})[path.name] = functools.partial(_read_file, path)
             zipped += [path] if zipfile.is_zipfile(path) else []
         level = [path for path in paths if path.is_dir() and not path.name.startswith(".")]
         level = [path for path in level if os.access(path, os.R_OK | os.X_OK)]  # not lost+found
@@ -253,8 +283,11 @@ def _files(folder):
             damaged.append(f"{path.name}, which is damaged")
             continue
         for member in members:
+            if member.endswith("/"):  # a folder
+                continue
+            place = pathlib.Path(f"{path}/{member}")
             read = functools.partial(_read_member, path, member)
-            found.setdefault(pathlib.PurePosixPath(member).name, read)
+            found.setdefault(place.parent, {})[place.name] = read
     return found, damaged
 
 

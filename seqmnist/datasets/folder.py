@@ -235,7 +235,7 @@ def _decode(folder, paths, grayscale, size):
                 continue
             first_of_shape.setdefault(image.shape, path)
             if images is None:
-                images = _allocate(folder, len(paths), image.shape)
+                images = pictures.allocate(len(paths), image.shape, folder)
             if len(first_of_shape) == 1:
                 images[i] = image
     if bad:
@@ -249,16 +249,6 @@ def _decode(folder, paths, grayscale, size):
         )
     _check_alike(folder, first_of_shape)
     return images
-
-
-def _allocate(folder, num_images, shape):
-    try:
-        return np.empty((num_images, *shape), np.uint8)
-    except MemoryError:
-        raise UserError(
-            f"the {num_images:,} pictures of {folder}, {_pixels(shape)} each, do not fit into "
-            "memory; make them smaller, e.g. with --config.data.size=64"
-        ) from None
 
 
 def _check_alike(folder, first_of_shape):

@@ -21,9 +21,9 @@ def read_picture(path: str | os.PathLike, any_range: bool = False) -> np.ndarray
 
     The content counts, not the name; of several frames, the first is read. The file's pixel format
     decides whether it is colored; a palette is colored unless all its colors are gray. 16 bits per
-    pixel become 8; floating point is in 0 to 1 or 0 to 255; for `any_range`, see `to_bytes`. The
-    picture is rotated as its EXIF data say. Transparent pixels become white behind dark strokes and
-    black behind light ones.
+    pixel become 8; whole numbers of 32 bits are in 0 to 255, and floating point is in 0 to 1 or 0
+    to 255; for `any_range`, see `to_bytes`. The picture is rotated as its EXIF data say.
+    Transparent pixels become white behind dark strokes and black behind light ones.
 
     Raises UserError if the file is missing, not a regular file, not a picture, damaged, or larger
     than MAX_PIXELS, which is checked before its pixels are decoded.
@@ -42,9 +42,10 @@ def read_picture(path: str | os.PathLike, any_range: bool = False) -> np.ndarray
                 array, alpha = _decode(picture)
         except UnidentifiedImageError:
             raise UserError(f"{path} is not an image, or is damaged; name a picture file") from None
-    if array.dtype == np.int64 and not any_range:
-        array = np.rint(array / 257).astype(np.int64)  # whole numbers, also where all are below 2
-    array = to_bytes(array, path, any_range)
+    if array.dtype == np.uint16 and not any_range:
+        array = np.rint(array / 257).astype(np.uint8)
+    if array.dtype != np.uint8 or any_range:  # bytes of pictures are what they are, however dark
+        array = to_bytes(array, path, any_range)
     return array if alpha is None else _opaque(array, alpha)
 
 
@@ -75,21 +76,27 @@ def check_size(path: pathlib.Path, height: int, width: int) -> None:
 
 
 def to_bytes(array: np.ndarray, path: pathlib.Path, any_range: bool = False) -> np.ndarray:
-    """Converts numbers in 0 to 255, or floats or booleans in 0 to 1, to uint8.
+    """Converts numbers in 0 to 255, or in 0 to 1 if they are floats or a mask, to uint8.
 
-    With `any_range`, numbers other than bytes, and bytes of 0 and 1, are scaled to 0 to 255 from
-    their minimum to their maximum, whatever these are.
+    A mask is booleans, or whole numbers of which some are 0 and all others 1. With `any_range`,
+    numbers other than bytes are scaled to 0 to 255 from their minimum to their maximum, whatever
+    these are.
 
     Raises UserError if they are in another range, or not finite.
     """
-    if not array.size or (array.dtype == np.uint8 and not (any_range and array.max() == 1)):
+    if not array.size or (array.dtype == np.uint8 and array.max() != 1):
         return array.astype(np.uint8)
     low, high = float(array.min()), float(array.max())
     if not np.isfinite(high - low):
         raise UserError(f"{path} contains numbers that are not finite; replace them")
     if not (any_range or (low >= 0 and high <= 255)):
         raise UserError(f"{path} contains numbers outside 0 to 255; scale them")
-    is_unit = array.dtype.kind in "bf" and high <= 1 + _ROUNDING
+    is_unit = (low, high) == (0, 1) or (array.dtype.kind in "bf" and high <= 1 + _ROUNDING)
+    if array.dtype.kind == "f" and not (any_range or is_unit or high >= 2):
+        raise UserError(
+            f"{path} contains numbers up to {high:.4g}, which are neither in 0 to 1 nor look like "
+            "those in 0 to 255; scale them"
+        )
     if any_range and (high > low):
         array, is_unit = (array.astype(np.float64) - low) / (high - low), True
     return np.rint(np.clip(array * (255.0 if is_unit else 1.0), 0, 255)).astype(np.uint8)
@@ -116,6 +123,20 @@ def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
 
 
+def allocate(num_images: int, shape: tuple[int, ...], origin: object) -> np.ndarray:
+    """Returns an uninitialized array for pictures, uint8 [N, *shape].
+
+    Raises UserError if they do not fit into memory. The message says that they are of `origin`.
+    """
+    try:
+        return np.empty((num_images, *shape), np.uint8)
+    except MemoryError:
+        raise UserError(
+            f"the {num_images:,} pictures of {origin}, {shape[1]:,} × {shape[0]:,} pixels each, "
+            "do not fit into memory; make them smaller, e.g. with --config.data.size=64"
+        ) from None
+
+
 @functools.cache
 def extensions() -> frozenset[str]:
     """Returns the endings of names of pictures that can be read, in lower case, such as ".png"."""
@@ -140,14 +161,16 @@ def _decode(picture):
     """Returns the pixels [H, W] or [H, W, 3], and their opacity, float64 [H, W] in 0 to 1."""
     from PIL import ImageCms, ImageOps
 
+    # Pillow reads 16 bits of some formats as 32, whose numbers are otherwise anything.
+    is_16_bits = picture.mode.startswith("I;16") or picture.format in ("PNG", "PPM")
     picture = ImageOps.exif_transpose(picture)
     if picture.mode == "LAB":  # which Pillow converts by profiles only
         profiles = map(ImageCms.createProfile, ("LAB", "sRGB"))
         picture = ImageCms.profileToProfile(picture, *profiles, outputMode="RGB")
     if picture.mode == "F":
         return np.asarray(picture), None
-    if picture.mode.startswith("I"):  # 16 bits per pixel
-        return np.asarray(picture, np.int64), None
+    if picture.mode.startswith("I"):
+        return np.asarray(picture, np.uint16 if is_16_bits else np.int64), None
     is_gray = picture.mode in ("1", "L", "LA", "La")
     if not picture.has_transparency_data:
         array, alpha = np.asarray(picture.convert("L" if is_gray else "RGB")), None

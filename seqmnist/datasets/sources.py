@@ -368,14 +368,17 @@ def _converted(splits, config) -> Splits:
     names = splits.class_names or tuple(map(str, range(labels.max() + 1)))
     if not all(isinstance(name, str) and name.strip() and name.isprintable() for name in names):
         raise UserError(f"class names must be printable text; got {names!r:.200}")
-    if len(set(names)) < len(names):
-        raise UserError(f"class names must differ; got {names!r:.200}")
+    stripped = tuple(name.strip() for name in names)  # as TFDS reads them
+    if len(set(stripped)) < len(names):
+        raise UserError(
+            f"class names must differ, not only by spaces at their ends; got {names!r:.200}"
+        )
     if labels.max() >= len(names) or len(names) < 2:
         raise UserError(
             f"labels are {labels.min()} to {labels.max()}, and there are {len(names)} class names; "
             "labels must be numbers of classes, counted from 0, and classes two or more"
         )
-    return Splits(**converted, class_names=names)
+    return Splits(**converted, class_names=stripped)
 
 
 def _resized(images, config):
@@ -383,8 +386,12 @@ def _resized(images, config):
 
     if config.grayscale and images.ndim == 4:
         images = np.stack([pictures.to_channels(each, 1) for each in images])
-    if config.size and images.shape[1:3] != (config.size, config.size):
-        images = np.stack([pictures.resize(each, config.size, config.size) for each in images])
+    size = config.size
+    if size and images.shape[1:3] != (size, size):
+        resized = pictures.allocate(len(images), (size, size, *images.shape[3:]), config.name)
+        for i, image in enumerate(images):
+            resized[i] = pictures.resize(image, size, size)
+        images = resized
     return images
 
 

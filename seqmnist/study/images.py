@@ -87,21 +87,23 @@ def _walk(folder, say):
     return sorted(found, key=paths.natural_order)
 
 
-def read(path: pathlib.Path, any_range: bool = False) -> list[np.ndarray]:
+def read(path: pathlib.Path, any_range: bool = False, spec: ImageSpec = MNIST) -> list[np.ndarray]:
     """Reads all images of a picture, NPY, NPZ or IDX file, whatever its name.
 
     A picture is in any format that Pillow decodes; see `pictures.read_picture`. NPY contains
     [H, W], [N, H, W], [N, H, W, 1], [N, 1, H, W] or [N, 784], or colors [H, W, 3] or [N, H, W, 3],
-    as bytes or numbers in 0 to 1 or 0 to 255; for `any_range`, see `pictures.to_bytes`. NPZ
-    contains one or more such arrays; labels beside them are skipped.
+    as bytes or numbers in 0 to 1 or 0 to 255; for `any_range`, see `pictures.to_bytes`. Flat images
+    may also be [N, H · W · channels] of the network's `spec`, channels last; for a network of
+    colors, [3, H, W] and [N, 3, H, W] are colors as well. NPZ contains one or more such arrays;
+    labels beside them are skipped.
 
     Returns at least one image, gray uint8 [H, W] or colored uint8 [H, W, 3]. Raises UserError if
     the file is missing, not an image, damaged, empty or too large.
     """
     beginning = pictures.read_beginning(path)
     readers = [reader for signature, reader in _READERS.items() if beginning.startswith(signature)]
-    read_all = readers[0] if readers else lambda *args: [pictures.read_picture(*args)]
-    images = read_all(path, any_range)
+    read_all = readers[0] if readers else lambda *args: [pictures.read_picture(*args[:2])]
+    images = read_all(path, any_range, spec)
     if not images or not all(image.size for image in images):
         shape = " × ".join(map(str, next((x.shape for x in images if not x.size), (0,))))
         raise UserError(f"{path} contains no pixels ({shape}); name another image")
@@ -366,7 +368,7 @@ def _centre_of_mass(ink):
     return [np.average(np.arange(n), weights=ink.sum(1 - axis)) for axis, n in enumerate(ink.shape)]
 
 
-def _read_arrays(path, any_range):
+def _read_arrays(path, any_range, spec):
     # Mapped first: an array larger than memory is refused by its size, not loaded.
     failure = explain_any(f"{path} cannot be read as an array", "save it again")
     with failure, warnings.catch_warnings(action="ignore"):
@@ -378,7 +380,9 @@ def _read_arrays(path, any_range):
                 _check_bytes(path, sum(entry.file_size for entry in archive.zip.infolist()))
                 arrays = [archive[name] for name in archive]
             arrays = [array for array in arrays if isinstance(array, np.ndarray)]
-    arrays = [_without_flat_axes(array) for array in arrays]
+    if any(array.ndim > 1 for array in arrays):
+        arrays = [array for array in arrays if array.ndim > 1]  # others are labels
+    arrays = [_with_usual_axes(array, spec) for array in arrays]
     axes = [_num_axes(array) for array in arrays]
     if not arrays or max(axes) < 2:
         contents = ", ".join(f"{array.dtype} {list(array.shape)}" for array in arrays[:3])
@@ -396,15 +400,18 @@ def _read_arrays(path, any_range):
     return found
 
 
-def _without_flat_axes(array):
-    """Turns [N, H, W, 1] and [N, 1, H, W] into [N, H, W], and [N, 784] into [N, 28, 28]."""
+def _with_usual_axes(array, spec):
+    """Turns [N, H, W, 1], [N, 1, H, W] and flat images into [N, H, W]; moves colors to the end."""
     if array.ndim in (3, 4) and array.shape[-1] == 1:
         return array[..., 0]
     if array.ndim == 4 and array.shape[1] == 1:
         return array[:, 0]
-    num = _SIZE * _SIZE
-    if array.ndim in (1, 2) and array.shape[-1] == num and array.shape != (num, num):
-        return array.reshape(-1, _SIZE, _SIZE)
+    if spec.channels == 3 and array.ndim in (3, 4) and array.shape[-3] == 3 != array.shape[-1]:
+        return np.moveaxis(array, -3, -1)
+    for shape in (spec.shape, MNIST.shape):
+        num = math.prod(shape)
+        if array.ndim in (1, 2) and array.shape[-1] == num and array.shape != (num, num):
+            return array.reshape(-1, *shape)
     return array
 
 
@@ -422,7 +429,7 @@ def _check_bytes(path, num_bytes):
         raise UserError(f"{path} contains {num_bytes:,} bytes, more than {_MAX_BYTES:,}; split it")
 
 
-def _read_idx(path, any_range):
+def _read_idx(path, any_range, _):
     return list(pictures.to_bytes(idx.read_images(path, shape=None), path, any_range))
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import os
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -92,18 +93,53 @@ def test_archives_are_found_as_they_are_spelled(spelling, plain, tmp_path):
     assert (again.name, again.fingerprint) == (prepared.name, prepared.fingerprint)
 
 
+def test_archives_of_one_dataset_are_from_one_folder(plain, tmp_path):
+    folder, (images, labels, *_) = tmp_path / "several", NAMES
+    other = write_archives(tmp_path / "other", make_splits(seed=1))
+    (folder / "a").mkdir(parents=True)
+    (other / images).rename(folder / "a" / images)  # comes first, but is not all
+    whole = plain.rename(folder / "b")
+    assert_holds(prepare(tmp_path, "mnist", folder, verify_checksums=False), SPLITS)
+    (folder / "c").mkdir()
+    labels = labels.removesuffix(".gz")
+    (whole / labels).rename(folder / "c" / labels)
+    with pytest.raises(UserError) as caught:
+        prepare(tmp_path, "mnist", folder, verify_checksums=False)
+    assert_one_line(caught, folder / "a" / images, folder / "b" / "train-im", "config.data.manual")
+    shutil.copy(whole / images.removesuffix(".gz"), folder / "a")
+    (folder / "a" / images).unlink()  # copies do no harm
+    assert_holds(prepare(tmp_path, "mnist", folder, verify_checksums=False), SPLITS)
+
+
 def test_archives_in_a_zip_file(plain, tmp_path):
     folder = tmp_path / "zipped"
     folder.mkdir()
     with zipfile.ZipFile(folder / "archive.zip", "w") as file:
         for path in plain.iterdir():
-            file.write(path, f"raw/{path.name}")
+            file.mkdir(f"raw/{path.name}")  # as Kaggle has them
+            file.write(path, f"raw/{path.name}/{path.name}")
+            file.write(path, f"raw/{path.name.replace('-idx', '.idx')}")
     # An end that names a directory where there is none.
     (folder / "another.zip").write_bytes(bytes(99) + b"PK\5\6" + struct.pack("<8xII2x", 46, 9))
     assert_holds(prepare(tmp_path, "mnist", folder, verify_checksums=False), SPLITS)
     (folder / "archive.zip").unlink()
     with pytest.raises(UserError, match=r"found another\.zip, which is damaged"):
         prepare(tmp_path, "mnist", folder, verify_checksums=False)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_file_is_one_line(method, plain, tmp_path):
+    folder = tmp_path / "zipped"
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "archive.zip", "w", method) as file:
+        for path in plain.iterdir():
+            file.write(path, path.name)
+    content = bytearray((folder / "archive.zip").read_bytes())
+    content[2000:2100] = bytes(100)
+    (folder / "archive.zip").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        archives.read_folder(folder, "mnist")
+    assert_one_line(caught, folder, "cannot be read", "config.data.manual_dir")
 
 
 def test_an_archive_that_is_compressed_anew_is_the_registered_one(plain, tmp_path, monkeypatch):
@@ -350,7 +386,8 @@ def test_a_folder_that_may_not_be_read_is_passed_over(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"in {name}").write_text("x")
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "lost+found")
-    assert set(archives._files(tmp_path)) == {"in a"}
+    found, _ = archives._files(tmp_path)
+    assert {name for files in found.values() for name in files} == {"in a"}
 
 
 def test_a_wrong_address_of_a_proxy_is_a_failed_download(monkeypatch):
@@ -428,6 +465,12 @@ def test_small_digits_are_stratified_and_do_not_change(tmp_path):
     assert held_out.min() >= 15
     assert not {image.tobytes() for image in images} & {image.tobytes() for image in test_images}
     assert prepared.fingerprint.startswith("c9a87626ea07d24d")
+
+
+def test_a_size_beyond_memory_is_one_line(tmp_path):
+    with pytest.raises(UserError) as caught:  # 4e17 bytes
+        prepare(tmp_path, "digits", size=16_000_000)
+    assert_one_line(caught, "pictures of digits, 16,000,000 ×", "memory", "--config.data.size=64")
 
 
 def test_notices():
