@@ -546,3 +546,9 @@ def test_damaged_files_are_answered_or_refused(mnist, tmp_path):
         with contextlib.suppress(UserError):
             for image in images.read(path, any_range=True):
                 prepare(image, path, MNIST)
+
+
+def test_a_picture_that_pillow_itself_finds_too_large_is_to_be_scaled_down(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")
+    with pytest.raises(UserError, match="more than 50,000,000 pixels; scale it down"):
+        pictures.read_picture(tmp_path / "large.png")

@@ -68,7 +68,9 @@ def fingerprint_of_files(path: pathlib.Path) -> str:
         lines = sorted(_stamps(root, "", set()))
     except (OSError, RuntimeError) as error:  # the latter of links that form a circle
         reason = getattr(error, "strerror", None) or "its links form a circle"
-        raise UserError(f"{path} cannot be read ({reason}); check the path") from None
+        raise UserError(
+            f"{path} cannot be read ({reason}); name it with config.data.manual_dir"
+        ) from None
     return hashlib.sha256(b"\0".join([os.fsencode(root), *lines, b""])).hexdigest()
 
 
@@ -129,6 +131,11 @@ def _split_folders(folder, skipped):
             f"{folder} contains a folder {split} of classes but no folder {other}; add it, or move "
             f"the class folders of {split} up, where every fifth picture is for testing"
         )
+    if not roots:
+        for path in _listdir(folder):
+            is_split = path.name.lower() in ("train", "test", "training", "testing")
+            if is_split and path.is_dir() and any(map(os.path.isdir, _listdir(path))):
+                raise UserError(f"{path} must be named train or test, in small letters; rename it")
     if roots:
         skipped += [path for path in _listdir(folder) if path.name not in roots]
     return roots

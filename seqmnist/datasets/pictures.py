@@ -40,6 +40,8 @@ def read_picture(path: str | os.PathLike, any_range: bool = False) -> np.ndarray
             ):
                 check_size(path, picture.height, picture.width)
                 array, alpha = _decode(picture)
+        except Image.DecompressionBombError:  # by `open` itself
+            raise UserError(f"{path} has more than {MAX_PIXELS:,} pixels; scale it down") from None
         except UnidentifiedImageError:
             raise UserError(f"{path} is not an image, or is damaged; name a picture file") from None
     if array.dtype == np.uint16 and not any_range:

@@ -238,6 +238,14 @@ def test_a_validation_folder_in_place_of_test_is_told(tmp_path):
     assert "rename val to test" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing")])
+def test_other_names_of_splits_are_told(names, tmp_path):
+    for name in names:
+        for kind in "ab":
+            write(tmp_path / name / kind / "1.png")
+    assert f"{names[1]} must be named train or test" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_splits_must_agree(tmp_path, split):
     write_classes(tmp_path / split, ("a", "b", "c"))
