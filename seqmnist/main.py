@@ -142,7 +142,7 @@ def _refuse(argument, known):
     if not name.startswith("-"):
         raise UserError(f"{argument!r} is not a flag; see --help")
     by_last_part = {flag.rpartition(".")[2]: flag for flag in reversed(known)}
-    similar = difflib.get_close_matches(name.lstrip("-"), by_last_part, n=1)
+    similar = difflib.get_close_matches(name.lstrip("-").rpartition(".")[2], by_last_part, n=1)
     hint = f"did you mean --{by_last_part[similar[0]]}?" if similar else "see --help"
     raise UserError(f"{name} is not a flag; {hint}")
 

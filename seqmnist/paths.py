@@ -21,6 +21,8 @@ def resolve(path: str | os.PathLike, name: str) -> pathlib.Path:
     Raises:
       UserError: no file can have this path.
     """
+    if not isinstance(path, str | bytes | os.PathLike):
+        raise UserError(f"{name}={path!r} is no path; choose another path")
     text = os.fspath(path)
 
     def refuse(reason):

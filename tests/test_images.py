@@ -238,7 +238,7 @@ def test_names_stand_for_files(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"x")
     assert found(".") == (
         ["[1].png", "a.JPG", "b.png", "sub/2.npz", "sub/10.webp", "t10k-images-idx3-ubyte.gz"],
-        ["NOTICE: .: 2 files are not images; skipped (1 .eps, 1 .txt)"],
+        ["NOTICE: .: skipped what is no image: 1 .eps, 1 .txt"],
     )
     assert found("b.png", "*.txt", "s*") == (
         ["b.png", "notes.txt", "sub/2.npz", "sub/10.webp"],

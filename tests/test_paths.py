@@ -50,6 +50,7 @@ def test_an_absolute_path_and_its_links_are_kept(here):
 # No file can have these names.
 IMPOSSIBLE = {
     "": "is empty",
+    5: "is no path",
     "  ": "is empty",
     "a\nb": "not printable",
     "a\0b": "not printable",

@@ -174,7 +174,7 @@ def test_bad_images_cost_the_others_nothing(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr()
     assert [line.split()[-1] for line in printed.out.splitlines()] == ["image", *answered]
     notice, *lines = sorted(printed.err.splitlines())
-    assert notice == "NOTICE: a: 1 files are not images; skipped (1 .txt)"
+    assert notice == "NOTICE: a: skipped what is no image: 1 .txt"
     assert lines == sorted(f"error: {error}" for error in errors.values())
 
     code, entries = run(monkeypatch, tmp_path, "a/3.png", "d.png")

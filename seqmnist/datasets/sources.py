@@ -375,7 +375,7 @@ def _converted(splits, config) -> Splits:
         )
     if labels.max() >= len(names) or len(names) < 2:
         raise UserError(
-            f"labels are {labels.min()} to {labels.max()}, and there are {len(names)} class names; "
+            f"labels are {labels.min()} to {labels.max()}, and class names {len(names)}; "
             "labels must be numbers of classes, counted from 0, and classes two or more"
         )
     return Splits(**converted, class_names=stripped)

@@ -83,7 +83,7 @@ def _walk(folder, say):
                 others[path.suffix.lower() or "no ending"] += 1
     if others:
         listed = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items())[:5])
-        say(f"NOTICE: {folder}: {others.total():,} files are not images; skipped ({listed})")
+        say(f"NOTICE: {folder}: skipped what is no image: {listed}")
     return sorted(found, key=paths.natural_order)
 
 
