@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from seqmnist import paths
-from seqmnist.errors import UserError, nearest, one_line
+from seqmnist.errors import UserError, adding, nearest, one_line
 
 T = TypeVar("T")
 
@@ -394,8 +394,10 @@ def load_plugins(config: Config) -> None:
 
 @functools.lru_cache(maxsize=1)  # what was run last is not run again
 def _run_plugins(names, contents):  # with other contents, they have to be run again
+    owners = {}
     for name in names:
-        from_file(name, "config.plugins", lambda content: None)
+        with adding(name, owners):
+            from_file(name, "config.plugins", lambda content: None)
 
 
 def from_file(path, name, use):
