@@ -108,6 +108,7 @@ def test_an_unfair_comparison_is_refused(change, message):
         ({"model.cell": "grru"}, {}, "model.cell='grru'"),
         ({}, {"select": {"optimizer.learning_rate": ["b"]}}, "has 'b' for optimizer"),
         ({}, {"select": {"optimizer.learning_rate": [-1.0]}}, "learning_rate must lie in"),
+        ({}, {"select": {"optimizer.learning_rate": [0.1, 0.1 + 1e-12]}}, "a setting twice"),
         ({}, {"select": {"model.hidden_size": [-1]}}, "hidden_size"),
     ],
 )
