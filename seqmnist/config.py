@@ -5,7 +5,6 @@ values. An experiment is a Python file whose `get_config()` returns a `Config`; 
 overrides single fields; `validated` checks the whole. From there on it is only read.
 """
 
-import copy
 import dataclasses
 import difflib
 import functools
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from seqmnist import paths
-from seqmnist.errors import UserError, nearest, one_line
+from seqmnist.errors import UserError, adding, nearest, one_line
 
 T = TypeVar("T")
 
@@ -299,7 +298,10 @@ def fields() -> dict[str, Field]:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """Returns the configuration as plain nested dicts, ready for JSON."""
-    return dataclasses.asdict(config)
+    return {  # not by dataclasses.asdict: it cannot copy each value that `validated` refuses
+        name: to_dict(value) if isinstance(value, _Group) else _copied(value)
+        for name, value in vars(config).items()
+    }
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -394,8 +396,10 @@ def load_plugins(config: Config) -> None:
 
 @functools.lru_cache(maxsize=1)  # what was run last is not run again
 def _run_plugins(names, contents):  # with other contents, they have to be run again
+    owners = {}
     for name in names:
-        from_file(name, "config.plugins", lambda content: None)
+        with adding(name, owners):
+            from_file(name, "config.plugins", lambda content: None)
 
 
 def from_file(path, name, use):
@@ -425,7 +429,7 @@ def get(config: Config, name: str) -> Any:
 
 def override(config: T, values: Mapping[str, Any]) -> T:
     """Returns a copy of a configuration, or of a group, with other values by dotted name."""
-    config = copy.deepcopy(config)
+    config = _copied(config)
     for name, value in values.items():
         group, _, last = name.rpartition(".")
         holder = get(config, group) if group else config
@@ -434,6 +438,13 @@ def override(config: T, values: Mapping[str, Any]) -> T:
         else:
             setattr(holder, last, value)
     return config
+
+
+def _copied(value):
+    """Returns a copy of a configuration, of a group or of options; any other value as it is."""
+    if isinstance(value, _Group):
+        return dataclasses.replace(value, **{k: _copied(v) for k, v in vars(value).items()})
+    return dict(value) if isinstance(value, dict) else value
 
 
 def option_group(name: str) -> str | None:

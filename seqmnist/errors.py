@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import contextvars
 import difflib
 import errno
 import logging
@@ -40,6 +41,20 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(name, list(names), n=3, cutoff=0))
 
 
+# The plugin that is being run, and, by table and name, which of those run with it added a choice.
+_ADDING: contextvars.ContextVar = contextvars.ContextVar("adding", default=None)
+
+
+@contextlib.contextmanager
+def adding(file: str, owners: dict[tuple[int, str], str]) -> Iterator[None]:
+    """Refuses to let a file replace choices that another one with the same `owners` has added."""
+    token = _ADDING.set((file, owners))
+    try:
+        yield
+    finally:
+        _ADDING.reset(token)
+
+
 class Table(collections.UserDict[str, T]):
     """What a configuration can name: choices of the library, to which plugins add others."""
 
@@ -48,11 +63,14 @@ class Table(collections.UserDict[str, T]):
         super().__init__(choices)
 
     def __setitem__(self, name: str, choice: T) -> None:
-        """Adds or replaces a choice; raises UserError if the name is the library's."""
+        """Adds or replaces a choice; raises UserError if its name is taken, see `adding`."""
         if name in self._library and choice is not self._library[name]:
             raise UserError(f"{name!r} is a name of the library; choose another")
         if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
             raise UserError(f"{name!r} cannot be a name; use letters, digits, '_', '-' and '.'")
+        file, owners = _ADDING.get() or (None, {})
+        if (owner := owners.setdefault((id(self), name), file)) != file:
+            raise UserError(f"{name!r} is also a name of {owner}; choose another in one of them")
         super().__setitem__(name, choice)
 
     def __ior__(self, choices):

@@ -154,9 +154,11 @@ def _check_distributed(flags):
             raise UserError(
                 "--coordinator, --num_processes and --process_id go together; give all three"
             )
-        if not re.fullmatch(r".+:\d{1,5}", flags.coordinator):
+        port = re.fullmatch(r".+:(\d{1,5})", flags.coordinator)
+        if not port or not 1 <= int(port[1]) <= 65535:
             raise UserError(
-                f"--coordinator={flags.coordinator} must be HOST:PORT, e.g. 127.0.0.1:8476"
+                f"--coordinator={flags.coordinator} must be HOST:PORT, with a port from 1 to "
+                "65535, e.g. 127.0.0.1:8476"
             )
         if not 0 <= flags.process_id < flags.num_processes:
             raise UserError(

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable
 
 from seqmnist.config import Config
-from seqmnist.errors import UserError, storage_reason
+from seqmnist.errors import UserError, one_line, storage_reason
 from seqmnist.stop import StopRequest
 
 # The compilation cache holds programs of a few MB; the least recently used ones go first.
@@ -93,7 +93,7 @@ def set_up_jax(config: Config) -> None:
 
     CPU cores become devices as far as there are members, or parts of a batch, for them, or as
     `config.mesh` asks; not if XLA_FLAGS sets the number of devices, or if JAX already uses its
-    devices.
+    devices. Raises UserError if there is no device of JAX_PLATFORMS.
     """
     import jax  # imported here: command lines answer --help without it
 
@@ -116,6 +116,15 @@ def set_up_jax(config: Config) -> None:
     jax.config.update("jax_threefry_partitionable", True)  # else other numbers are drawn
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # the former says nothing
+        if not (platforms := jax.config.jax_platforms):
+            raise
+        reason = f" ({one_line(error)})" if str(error) else ""
+        raise UserError(
+            f"JAX finds no device of JAX_PLATFORMS={platforms}{reason}; unset it, or choose cpu"
+        ) from error
 
 
 def num_cores() -> int:

@@ -90,7 +90,7 @@ def train(
             with contextlib.closing(run.train_epoch(epoch)) as progresses:
                 for progress in progresses:
                     run.advance(progress, debug_nans)
-            run.end_epoch(epoch)
+            run.end_epoch(epoch, debug_nans)
         results = run.finish(began, withhold_test)
     display.results(results)
     return results
@@ -200,24 +200,18 @@ class Session:
         )
         means = _train_means(progress.sums)
         self._update_bar(progress.step, means)
-        if np.isnan(means["loss"]).all():
-            self._close()
-            steps = self._checkpoints.steps()
-            newest = f"{DIRECTORY}/{steps[-1]}" if steps else "none"
-            reason = divergence.explain(self._task, progress.state, newest, debug_nans)
-            raise divergence.DivergedError(reason)
+        self._end_if_diverged(debug_nans)
         self._log_step(progress)  # before the checkpoint, which counts it as logged
         if progress.step < steps_per_epoch:  # else `end_epoch` follows, and saves
             if _divides(self._task.config.checkpoint.every_steps, self._saved.step):
                 self._save()
             self._stop_if_asked()
 
-    def end_epoch(self, epoch: int) -> None:
-        """Epoch ended: validates, records, saves if due, stops if asked."""
+    def end_epoch(self, epoch: int, debug_nans: bool) -> None:
+        """Epoch ended: validates, ends the run if it diverged, records, saves if due, stops."""
+        validation = self._validate(debug_nans)
         task, saved, settings = self._task, self._saved, self._task.config.checkpoint
         train_means = _train_means(saved.sums)
-        diverged = np.isnan(train_means["loss"])
-        validation = task.evaluate(saved.state.params, "validation", diverged)
         seconds = time.monotonic() - self._began - _seconds(saved.history)
         record = {
             "epoch": epoch + 1,
@@ -271,6 +265,29 @@ class Session:
                 self._events.close()
                 write_json(self._workdir.path / RESULTS, results)
         return results
+
+    def _validate(self, debug_nans):
+        """Returns validation scores; a network whose loss is not finite has diverged."""
+        task, saved, sums = self._task, self._saved, devices.gather(self._saved.sums)
+        scores = task.evaluate(saved.state.params, "validation", np.isnan(sums.loss))
+        if not task.splits["validation"]:
+            return scores
+        is_finite = np.isfinite(scores["loss"])  # not if the last update spoiled the parameters
+        loss = np.where(is_finite, sums.loss, np.nan).astype(sums.loss.dtype)
+        self._saved = saved._replace(sums=sums._replace(loss=loss))
+        self._end_if_diverged(debug_nans, steps_ago=1)
+        return {key: np.where(is_finite, x, np.nan).tolist() for key, x in scores.items()}
+
+    def _end_if_diverged(self, debug_nans, steps_ago=0):
+        """Ends the run if no loss is finite; the step to blame is the next, or so many before."""
+        if np.isnan(devices.gather(self._saved.sums.loss)).all():
+            self._close()
+            steps = self._checkpoints.steps()
+            newest = f"{DIRECTORY}/{steps[-1]}" if steps else "none"
+            state = self._saved.state
+            state = state._replace(step=state.step - steps_ago)
+            reason = divergence.explain(self._task, state, newest, debug_nans)
+            raise divergence.DivergedError(reason)
 
     def _is_over(self):
         history, train = self._saved.history, self._task.config.train

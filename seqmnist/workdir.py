@@ -66,8 +66,10 @@ _PACKAGES = (
 # The errors of a file system without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK)
 
-# The types of the values that other programs rely on; there may be more values.
-_SCORE = (float, int, list, type(None))
+# The types of the values that other programs rely on, see `fits`; there may be more values.
+NUMBER = (float, int, type(None))
+SPREAD = {"mean": NUMBER, "sd": NUMBER, "interval": ([(float, int)], type(None))}
+_SCORE = (*NUMBER, [NUMBER])
 _RESULTS_KINDS = {
     "dataset": {"name": str, "fingerprint": str, "train": int, "validation": int, "test": int},
     "epochs": int,
@@ -78,8 +80,14 @@ _RESULTS_KINDS = {
 }
 _OPTIONAL_KINDS = {"seconds": dict, "versions": dict, "devices": list, "programs": dict}
 _OPTIONAL_KINDS |= {"members": list, "settings": list, "ensemble": dict, "early_stopping": dict}
+_SPREADS = {"loss": SPREAD, "accuracy": SPREAD}
+_SETTING = {"diverged": int, "validation": (_SPREADS, type(None)), "test": _SPREADS}
+_ENSEMBLE = {"members": ([int], []), "test": {"loss": NUMBER, "accuracy": NUMBER}}
+_MEMBERS_KINDS = {"members": [{"seed": int}], "settings": [_SETTING], "best": (int, type(None))}
+_MEMBERS_KINDS |= {"ensemble": _ENSEMBLE}
 _METRICS_KINDS = {"epoch": int, "step": int, "train/loss": _SCORE, "train/accuracy": _SCORE}
-_METRICS_KINDS |= {"validation/loss": _SCORE, "validation/accuracy": _SCORE, "seconds": _SCORE}
+_METRICS_KINDS |= {"validation/loss": _SCORE, "validation/accuracy": _SCORE}
+_METRICS_KINDS |= {"seconds": (float, int)}
 _STEPS_KINDS = {"step": int, "train_seconds": float}
 
 
@@ -223,7 +231,7 @@ class Workdir:
             return {}
         results = _checked(path, read_json(path), _RESULTS_KINDS)
         kinds = {name: kind for name, kind in _OPTIONAL_KINDS.items() if name in results}
-        return _checked(path, results, kinds)
+        return _checked(path, results, kinds | (_MEMBERS_KINDS if "members" in results else {}))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Returns the lines of `metrics.jsonl`; raises UserError if a run has not written any."""
@@ -414,12 +422,29 @@ def _checked(path, value, kinds: Mapping[str, Any], where=""):
     for name, kind in kinds.items():
         if isinstance(kind, Mapping):
             _checked(path, value.get(name), kind, where=f"({name}) ")
-        elif name not in value or not isinstance(value[name], kind):
+        elif name not in value or not fits(value[name], kind):
             raise UserError(
                 f"{path} {where}has no valid {name!r}, which a run writes; restore it, or move it "
                 "away"
             )
     return value
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Returns whether a value of JSON is of a kind.
+
+    That is a type, a tuple of kinds to choose from, a dict with the kinds of some values, [kind],
+    a list of at least one value of that kind, or [], the empty list.
+    """
+    if isinstance(kind, tuple):
+        return any(fits(value, each) for each in kind)
+    if isinstance(kind, Mapping):
+        are_there = isinstance(value, dict) and value.keys() >= kind.keys()
+        return are_there and all(fits(value[name], each) for name, each in kind.items())
+    if isinstance(kind, list):
+        is_list = isinstance(value, list) and bool(value) == bool(kind)
+        return is_list and all(fits(each, *kind) for each in value)
+    return isinstance(value, kind)
 
 
 def as_json(value: Any) -> Any:

@@ -108,6 +108,14 @@ def test_overriding_leaves_the_original_alone():
     assert before == Config()
 
 
+def test_a_value_that_cannot_be_copied_is_refused():
+    named = Config(data=config_lib.DataConfig(name=json)), "data.name must be of type str"
+    for config, message in (named, (Config(data=config_lib.DataConfig), "data is a group")):
+        for each in (config, config_lib.override(config, {"seed": 3})):
+            with pytest.raises(UserError, match=f"config.{message}.*; got <"):
+                config_lib.validated(each)
+
+
 def test_an_integer_is_a_valid_float():
     config = config_lib.from_dict({"optimizer": {"learning_rate": 1}})
     assert config.optimizer.learning_rate == 1.0

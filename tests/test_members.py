@@ -61,6 +61,7 @@ def test_a_list_of_settings():
         ('{"optimizer.momentum": [0], "optimizer.momentum": [0.1]}', "optimizer.momentum twice"),
         ('[{"optimizer.momentum": 0, "optimizer.momentum": 0.1}]', "optimizer.momentum twice"),
         ({"optimizer.momentum": [0, 0.0]}, "a setting twice"),
+        ({"optimizer.learning_rate": [0.001, 0.0010000000001]}, "a setting twice"),
         ([{"optimizer.momentum": 0.1}, {"optimizer.momentum": 0.1}], "a setting twice"),
         ({"train.num_epochs": [1]}, "train.num_epochs, which cannot be swept"),
         ("[" * 100_000, "is not JSON"),

@@ -390,6 +390,16 @@ def test_the_plugins_of_a_configuration_are_those_that_count(numbered):
     assert READOUTS["numbered"] == 1
 
 
+@mock.patch.dict(READOUTS)
+def test_a_name_of_two_plugins_is_refused(numbered):
+    files, config = numbered
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"{files[1]}: 'numbered' is also a name of {files[0]}"):
+            load_plugins(config)
+        load_plugins(Config(plugins=f"{files[0]},{files[0]}"))
+        assert READOUTS["numbered"] == 0
+
+
 @contextlib.contextmanager
 def killed_at_move(number, monkeypatch):
     """Ends what is inside when it moves a file or a folder for the n-th time."""

@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, seqmnist
 
 from seqmnist import process
 
@@ -39,6 +39,16 @@ def test_cores_become_as_many_devices_as_are_asked_for(fields, expected):
         arguments, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
     )
     assert result.stdout == f"{expected}\n", result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cuda", "nothing"])
+def test_a_platform_without_devices_is_refused(platform, tmp_path):
+    result = seqmnist("--workdir=a", cwd=tmp_path, JAX_PLATFORMS=platform, CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: JAX finds no device of JAX_PLATFORMS={platform}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

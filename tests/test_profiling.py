@@ -11,7 +11,7 @@ from seqmnist.study import profiling
 from seqmnist.training import batches
 from seqmnist.training.loop import Loop, Resident
 from seqmnist.training.steps import init_state, make_system
-from seqmnist.workdir import PROFILE, read_json
+from seqmnist.workdir import PROFILE, read_json, write_json
 from tools import trace_summary
 
 
@@ -99,6 +99,31 @@ def test_other_processes_and_runs_resumed_in_between_trace_nothing(
     profile = make_profile("3:6", tmp_path / PROFILE, 26, run.modules)
     assert list(run.train(profile, done=done, epochs=[0]))[-1] == 13
     assert not list(tmp_path.iterdir())
+
+
+STEP = {"steps": [1, 3], "scopes": {}, "flops": 2, "bytes": 1, "flops_per_second": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "trace", "words"),
+    [
+        *(
+            ({name: value}, b"", r"step\.json is not what a profiled run writes; train")
+            for name, value in {"steps": 3, "scopes": [], "flops_per_second": 0.0}.items()
+        ),
+        ({"steps": [1, 1]}, b"", r"step\.json is not"),
+        ({"scopes": {"jit_train": 3}}, b"", r"step\.json is not"),
+        ({}, b"", r"a\.xplane\.pb holds no operation"),
+        ({}, b"no trace", r"a\.xplane\.pb cannot be read \(.*; train with"),
+    ],
+)
+def test_a_profile_that_no_run_writes_is_refused(change, trace, words, tmp_path):
+    folder = tmp_path / PROFILE / "plugins" / "profile" / "1"
+    folder.mkdir(parents=True)
+    (folder / "a.xplane.pb").write_bytes(trace)
+    write_json(tmp_path / PROFILE / profiling.SUMMARY, STEP | change)
+    with pytest.raises(UserError, match=words):
+        trace_summary.summarize(tmp_path)
 
 
 def test_a_stopped_run_ends_its_trace(digits, tmp_path):

@@ -217,6 +217,8 @@ REFUSALS = [
     (UNVERIFIED, ["ubyte"], archives(lambda folder: (folder / TRAIN_IMAGES).write_bytes(b"x"))),
     (UNVERIFIED, ["ubyte"], archives(lambda folder: (folder / TRAIN_IMAGES).write_bytes(b""))),
     ([NEW, f"{C}model.cell_options={{"], ["cell_options", "is not JSON"]),
+    ([NEW, "--coordinator=h:0", "--num_processes=1", "--process_id=0"], ["h:0", "1 to 65535"]),
+    ([NEW, "--coordinator=h:99999", "--num_processes=1", "--process_id=0"], ["h:99999", "PORT"]),
 ]
 
 

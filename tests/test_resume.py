@@ -600,6 +600,20 @@ def test_a_number_that_becomes_infinite_is_said_to(make_config):
         run.train(config, "a", debug_nans=True)
 
 
+def test_a_last_step_that_spoils_the_parameters_is_a_divergence(make_config):
+    """The parameters are finite, but no score of theirs is."""
+    one_step, sgd = {"batch_size": 4000}, {"name": "sgd", "learning_rate": 1e38}
+    config = make_config(1, train=one_step, optimizer=sgd)
+    with pytest.raises(UserError, match=r"infinite, after step 1 \(.* checkpoint: none"):
+        run.train(config, "a", debug_nans=True)
+    sweep = {"members": {"sweep": '{"optimizer.learning_rate": [0.001, 1e38]}'}}
+    results = run.train(make_config(1, train=one_step, optimizer=sgd, **sweep), "b")
+    assert [setting["diverged"] for setting in results["settings"]] == [0, 1]
+    (line,) = Workdir("b").read_metrics()
+    for score in ("train/loss", "validation/loss", "validation/accuracy", "parameter_norm"):
+        assert [value is None for value in line[score]] == [False, True]
+
+
 def test_results_without_checkpoints_are_not_overwritten(make_config):
     run.train(make_config(1), "a")
     shutil.rmtree("a/checkpoints")

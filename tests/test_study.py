@@ -108,6 +108,7 @@ def test_an_unfair_comparison_is_refused(change, message):
         ({"model.cell": "grru"}, {}, "model.cell='grru'"),
         ({}, {"select": {"optimizer.learning_rate": ["b"]}}, "has 'b' for optimizer"),
         ({}, {"select": {"optimizer.learning_rate": [-1.0]}}, "learning_rate must lie in"),
+        ({}, {"select": {"optimizer.learning_rate": [0.1, 0.1 + 1e-12]}}, "a setting twice"),
         ({}, {"select": {"model.hidden_size": [-1]}}, "hidden_size"),
     ],
 )
@@ -147,7 +148,7 @@ def test_data_may_move_but_not_change(tmp_path):
     study_tool._check(moved | {"fingerprints": {"a": "1"}}, tmp_path)
 
 
-@pytest.mark.parametrize("content", [[], None, {}])
+@pytest.mark.parametrize("content", [[], None, {}, {"scores": {}}, {"scores": 3}])
 def test_an_entry_that_no_study_writes_is_refused(content, tmp_path):
     job, file = types.SimpleNamespace(name="a"), tmp_path / "select" / "a" / "entry.json"
     runs = types.SimpleNamespace(_workdir=tmp_path)

@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+from conftest import REPOSITORY
 
 from seqmnist.errors import UserError
 from seqmnist.workdir import PLAN, Workdir, replacing, write_json
@@ -44,6 +45,30 @@ def test_results_that_no_run_writes_are_refused(name, tmp_path):
         Workdir(tmp_path).read_results()
 
 
+SWEEP = REPOSITORY / "experiments" / "results" / "sweep_learning_rate" / "results.json"
+SWEPT = json.loads(SWEEP.read_text())
+SCORED = {"loss": 0.5, "accuracy": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        *((name, {name: None}) for name in ("settings", "ensemble")),
+        *(("settings", {"settings": wrong}) for wrong in ([], [1], [{"diverged": 0}])),
+        *(("members", {"members": wrong}) for wrong in ([], [0], [{}])),
+        ("best", {"best": "0"}),
+        ("test", {"ensemble": {"members": [0], "test": {}}}),
+        *(("loss", {"test": {**SCORED, "loss": wrong}}) for wrong in ([[1], {}], [], {})),
+    ],
+)
+def test_results_of_members_that_no_run_writes_are_refused(name, change, tmp_path):
+    write_json(tmp_path / "results.json", SWEPT)
+    assert Workdir(tmp_path).read_results() == SWEPT
+    write_json(tmp_path / "results.json", SWEPT | change)
+    with pytest.raises(UserError, match=rf"results\.json .*\b{name}\b.*; restore it"):
+        Workdir(tmp_path).read_results()
+
+
 def test_the_folder_of_a_study_is_not_that_of_a_run(tmp_path):
     write_json(tmp_path / PLAN, {})
     with pytest.raises(UserError, match="holds a study"):
@@ -66,6 +91,9 @@ def test_an_incomplete_last_line_is_ignored(tmp_path):
     lines = "".join(json.dumps(record) + "\n" for _ in range(2))
     (tmp_path / "metrics.jsonl").write_text(lines + '{"epoch": 3, "st')
     assert Workdir(tmp_path).read_metrics() == [record, record]
+    (tmp_path / "metrics.jsonl").write_text(lines.replace("1.0", "null"))
+    with pytest.raises(UserError, match="has no valid 'seconds'"):
+        Workdir(tmp_path).read_metrics()
 
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path):

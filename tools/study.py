@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from seqmnist import process
 from seqmnist.errors import InUseError, UserError, explain_storage
 from seqmnist.stop import StopRequest
-from seqmnist.workdir import PLAN, Workdir, read_json, write_json
+from seqmnist.workdir import PLAN, Workdir, fits, read_json, write_json
 from tools import cli
 
 RESULTS, _ENTRY = "study.json", "entry.json"
@@ -72,6 +72,8 @@ class _Runs:
 
         Raises InUseError if another process trains it.
         """
+        from seqmnist.study import plan
+
         folder = Workdir(self._workdir / "select" / job.name)
         with folder.hold(print):
             file = folder.path / _ENTRY
@@ -80,7 +82,7 @@ class _Runs:
                 with explain_storage(f"--workdir={self._workdir}", _REMEDY):
                     write_json(file, found)
             found = read_json(file)
-        if not isinstance(found, dict) or "scores" not in found:
+        if not fits(found, plan.ENTRY_KINDS):
             raise UserError(
                 f"{file} is not what a study writes; remove it and run the same command again"
             )

@@ -13,18 +13,19 @@ import collections
 import os
 import warnings
 
-from seqmnist.errors import UserError
+from seqmnist.errors import UserError, explain_any
 from seqmnist.study import profiling
-from seqmnist.workdir import PROFILE, Workdir, read_json
+from seqmnist.workdir import PROFILE, Workdir, fits, read_json
 from tools import cli
 
 NUM_OPERATIONS = 15
 
-_KEYS = {"steps", "scopes", "flops", "bytes", "flops_per_second"}
+_KINDS = {"steps": [int], "scopes": dict, "flops": int, "bytes": int, "flops_per_second": float}
+_REMEDY = "train with --config.profile.steps=START:STOP"
 
 
 def summarize(workdir: str | os.PathLike) -> dict:
-    """Summarizes the newest trace of a workdir; raises UserError if there is none.
+    """Summarizes the newest trace of a workdir; raises UserError if there is none, or no valid one.
 
     Returns, over all traced steps, in seconds: wall, idle, floor and scopes (busy); and operations,
     the longest first, each with its scope, seconds and count.
@@ -34,13 +35,19 @@ def summarize(workdir: str | os.PathLike) -> dict:
     directory = Workdir(workdir).path / PROFILE
     traces = sorted(directory.glob("plugins/profile/*/*.xplane.pb"))
     summary = directory / profiling.SUMMARY
-    cost = read_json(summary) if traces and summary.is_file() else {}
-    if not isinstance(cost, dict) or not cost.keys() >= _KEYS:
-        raise UserError(f"{directory} holds no trace; train with --config.profile.steps=START:STOP")
-    num_steps = cost["steps"][1] - cost["steps"][0]
-    markers, operations = _read_events(ProfileData.from_file(str(traces[-1])), cost["scopes"])
-
+    if not traces or not summary.is_file():
+        raise UserError(f"{directory} holds no trace; {_REMEDY}")
+    cost = read_json(summary)
+    are_kinds = fits(cost, _KINDS) and all(isinstance(x, dict) for x in cost["scopes"].values())
+    if not are_kinds or not cost["steps"][0] < cost["steps"][-1] or cost["flops_per_second"] <= 0:
+        raise UserError(f"{summary} is not what a profiled run writes; {_REMEDY}")
+    num_steps = cost["steps"][-1] - cost["steps"][0]
+    with explain_any(f"{traces[-1]} cannot be read", _REMEDY):
+        trace = ProfileData.from_file(str(traces[-1]))
+    markers, operations = _read_events(trace, cost["scopes"])
     inside = [each for each in operations if any(a <= each[0] < b for a, b in markers)]
+    if not inside:
+        raise UserError(f"{traces[-1]} holds no operation of a step; {_REMEDY}")
     seconds, counts = collections.Counter(), collections.Counter()
     for start, stop, *operation in inside:
         seconds[tuple(operation)] += (stop - start) / 1e9

@@ -27,7 +27,22 @@ from seqmnist.spec import ImageSpec
 from seqmnist.study import compare, profiling
 from seqmnist.training import members
 from seqmnist.training.steps import init_state, make_system
+from seqmnist.workdir import NUMBER, SPREAD
 
+# What is read of `describe`, see `workdir.fits`.
+_TRIED = {"diverged": int, "validation": {"loss": {"mean": NUMBER}}}
+ENTRY_KINDS = {
+    "parameters": int,
+    "flops_per_image": int,
+    "seeds": [int],
+    "setting": dict,
+    "at_edge": list,
+    "diverged": int,
+    "scores": {"test/accuracy": [NUMBER]},
+    "validation/accuracy": SPREAD,
+    "test/accuracy": SPREAD,
+    "tried": ([_TRIED], []),
+}
 _MOST_UNITS = 65536  # as config.model.hidden_size
 _GIVEN = re.compile(r"(data|members)\.")  # fields that are the same in all settings
 

@@ -23,8 +23,10 @@ class DivergedError(UserError):
 def explain(task: Task, state: TrainState, last_saved: str, debug_nans: bool) -> str:
     """Returns one line on the first step whose results were not finite, and what to do.
 
-    `state` is the last good one, which `steps.guarded_step` has kept, and `last_saved` the name of
-    the newest checkpoint. `debug_nans` repeats the step of a single network to find the operation.
+    `state` counts the steps before that one. It is the last good state, which `steps.guarded_step`
+    has kept; if only validation found the divergence, its parameters are those after the step.
+    `last_saved` is the name of the newest checkpoint. `debug_nans` repeats the step of a single
+    network to find the operation.
     """
     step = int(np.max(devices.gather(state.step)))
     epoch, row = divmod(step, task.steps_per_epoch)

@@ -72,8 +72,9 @@ def settings(config: Config) -> list[dict[str, float]]:
                 config_lib.checked(name, value)
             elif not abs(value) <= config_lib.LARGEST:
                 refuse(f"has a number for {name} that float32 cannot hold")
-    if len({tuple(sorted(setting.items())) for setting in sweep}) < len(sweep):
-        refuse("has a setting twice")
+    trained = {tuple(np.float32(setting[name]) for name in sweep[0]) for setting in sweep}
+    if len(trained) < len(sweep):
+        refuse("has a setting twice, to the precision of float32")
     return [{name: float(value) for name, value in setting.items()} for setting in sweep]
 
 
