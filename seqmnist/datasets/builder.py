@@ -27,11 +27,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             "image": tfds.features.Tensor(shape=images.shape[1:], dtype=np.uint8),
             "label": tfds.features.ClassLabel(names=list(self._splits.class_names)),
         }
-        return self.dataset_info_from_configs(
+        info = self.dataset_info_from_configs(
             features=tfds.features.FeaturesDict(features),
             supervised_keys=("image", "label"),
             disable_shuffling=True,
         )
+        # It asks a server for datasets of TFDS, and leaves an empty folder in /tmp.
+        info.initialize_from_bucket = lambda: None
+        return info
 
     def _split_generators(self, dl_manager):
         splits = zip(("train", "test"), self._splits, strict=True)

@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -105,6 +106,15 @@ def test_archives_from_a_folder(registered, tmp_path, manual_dir):
     assert prepare("auto", tmp_path, manual_dir).name == "mnist"
     read_by_tfds = tfds.builder_from_directory(prepared.directory).as_data_source("test")
     np.testing.assert_array_equal(read_by_tfds[3]["image"], SPLITS.test[0][3])
+
+
+def test_preparing_leaves_nothing_in_the_temporary_folder(
+    registered, tmp_path, manual_dir, monkeypatch
+):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    prepare("mnist", tmp_path, manual_dir)
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_archives_by_download(server, tmp_path):
