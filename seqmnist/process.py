@@ -93,7 +93,7 @@ def set_up_jax(config: Config) -> None:
 
     CPU cores become devices as far as there are members, or parts of a batch, for them, or as
     `config.mesh` asks; not if XLA_FLAGS sets the number of devices, or if JAX already uses its
-    devices. Raises UserError if there is no device of JAX_PLATFORMS.
+    devices. Raises UserError as `check_devices` does.
     """
     import jax  # imported here: command lines answer --help without it
 
@@ -116,6 +116,13 @@ def set_up_jax(config: Config) -> None:
     jax.config.update("jax_threefry_partitionable", True)  # else other numbers are drawn
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    check_devices()
+
+
+def check_devices() -> None:
+    """Raises UserError if there is no device of JAX_PLATFORMS."""
+    import jax
+
     try:
         jax.devices()
     except (AssertionError, RuntimeError) as error:  # the former says nothing

@@ -102,6 +102,7 @@ def load(arguments: argparse.Namespace) -> "trained.Trained":
     """Loads the network that the arguments name."""
     from seqmnist.study import trained  # imported here: --help needs no JAX
 
+    process.check_devices()
     return trained.load(arguments.workdir, **chosen(arguments))
 
 
