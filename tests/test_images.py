@@ -451,11 +451,17 @@ def specked(page):
     return page
 
 
+def dithered(page):
+    return np.asarray(Image.fromarray(page.astype(np.uint8)).convert("1"), np.uint8) * 255
+
+
 LOOKS = {
     "chalk": lambda page: 255 - page,
     "gray": lambda page: (120 + page * 0.3).astype(np.uint8),
     "ruled": ruled,
     "shaded": shaded,
+    "black and white": lambda page: np.where(page > 128, 255, 0).astype(np.uint8),
+    "dithered": lambda page: dithered(20 + page * 0.9),
     "shaded and ruled": lambda page: ruled(shaded(page)),
     "specked": specked,
     "on a desk": on_desk,

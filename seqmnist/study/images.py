@@ -191,8 +191,12 @@ def _is_prepared(image):
 
 
 def _gray(image):
-    """Returns the brightness, or the mixture of colors that varies most: float32 [H, W]."""
+    """Returns the brightness, or the mixture of colors that varies most: float32 [H, W].
+
+    Black and white become shades again: a scanner that knows no others has dithered them.
+    """
     from PIL import Image
+    from scipy import ndimage
 
     height, width = image.shape[:2]
     if (factor := math.ceil(math.sqrt(height * width / _MOST_PIXELS))) > 1:
@@ -203,7 +207,8 @@ def _gray(image):
         _, axes = np.linalg.eigh(np.cov(gray.reshape(-1, 3).T, ddof=0))
         weights = axes[:, -1] * np.sign(axes[:, -1].sum() or 1)
         gray = (gray @ (weights / np.abs(weights).sum())).astype(np.float32)
-    return gray
+    has_shades = ((gray != gray.min()) & (gray != gray.max())).any()
+    return gray if has_shades or min(gray.shape) < 100 else ndimage.gaussian_filter(gray, 1)
 
 
 def _without_desk(gray):
