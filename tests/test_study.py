@@ -90,6 +90,7 @@ def test_a_budget_that_nothing_fits_is_refused():
         ({"select": {"optimiser.learning_rate": [0.1]}}, "does not exist"),
         *(({"select": {name: [1, 2]}}, "is not a choice") for name in ("seed", "members.num")),
         ({"select": {"data.size": [8]}}, "is not a choice"),
+        ({"select": {"train.batch_size": [8, 9, np.int64(8)]}}, "batch_size has 8 twice"),
         ({"select": {"model.hidden_size": [8]}, "budget": 100}, "is not a choice: budget"),
     ],
 )

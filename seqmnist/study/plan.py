@@ -115,6 +115,9 @@ class Study:
                     "gives it, or it changes no result; leave it out"
                 )
         select = {field: _numbers(values) for field, values in self.select.items()}
+        for field, values in select.items():
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise UserError(f"select: {field} has {twice[0]!r} twice; leave one out")
         object.__setattr__(self, "select", select)  # it is frozen
 
     def to_dict(self) -> dict[str, Any]:
