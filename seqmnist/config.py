@@ -525,7 +525,7 @@ def settings(config: Config) -> dict[str, Any]:
 
 def check_same_network(before: Config, after: Config) -> None:
     """Raises UserError if what one configuration trained is another network under the other."""
-    groups = ("model", "members", "optimizer")
+    groups = ("model", "members", "optimizer", "seed")
     changed = [v for k, v in changes(before, after).items() if k.partition(".")[0] in groups]
     if changed:
         raise UserError(

@@ -245,7 +245,8 @@ def test_a_resumed_run_may_change_how_it_runs_but_no_result(before, after, refus
 def test_another_network_cannot_be_evaluated():
     other = config_lib.override(Config(), {"train.num_epochs": 9, "data.name": "mnist_5k"})
     config_lib.check_same_network(Config(), other)
-    for name, value in (("model.hidden_size", 9), ("members.num", 2), ("optimizer.name", "sgd")):
+    others = {"model.hidden_size": 9, "members.num": 2, "optimizer.name": "sgd", "seed": 5}
+    for name, value in others.items():
         with pytest.raises(UserError, match=f"config.{name}: "):
             config_lib.check_same_network(Config(), config_lib.override(Config(), {name: value}))
 
