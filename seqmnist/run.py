@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from seqmnist import config as config_lib
-from seqmnist.checkpoints import DIRECTORY, Checkpoints, Saved, best_step
+from seqmnist.checkpoints import DAMAGED, DIRECTORY, Checkpoints, Saved, best_step
 from seqmnist.config import Config
 from seqmnist.display import Display
 from seqmnist.errors import UserError, explain_storage
@@ -465,7 +465,8 @@ def _read_finished(config, workdir) -> dict[str, Any]:
     workdir.check_plugins(config)
     results = workdir.read_results()
     is_over = results.get("epochs") == config.train.num_epochs or "early_stopping" in results
-    if results and not is_over and not Checkpoints(workdir.path).steps():
+    was_damaged = (workdir.path / DAMAGED).exists()  # then it was said that it begins anew
+    if results and not is_over and not Checkpoints(workdir.path).steps() and not was_damaged:
         raise UserError(
             f"--workdir={workdir} holds the results of a run but no checkpoint to resume from; "
             "choose another, or replace this run with --overwrite"

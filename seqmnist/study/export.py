@@ -47,7 +47,7 @@ TOLERANCE = 1e-4
 _SEAL = b"seqmnist sha256:"  # and the digest, in hexadecimal digits
 _DIGEST_SIZE = 64
 _BLANK_SEAL = _SEAL + b"0" * _DIGEST_SIZE
-_MARK = b"\nseqmnist images:"  # before what `IMAGES` holds, at the end of the classifier
+_MARK = b"\nseqmnist images:"  # before the `ImageSpec`, JSON, which follows the classifier
 
 
 class Artifact:
@@ -126,10 +126,10 @@ def load(path: str | os.PathLike) -> Artifact:
     with _explain_use(path, ARTIFACT):
         content, beside = read(path), path.with_name(IMAGES)
         exported = jax_export.deserialize(bytearray(content))
-        _, mark, images = content.rpartition(_MARK)
+        _, mark, images = content.rpartition(_SEAL)[0].rpartition(_MARK)
         if mark or beside.exists():
             values = json.loads(read(beside) if beside.exists() else images)
-            del values["digest"]
+            values.pop("digest", None)
             spec = ImageSpec.from_dict(values)
         return Artifact(exported, spec)
 
@@ -220,14 +220,15 @@ def write(
     if any(leaf.dtype != np.float32 for leaf in jax.tree.leaves(params)):
         raise UserError("only networks of float32 are exported; train without JAX_ENABLE_X64")
     programs = make_programs(classify, spec, streaming)
-    contents = {name: export(*each).serialize() + _BLANK_SEAL for name, each in programs.items()}
+    contents = {name: export(*each).serialize() for name, each in programs.items()}
+    contents[ARTIFACT] += _MARK + json.dumps(spec.to_dict()).encode()
+    contents = {name: content + _BLANK_SEAL for name, content in contents.items()}
     if streaming:
         contents[INITIAL_STATE] = _npz(streaming.initial_state)
     metadata = {"format": "np", "digest": _BLANK_SEAL.decode()}
     contents[PARAMETERS] = save(by_name(params), metadata)
     images = spec.to_dict() | {"digest": _BLANK_SEAL.decode()}
     contents[IMAGES] = (json.dumps(images, indent=2, ensure_ascii=False) + "\n").encode()
-    contents[ARTIFACT] = contents[ARTIFACT].removesuffix(_BLANK_SEAL) + _MARK + contents[IMAGES]
     final = workdir / DIRECTORY
     remedy = "make room or make it writable, then run the same command again"
     with explain_storage(str(final), remedy), replacing(final) as folder:
