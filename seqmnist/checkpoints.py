@@ -6,6 +6,7 @@ the data, and a SHA-256 of everything. It is restored as it was written and only
 what the configuration needs, so that an error can tell damage from another network or version.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -147,7 +148,8 @@ class Checkpoints:
         # The warnings are about saving that takes longer than an epoch.
         with no_warnings_of("absl"), Checkpoints._lock:
             if Checkpoints._saving not in (None, self):
-                Checkpoints._saving._manager.wait_until_finished()
+                with contextlib.suppress(Exception):  # which that run raises, too
+                    Checkpoints._saving._manager.wait_until_finished()
             Checkpoints._saving = self
             self._manager.save(
                 saved.step,

@@ -15,6 +15,7 @@ import types
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import REPOSITORY, seqmnist
 
@@ -658,6 +659,20 @@ def test_runs_in_threads_finish_and_change_no_setting(make_config):
         assert Workdir(name).read_results()["steps"] == 25
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     assert options == dict(jax.config.values)
+
+
+def test_a_save_that_failed_does_not_disturb_another_thread(make_config, monkeypatch):
+    def refuse(self, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/checkpoints/25")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.StandardCheckpointHandler, "finalize", refuse)
+        with pytest.raises(UserError, match="No space left"):
+            run.train(make_config(2), "a")
+    thread = threading.Thread(target=run.train, args=(make_config(1), "b"))
+    thread.start()
+    thread.join()
+    assert Workdir("b").read_results()["steps"] == 25
 
 
 @pytest.mark.parametrize("limit", [500, 5_000])
