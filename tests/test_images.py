@@ -74,7 +74,10 @@ BLACK_STROKES = np.where(GREY > 100, 0, 255).astype(np.uint8)
         (encoded(Image.fromarray(GREY / np.float32(255)), "TIFF"), [GREY]),
         (encoded(Image.fromarray(GREY.astype(np.int32)), "TIFF"), [GREY]),
         (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "TIFF"), [GREY]),
-        (encoded(Image.fromarray(GREY.astype(np.uint16) * 257), "PPM"), [GREY]),
+        (
+            b"P5 %d %d 65535\n" % GREY.shape[::-1] + (GREY.astype(">u2") * 257).tobytes(),
+            [GREY],
+        ),
         (encoded(Image.fromarray(GREY), "GIF"), [GREY]),
         (encoded(Image.fromarray(GREY), "PPM"), [GREY]),
         (png(Image.fromarray(GREY > 100)), [np.where(GREY > 100, 255, 0)]),
