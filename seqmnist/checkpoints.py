@@ -1,9 +1,10 @@
 """Checkpoints: all that a run needs to resume, saved and restored by Orbax.
 
 A checkpoint is a folder `checkpoints/STEP`: arrays (the `TrainState`, the sums of the epoch so far
-and, with early stopping, the best parameters) and, as JSON, the finished epochs, what is known of
-the data, and a SHA-256 of everything. It is restored as it was written and only then compared with
-what the configuration needs, so that an error can tell damage from another network or version.
+and, with early stopping, the best parameters) and, as JSON, the finished epochs, the settings, what
+is known of the data, and a SHA-256 of everything. It is restored as it was written and only then
+compared with what the configuration needs, so that an error can tell damage from another network or
+version.
 """
 
 import contextlib

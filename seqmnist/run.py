@@ -200,7 +200,7 @@ class Session:
         )
         means = _train_means(progress.sums)
         self._update_bar(progress.step, means)
-        self._end_if_diverged(debug_nans)
+        self._end_if_diverged(means["loss"], debug_nans)
         self._log_step(progress)  # before the checkpoint, which counts it as logged
         if progress.step < steps_per_epoch:  # else `end_epoch` follows, and saves
             if _divides(self._task.config.checkpoint.every_steps, self._saved.step):
@@ -275,12 +275,12 @@ class Session:
         is_finite = np.isfinite(scores["loss"])  # not if the last update spoiled the parameters
         loss = np.where(is_finite, sums.loss, np.nan).astype(sums.loss.dtype)
         self._saved = saved._replace(sums=sums._replace(loss=loss))
-        self._end_if_diverged(debug_nans, steps_ago=1)
+        self._end_if_diverged(loss, debug_nans, steps_ago=1)
         return {key: np.where(is_finite, x, np.nan).tolist() for key, x in scores.items()}
 
-    def _end_if_diverged(self, debug_nans, steps_ago=0):
-        """Ends the run if no loss is finite; the step to blame is the next, or so many before."""
-        if np.isnan(devices.gather(self._saved.sums.loss)).all():
+    def _end_if_diverged(self, loss, debug_nans, steps_ago=0):
+        """Ends the run if no loss is a number; the step to blame is the next, or so many before."""
+        if np.isnan(loss).all():
             self._close()
             steps = self._checkpoints.steps()
             newest = f"{DIRECTORY}/{steps[-1]}" if steps else "none"

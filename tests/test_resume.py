@@ -654,7 +654,7 @@ def test_runs_in_threads_finish_and_change_no_setting(make_config):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)  # Orbax, left to itself, waits for ever
+        thread.join(120)  # Orbax, left to itself, waits for ever
     for name in "ab":
         assert Workdir(name).read_results()["steps"] == 25
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
